@@ -1,0 +1,283 @@
+//! Messages as Kafka records and back.
+//!
+//! Key, payload, headers and (where Kafka keeps it as it is) the timestamp travel natively; the content type as the
+//! header `content-type`, as CloudEvents' binary mode has it. What Kafka has no place for goes into one header of
+//! this library's: the id always, and the rest only where it must.
+
+use std::panic::AssertUnwindSafe;
+
+use anybroker_core::{ByteString, Bytes, Destination, Headers, Message, MessageId, Timestamp};
+use bytes::BytesMut;
+use rdkafka::message::{BorrowedHeaders, BorrowedMessage, Header, Headers as _, Message as _, OwnedHeaders};
+use uuid::Uuid;
+
+/// This library's header: flags, then what they announce.
+pub(crate) const META: &str = "anybroker-meta";
+/// The media type of the payload.
+const CONTENT_TYPE: &str = "content-type";
+
+const ID_UUID: u8 = 1;
+const TIMESTAMP: u8 = 2;
+const TYPE_NATIVE: u8 = 4;
+const TYPE_INSIDE: u8 = 8;
+const HEADERS_INSIDE: u8 = 16;
+
+/// Kafka drops records by their timestamp (retention) and refuses those from the future
+/// (`message.timestamp.after.max.ms`, one hour): only what is near now is its timestamp, anything else is data.
+const NATIVE_TIMESTAMP_MS: u64 = 30 * 60 * 1000;
+
+/// The headers of the record, and the timestamp where it travels natively. `scratch` is reused between messages.
+pub(crate) fn encode(message: &Message, now: Timestamp, scratch: &mut Vec<u8>) -> (OwnedHeaders, Option<i64>) {
+    let headers = message.headers();
+    let millis = message.timestamp().as_millis();
+    let is_native_time = millis > 0 && millis.abs_diff(now.as_millis()) <= NATIVE_TIMESTAMP_MS;
+    // A header name is a C string on its way through librdkafka.
+    let packed = headers.iter().any(|(name, _)| name.contains('\0'));
+    let is_type_native =
+        message.content_type().is_some() && (packed || headers.iter().all(|(name, _)| name != CONTENT_TYPE));
+    scratch.clear();
+    scratch.push(0);
+    let mut flags = 0;
+    match message.id().as_uuid() {
+        Some(uuid) => {
+            flags |= ID_UUID;
+            scratch.extend_from_slice(uuid.as_bytes());
+        }
+        None => message.id().with_str(|id| write_field(scratch, id.as_bytes())),
+    }
+    if !is_native_time {
+        flags |= TIMESTAMP;
+        scratch.extend_from_slice(&millis.to_le_bytes());
+    }
+    if let Some(content_type) = message.content_type() {
+        if is_type_native {
+            flags |= TYPE_NATIVE;
+        } else {
+            flags |= TYPE_INSIDE;
+            write_field(scratch, content_type.as_bytes());
+        }
+    }
+    if packed {
+        flags |= HEADERS_INSIDE;
+        scratch.extend_from_slice(headers.as_packed());
+    }
+    scratch[0] = flags;
+    let mut native = OwnedHeaders::new_with_capacity(headers.len() + 2);
+    native = native.insert(Header { key: META, value: Some(&scratch[..]) });
+    if let Some(content_type) = message.content_type().filter(|_| is_type_native) {
+        native = native.insert(Header { key: CONTENT_TYPE, value: Some(content_type.as_bytes()) });
+    }
+    if !packed {
+        for (name, value) in headers {
+            native = native.insert(Header { key: name, value: Some(value) });
+        }
+    }
+    (native, is_native_time.then_some(millis))
+}
+
+fn write_field(buffer: &mut Vec<u8>, field: &[u8]) {
+    let length = u32::try_from(field.len()).expect("an id or content type of 4 GiB cannot be built");
+    buffer.extend_from_slice(&length.to_le_bytes());
+    buffer.extend_from_slice(field);
+}
+
+/// Records of one partition that were fetched together, copied into one buffer that their messages share.
+#[derive(Debug)]
+pub(crate) struct Chunk {
+    destination: Destination,
+    lane: String,
+    arena: Bytes,
+    records: Vec<Record>,
+}
+
+#[derive(Debug)]
+struct Record {
+    offset: i64,
+    id: Id,
+    timestamp: i64,
+    payload: Option<Range>,
+    key: Option<Range>,
+    headers: Range,
+    content_type: Option<Range>,
+}
+
+#[derive(Debug)]
+enum Id {
+    Uuid(Uuid),
+    Text(Range),
+    /// Not written by this library: its place is its id.
+    Position,
+}
+
+type Range = (u32, u32);
+
+impl Chunk {
+    /// How many records it holds.
+    pub(crate) fn len(&self) -> usize {
+        self.records.len()
+    }
+
+    /// The offset of a record.
+    pub(crate) fn offset(&self, index: usize) -> i64 {
+        self.records[index].offset
+    }
+
+    /// The message of a record; shares the chunk's buffer.
+    pub(crate) fn message(&self, index: usize) -> Message {
+        let record = &self.records[index];
+        let slice = |range: Range| self.arena.slice(range.0 as usize..range.1 as usize);
+        let text = |range| ByteString::try_from(slice(range)).unwrap_or_default();
+        let id = match &record.id {
+            Id::Uuid(uuid) => MessageId::from(*uuid),
+            Id::Text(range) => MessageId::from(text(*range)),
+            Id::Position => MessageId::from(format!("{}/{}", self.lane, record.offset)),
+        };
+        let time = Timestamp::from_millis(record.timestamp);
+        let mut message = Message::from_parts(self.destination.clone(), id, time, record.payload.map(slice));
+        if let Some(key) = record.key {
+            message = message.with_key(slice(key));
+        }
+        if record.headers.0 < record.headers.1 {
+            message = message.with_headers(Headers::from_packed(slice(record.headers)).unwrap_or_default());
+        }
+        if let Some(content_type) = record.content_type {
+            message = message.with_content_type(text(content_type));
+        }
+        message
+    }
+}
+
+/// A chunk that is being filled.
+pub(crate) struct Filling {
+    arena: BytesMut,
+    records: Vec<Record>,
+}
+
+impl Filling {
+    pub(crate) fn with_capacity(bytes: usize, records: usize) -> Self {
+        Self { arena: BytesMut::with_capacity(bytes), records: Vec::with_capacity(records) }
+    }
+
+    /// A chunk of a single record.
+    pub(crate) fn one(record: &BorrowedMessage<'_>) -> Self {
+        let mut filling = Self::with_capacity(record.payload_len() + 256, 1);
+        filling.push(record);
+        filling
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.records.is_empty()
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.arena.len()
+    }
+
+    /// The chunk of what was copied.
+    pub(crate) fn finish(self, destination: Destination, lane: String) -> Chunk {
+        Chunk { destination, lane, arena: self.arena.freeze(), records: self.records }
+    }
+
+    /// Copies a record.
+    pub(crate) fn push(&mut self, record: &BorrowedMessage<'_>) {
+        let payload = record.payload().map(|bytes| self.copy(bytes));
+        let key = record.key().map(|bytes| self.copy(bytes));
+        let mut decoded = Record {
+            offset: record.offset(),
+            id: Id::Position,
+            timestamp: record.timestamp().to_millis().unwrap_or_default(),
+            payload,
+            key,
+            headers: (0, 0),
+            content_type: None,
+        };
+        if let Some(headers) = record.headers() {
+            // rdkafka panics on a header name that is not UTF-8, which any producer can write
+            // (`BorrowedHeaders::try_get` unwraps): one such record must not end the subscription.
+            let read = std::panic::catch_unwind(AssertUnwindSafe(|| self.read_headers(headers, &mut decoded)));
+            if !matches!(read, Ok(Some(()))) {
+                let (topic, partition, offset) = (record.topic(), record.partition(), record.offset());
+                tracing::warn!(topic, partition, offset, "the headers of a record are not readable");
+            }
+        }
+        self.records.push(decoded);
+    }
+
+    fn read_headers(&mut self, headers: &BorrowedHeaders, decoded: &mut Record) -> Option<()> {
+        let count = headers.count();
+        let find = |name: &str, from: usize| (from..count).find(|index| headers.get(*index).key == name);
+        let meta_at = find(META, 0);
+        let meta = meta_at.and_then(|index| headers.get(index).value);
+        let type_at = match meta.and_then(|meta| meta.first()) {
+            Some(flags) if flags & TYPE_NATIVE != 0 => find(CONTENT_TYPE, meta_at.unwrap_or_default()),
+            Some(_) => None,
+            // Not written by this library: CloudEvents' binary mode.
+            None => find(CONTENT_TYPE, 0),
+        };
+        if let Some(value) = type_at.and_then(|index| headers.get(index).value) {
+            decoded.content_type = Some(self.copy(value));
+        }
+        let start = self.here();
+        for index in (0..count).filter(|index| Some(*index) != meta_at && Some(*index) != type_at) {
+            let header = headers.get(index);
+            self.copy_field(header.key.as_bytes());
+            self.copy_field(header.value.unwrap_or_default());
+        }
+        decoded.headers = (start, self.here());
+        match meta {
+            Some(meta) => self.read_meta(meta, decoded),
+            None => Some(()),
+        }
+    }
+
+    fn read_meta(&mut self, meta: &[u8], decoded: &mut Record) -> Option<()> {
+        let (flags, rest) = meta.split_first()?;
+        let mut rest = rest;
+        if flags & ID_UUID != 0 {
+            let (bytes, after) = rest.split_first_chunk::<16>()?;
+            decoded.id = Id::Uuid(Uuid::from_bytes(*bytes));
+            rest = after;
+        } else {
+            let (text, after) = read_field(rest)?;
+            std::str::from_utf8(text).ok()?;
+            decoded.id = Id::Text(self.copy(text));
+            rest = after;
+        }
+        if flags & TIMESTAMP != 0 {
+            let (bytes, after) = rest.split_first_chunk::<8>()?;
+            decoded.timestamp = i64::from_le_bytes(*bytes);
+            rest = after;
+        }
+        if flags & TYPE_INSIDE != 0 {
+            let (text, after) = read_field(rest)?;
+            std::str::from_utf8(text).ok()?;
+            decoded.content_type = Some(self.copy(text));
+            rest = after;
+        }
+        if flags & HEADERS_INSIDE != 0 {
+            decoded.headers = self.copy(rest);
+        }
+        Some(())
+    }
+
+    fn here(&self) -> u32 {
+        u32::try_from(self.arena.len()).expect("a chunk ends long before 4 GiB")
+    }
+
+    fn copy(&mut self, bytes: &[u8]) -> Range {
+        let start = self.here();
+        self.arena.extend_from_slice(bytes);
+        (start, self.here())
+    }
+
+    fn copy_field(&mut self, field: &[u8]) {
+        let length = u32::try_from(field.len()).expect("a record is smaller than 4 GiB");
+        self.arena.extend_from_slice(&length.to_le_bytes());
+        self.arena.extend_from_slice(field);
+    }
+}
+
+fn read_field(rest: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (length, rest) = rest.split_first_chunk::<4>()?;
+    rest.split_at_checked(u32::from_le_bytes(*length) as usize)
+}

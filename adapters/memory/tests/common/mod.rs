@@ -1,0 +1,82 @@
+//! What the tests share.
+#![allow(clippy::unwrap_used, reason = "test code")]
+#![allow(dead_code, reason = "each test file uses some of it")]
+
+use std::time::Duration;
+
+use anybroker_core::{Bus, Delivery, ManualClock, Message, Subscriber};
+use anybroker_memory::{Memory, MemoryBuilder};
+
+pub(crate) const NOW: Duration = Duration::ZERO;
+/// Long enough for anything that is on its way in this process.
+pub(crate) const SOON: Duration = Duration::from_secs(10);
+
+pub(crate) fn secs(seconds: u64) -> Duration {
+    Duration::from_secs(seconds)
+}
+
+/// A broker whose clock stands still.
+pub(crate) fn manual() -> (Bus, ManualClock) {
+    built(Memory::builder())
+}
+
+pub(crate) fn built(builder: MemoryBuilder) -> (Bus, ManualClock) {
+    let clock = ManualClock::new();
+    (builder.clock(clock.clone()).build().bus(), clock)
+}
+
+pub(crate) async fn publish(bus: &Bus, destination: &str, payloads: &[&str]) {
+    let batch = payloads.iter().map(|payload| Message::new(destination, payload.to_string())).collect();
+    for outcome in bus.publish(batch).await {
+        outcome.unwrap();
+    }
+}
+
+/// `key:payload` pairs.
+pub(crate) async fn publish_keyed(bus: &Bus, destination: &str, messages: &[(&str, &str)]) {
+    let keyed =
+        |(key, payload): &(&str, &str)| Message::new(destination, payload.to_string()).with_key(key.to_string());
+    for outcome in bus.publish(messages.iter().map(keyed).collect()).await {
+        outcome.unwrap();
+    }
+}
+
+/// What is there now.
+pub(crate) async fn ready(subscriber: &mut Subscriber) -> Vec<Delivery> {
+    subscriber.receive(10_000, NOW).await.unwrap()
+}
+
+/// The one delivery that is there now.
+pub(crate) async fn one(subscriber: &mut Subscriber) -> Delivery {
+    let mut deliveries = ready(subscriber).await;
+    assert_eq!(deliveries.len(), 1, "{:?}", texts(&deliveries));
+    deliveries.pop().unwrap()
+}
+
+pub(crate) fn text(delivery: &Delivery) -> String {
+    String::from_utf8_lossy(delivery.message().bytes()).into_owned()
+}
+
+pub(crate) fn texts(deliveries: &[Delivery]) -> Vec<String> {
+    deliveries.iter().map(text).collect()
+}
+
+/// Takes the delivery with that payload out of `deliveries`.
+pub(crate) fn pick(deliveries: &mut Vec<Delivery>, payload: &str) -> Delivery {
+    let place = deliveries.iter().position(|delivery| text(delivery) == payload).unwrap();
+    deliveries.remove(place)
+}
+
+pub(crate) async fn ack_all(deliveries: Vec<Delivery>) {
+    for outcome in anybroker_core::ack(deliveries).await {
+        outcome.unwrap();
+    }
+}
+
+/// Acks what is there now and tells what it was.
+pub(crate) async fn done(subscriber: &mut Subscriber) -> Vec<String> {
+    let deliveries = ready(subscriber).await;
+    let seen = texts(&deliveries);
+    ack_all(deliveries).await;
+    seen
+}

@@ -1,0 +1,248 @@
+//! The JetStream API: requests in JSON, as the server's `JetStream wire API` reference has them.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use anybroker_core::{Error, ErrorKind, Result};
+use async_nats::Client;
+use async_nats::client::RequestErrorKind;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use crate::error::{ApiError, CONSUMER_NOT_FOUND, NO_MESSAGE_FOUND, STREAM_NOT_FOUND, unanswered};
+
+/// How long one request may take.
+const REQUEST: Duration = Duration::from_secs(10);
+/// How long a JetStream that nobody serves yet is waited for: a restarted server recovers its streams first.
+const SECOND_LOOK: Duration = Duration::from_secs(5);
+
+/// A stream as the server has it.
+#[derive(Debug, Deserialize)]
+pub(crate) struct StreamInfo {
+    pub(crate) config: Value,
+    pub(crate) state: StreamState,
+}
+
+#[derive(Debug, Deserialize)]
+pub(crate) struct StreamState {
+    #[serde(default)]
+    pub(crate) messages: u64,
+    #[serde(default)]
+    pub(crate) bytes: u64,
+    /// Subjects with how many messages they have, where they were asked for.
+    #[serde(default)]
+    pub(crate) subjects: Option<HashMap<String, u64>>,
+}
+
+/// A consumer as the server has it.
+#[derive(Debug, Deserialize)]
+pub(crate) struct ConsumerInfo {
+    pub(crate) name: String,
+    pub(crate) config: Value,
+    pub(crate) ack_floor: Place,
+    #[serde(default)]
+    pub(crate) num_ack_pending: u64,
+    #[serde(default)]
+    pub(crate) num_pending: u64,
+}
+
+impl ConsumerInfo {
+    pub(crate) fn ack_wait(&self) -> Duration {
+        Duration::from_nanos(self.config["ack_wait"].as_u64().unwrap_or(30_000_000_000))
+    }
+}
+
+#[derive(Debug, Deserialize)]
+pub(crate) struct Place {
+    pub(crate) stream_seq: u64,
+}
+
+/// A stored message, as `STREAM.MSG.GET` tells it.
+#[derive(Debug, Deserialize)]
+pub(crate) struct StoredMessage {
+    pub(crate) seq: u64,
+    #[serde(default)]
+    pub(crate) data: String,
+    pub(crate) time: String,
+}
+
+impl StoredMessage {
+    pub(crate) fn payload(&self) -> Vec<u8> {
+        STANDARD.decode(&self.data).unwrap_or_default()
+    }
+}
+
+#[derive(Deserialize)]
+struct GotMessage {
+    message: StoredMessage,
+}
+
+#[derive(Deserialize)]
+struct Page<T> {
+    total: usize,
+    /// `null` where there are none.
+    #[serde(alias = "consumers", default = "none")]
+    streams: Option<Vec<T>>,
+}
+
+fn none<T>() -> Option<Vec<T>> {
+    None
+}
+
+/// Asks the server.
+#[derive(Clone)]
+pub(crate) struct Api {
+    client: Client,
+}
+
+impl Api {
+    pub(crate) fn new(client: Client) -> Self {
+        Self { client }
+    }
+
+    /// One request; the answer may be the server's own refusal.
+    pub(crate) async fn ask<T: DeserializeOwned>(
+        &self,
+        operation: &'static str,
+        subject: &str,
+        body: &Value,
+    ) -> Result<std::result::Result<T, ApiError>> {
+        let subject = format!("$JS.API.{subject}");
+        let payload = if body.is_null() { Vec::new() } else { body.to_string().into_bytes() };
+        let patience = Instant::now() + SECOND_LOOK;
+        let answer = loop {
+            let request = async_nats::Request::new().payload(payload.clone().into()).timeout(Some(REQUEST));
+            match self.client.send_request(subject.clone(), request).await {
+                Ok(answer) => break answer,
+                Err(error) if error.kind() == RequestErrorKind::NoResponders && Instant::now() < patience => {
+                    // There is no event for "JetStream serves again".
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+                Err(error) => return Err(unanswered(operation, &error)),
+            }
+        };
+        let unreadable = |error: serde_json::Error| {
+            Error::new(ErrorKind::Unexpected, operation, format!("an answer that cannot be read: {error}"))
+        };
+        #[derive(Deserialize)]
+        struct Refusal {
+            error: Option<ApiError>,
+        }
+        let refusal: Refusal = serde_json::from_slice(&answer.payload).map_err(unreadable)?;
+        if let Some(error) = refusal.error {
+            return Ok(Err(error));
+        }
+        serde_json::from_slice(&answer.payload).map(Ok).map_err(unreadable)
+    }
+
+    /// One request whose refusal is an error.
+    pub(crate) async fn call<T: DeserializeOwned>(
+        &self,
+        operation: &'static str,
+        subject: &str,
+        body: &Value,
+    ) -> Result<T> {
+        self.ask(operation, subject, body).await?.map_err(|error| error.into_error(operation))
+    }
+
+    /// The stream, where it exists.
+    pub(crate) async fn stream(&self, operation: &'static str, name: &str) -> Result<Option<StreamInfo>> {
+        match self.ask(operation, &format!("STREAM.INFO.{name}"), &Value::Null).await? {
+            Ok(info) => Ok(Some(info)),
+            Err(error) if error.is(STREAM_NOT_FOUND) => Ok(None),
+            Err(error) => Err(error.into_error(operation)),
+        }
+    }
+
+    /// The consumer, where stream and consumer exist.
+    pub(crate) async fn consumer(
+        &self,
+        operation: &'static str,
+        stream: &str,
+        name: &str,
+    ) -> Result<Option<ConsumerInfo>> {
+        match self.ask(operation, &format!("CONSUMER.INFO.{stream}.{name}"), &Value::Null).await? {
+            Ok(info) => Ok(Some(info)),
+            Err(error) if error.is(STREAM_NOT_FOUND) || error.is(CONSUMER_NOT_FOUND) => Ok(None),
+            Err(error) => Err(error.into_error(operation)),
+        }
+    }
+
+    /// All consumers of a stream.
+    pub(crate) async fn consumers(&self, operation: &'static str, stream: &str) -> Result<Vec<ConsumerInfo>> {
+        self.pages(operation, &format!("CONSUMER.LIST.{stream}"), &json!({})).await
+    }
+
+    /// The streams that hold any of these subjects.
+    pub(crate) async fn streams_of(&self, operation: &'static str, subjects: &str) -> Result<Vec<String>> {
+        self.pages(operation, "STREAM.NAMES", &json!({ "subject": subjects })).await
+    }
+
+    async fn pages<T: DeserializeOwned>(
+        &self,
+        operation: &'static str,
+        subject: &str,
+        filter: &Value,
+    ) -> Result<Vec<T>> {
+        let mut found: Vec<T> = Vec::new();
+        loop {
+            let mut body = filter.clone();
+            body["offset"] = json!(found.len());
+            let page: Page<Option<T>> = match self.ask(operation, subject, &body).await? {
+                Ok(page) => page,
+                Err(error) => return Err(error.into_error(operation)),
+            };
+            let before = found.len();
+            found.extend(page.streams.into_iter().flatten().flatten());
+            if found.len() >= page.total || found.len() == before {
+                return Ok(found);
+            }
+        }
+    }
+
+    /// The subjects of a stream below `filter`.
+    pub(crate) async fn subjects(&self, operation: &'static str, stream: &str, filter: &str) -> Result<Vec<String>> {
+        let mut found = Vec::new();
+        loop {
+            let body = json!({ "subjects_filter": filter, "offset": found.len() });
+            let info: StreamInfo = self.call(operation, &format!("STREAM.INFO.{stream}"), &body).await?;
+            let page = info.state.subjects.unwrap_or_default();
+            let is_last = page.is_empty();
+            found.extend(page.into_keys());
+            // The server tells up to 100,000 at once; a page that brings none ends it.
+            if is_last || found.len() % 100_000 != 0 {
+                return Ok(found);
+            }
+        }
+    }
+
+    /// One stored message by a query such as `{"seq": 7}` or `{"last_by_subj": "a.b"}`, read from the stream's leader:
+    /// other replicas may lag behind what was confirmed.
+    pub(crate) async fn message(
+        &self,
+        operation: &'static str,
+        stream: &str,
+        query: &Value,
+    ) -> Result<Option<StoredMessage>> {
+        match self.ask::<GotMessage>(operation, &format!("STREAM.MSG.GET.{stream}"), query).await? {
+            Ok(got) => Ok(Some(got.message)),
+            Err(error) if error.is(NO_MESSAGE_FOUND) => Ok(None),
+            Err(error) => Err(error.into_error(operation)),
+        }
+    }
+
+    /// Deletes a stored message; false when it is not there.
+    pub(crate) async fn delete_message(&self, operation: &'static str, stream: &str, sequence: u64) -> Result<bool> {
+        let body = json!({ "seq": sequence, "no_erase": true });
+        match self.ask::<Value>(operation, &format!("STREAM.MSG.DELETE.{stream}"), &body).await? {
+            Ok(_) => Ok(true),
+            // "no message found", or "sequence not found" as a general delete failure.
+            Err(error) if error.is(NO_MESSAGE_FOUND) || error.description.contains("not found") => Ok(false),
+            Err(error) => Err(error.into_error(operation)),
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! What is told to the server about deliveries, and waited for: records, dead letters, acks, nacks.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anybroker_core::{Bytes, Effect, Error, ErrorKind, Result};
+use async_nats::{HeaderMap, Subject};
+use tokio::time::Instant;
+
+use crate::link::Link;
+use crate::publisher::confirmed;
+use crate::record::Record;
+use crate::state::{Key, Shared, Surrendered};
+use crate::topology::Topology;
+
+/// After that long without a confirmation it is told again: the server may have forgotten the delivery, or not got it.
+const AGAIN: Duration = Duration::from_millis(1_500);
+
+/// Where things of one destination of the subscription are.
+pub(crate) struct Scope {
+    pub(crate) stream: String,
+    pub(crate) consumer: String,
+    /// The stream of the group's records, and what their subjects begin with.
+    pub(crate) records: String,
+    pub(crate) record: String,
+}
+
+impl Scope {
+    fn failure(&self, sequence: u64) -> String {
+        format!("{}.f.{sequence}", self.record)
+    }
+
+    pub(crate) fn letter(&self, sequence: u64) -> String {
+        format!("{}.l.{sequence}", self.record)
+    }
+}
+
+pub(crate) struct Desk {
+    pub(crate) link: Arc<Link>,
+    pub(crate) topology: Arc<Topology>,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) scopes: Vec<Scope>,
+    pub(crate) settle_timeout: Duration,
+}
+
+/// Something to be told about a delivery.
+pub(crate) struct Telling {
+    pub(crate) feed: u32,
+    /// The entry, where it is still here; its server may have renamed the delivery meanwhile.
+    pub(crate) key: Option<Key>,
+    pub(crate) ack: Subject,
+    pub(crate) payload: Bytes,
+}
+
+/// A record or dead letter to be stored.
+pub(crate) struct Writing {
+    pub(crate) subject: String,
+    pub(crate) headers: HeaderMap,
+    pub(crate) payload: Bytes,
+}
+
+/// `+ACK`: done.
+pub(crate) const ACK: Bytes = Bytes::from_static(b"+ACK");
+
+/// `-NAK`: comes back, not before the delay.
+pub(crate) fn nak(delay: Duration) -> Bytes {
+    if delay.is_zero() {
+        return Bytes::from_static(b"-NAK");
+    }
+    Bytes::from(format!("-NAK {{\"delay\": {}}}", crate::topology::nanos(delay)))
+}
+
+impl Desk {
+    /// Tells the server, many at a time, and waits for its confirmations; one outcome for each.
+    pub(crate) async fn tell(&self, tellings: &[Telling], deadline: Instant) -> Vec<Result<()>> {
+        let mut outcomes: Vec<Option<Result<()>>> = tellings.iter().map(|_| None).collect();
+        let mut state = self.link.state.clone();
+        loop {
+            let open: Vec<usize> = (0..tellings.len()).filter(|index| outcomes[*index].is_none()).collect();
+            if open.is_empty() || Instant::now() >= deadline {
+                break;
+            }
+            let connected = state.wait_for(|state| state.is_connected);
+            if !matches!(tokio::time::timeout_at(deadline, connected).await, Ok(Ok(_))) {
+                break;
+            }
+            let round = deadline.min(Instant::now() + AGAIN);
+            let answers = self.link.board.open(open.len(), round);
+            for (place, index) in open.iter().enumerate() {
+                let telling = &tellings[*index];
+                let ack = telling.key.and_then(|key| self.shared.ack_subject(key));
+                let ack = ack.unwrap_or_else(|| telling.ack.clone());
+                let sending = self.link.client.publish_with_reply(ack, answers.reply(place), telling.payload.clone());
+                if !matches!(tokio::time::timeout_at(deadline, sending).await, Ok(Ok(()))) {
+                    answers.skip(place);
+                }
+            }
+            answers.wait(round).await;
+            let mut unserved = Vec::new();
+            for (place, index) in open.iter().enumerate() {
+                match answers.take(place) {
+                    Some(reply) if reply.is_unserved => unserved.push(*index),
+                    Some(_) => outcomes[*index] = Some(Ok(())),
+                    None => {}
+                }
+            }
+            if !unserved.is_empty() {
+                self.explain(tellings, &unserved, &mut outcomes).await;
+                tokio::time::sleep_until(deadline.min(Instant::now() + Duration::from_millis(100))).await;
+            }
+        }
+        outcomes.into_iter().map(|outcome| outcome.unwrap_or_else(|| Err(unconfirmed()))).collect()
+    }
+
+    /// Nobody took an ack: the consumer is gone, or JetStream is for a moment.
+    async fn explain(&self, tellings: &[Telling], unserved: &[usize], outcomes: &mut [Option<Result<()>>]) {
+        for index in unserved {
+            let scope = &self.scopes[tellings[*index].feed as usize];
+            if let Ok(None) = self.topology.api.consumer("settle", &scope.stream, &scope.consumer).await {
+                let text = "the group was deleted; there is nothing to settle any more";
+                outcomes[*index] = Some(Err(Error::new(ErrorKind::StaleDelivery, "settle", text)));
+            }
+        }
+    }
+
+    /// Stores records or dead letters, many at a time; the place of each.
+    pub(crate) async fn write(&self, writings: Vec<Writing>, deadline: Instant) -> Vec<Result<u64>> {
+        let answers = self.link.board.open(writings.len(), deadline);
+        let mut outcomes: Vec<Result<u64>> = Vec::with_capacity(writings.len());
+        for (index, writing) in writings.into_iter().enumerate() {
+            let Writing { subject, headers, payload } = writing;
+            let subject = Subject::from(subject);
+            let client = &self.link.client;
+            let sending = client.publish_with_reply_and_headers(subject, answers.reply(index), headers, payload);
+            outcomes.push(match tokio::time::timeout_at(deadline, sending).await {
+                Ok(Ok(())) => Ok(0),
+                Ok(Err(error)) => {
+                    answers.skip(index);
+                    let kind = match error.kind() {
+                        async_nats::client::PublishErrorKind::MaxPayloadExceeded => ErrorKind::TooLarge,
+                        _ => ErrorKind::Unavailable,
+                    };
+                    Err(Error::new(kind, "settle", error.to_string()).with_effect(Effect::NotDone))
+                }
+                Err(_) => {
+                    answers.skip(index);
+                    Err(unconfirmed().with_effect(Effect::NotDone))
+                }
+            });
+        }
+        answers.wait(deadline).await;
+        for (index, outcome) in outcomes.iter_mut().enumerate() {
+            if outcome.is_ok() {
+                *outcome = confirmed(answers.take(index), "settle").map(|(sequence, _)| sequence);
+            }
+        }
+        outcomes
+    }
+
+    pub(crate) fn record_of(&self, feed: u32, sequence: u64, record: &Record) -> Writing {
+        let subject = self.scopes[feed as usize].failure(sequence);
+        Writing { subject, headers: HeaderMap::new(), payload: record.encode().into() }
+    }
+
+    /// The record of a message, and its place.
+    pub(crate) async fn read_record(&self, feed: u32, sequence: u64) -> Result<Option<(Record, u64)>> {
+        let scope = &self.scopes[feed as usize];
+        let query = serde_json::json!({ "last_by_subj": scope.failure(sequence) });
+        let found = self.topology.api.message("receive", &scope.records, &query).await?;
+        Ok(found.and_then(|found| Some((Record::decode(&found.payload())?, found.seq))))
+    }
+
+    /// Forgets the record of a message that is settled for good. Nobody waits for it: one that is left over is never
+    /// read again.
+    pub(crate) async fn forget_record(&self, feed: u32, place: u64) {
+        let subject = format!("$JS.API.STREAM.MSG.DELETE.{}", self.scopes[feed as usize].records);
+        let body = format!("{{\"seq\": {place}, \"no_erase\": true}}");
+        let _ = self.link.client.publish(subject, body.into()).await;
+    }
+
+    /// Gives everything of a feed back to the server, in order, without counting a failure.
+    pub(crate) async fn give_back(&self, feed: u32, entries: Vec<Surrendered>, deadline: Instant) -> Result<()> {
+        let spared = entries.iter().filter_map(|entry| Some((entry.sequence, entry.spared.as_ref()?)));
+        let writings: Vec<Writing> = spared.map(|(sequence, record)| self.record_of(feed, sequence, record)).collect();
+        if !writings.is_empty() {
+            for outcome in self.write(writings, deadline).await {
+                outcome?;
+            }
+        }
+        let tellings: Vec<Telling> = entries
+            .into_iter()
+            .map(|entry| Telling { feed, key: None, ack: entry.ack, payload: nak(Duration::ZERO) })
+            .collect();
+        self.tell(&tellings, deadline).await.into_iter().collect()
+    }
+}
+
+fn unconfirmed() -> Error {
+    Error::new(ErrorKind::Timeout, "settle", "no confirmation from the server in time")
+}

@@ -1,0 +1,440 @@
+//! Pulling: one task for each destination of a subscription asks the server for as much as there is room for.
+//!
+//! It speaks the pull protocol itself. The client's own stream of messages does not end when its consumer is deleted
+//! while disconnected (nats.rs #1584), fetches ahead on its own (#1418), and cannot be told how much room there is.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anybroker_core::{Destination, Error, ErrorKind, Result, SubscriptionEvent, Timestamp};
+use async_nats::{HeaderMap, Message, StatusCode, Subject, Subscriber};
+use futures_util::StreamExt;
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::codec::{self, Stored};
+use crate::desk::{Desk, Telling, nak};
+use crate::link;
+use crate::owner::{Change, Owner};
+use crate::record::Record;
+use crate::state::{Arrival, Arrived, Key};
+
+/// How long a pull waits at the server.
+const EXPIRES: Duration = Duration::from_secs(30);
+/// How often the server says that it still knows a pull.
+const HEARTBEAT: Duration = Duration::from_secs(3);
+/// As little as that is waited here rather than told to the server.
+const NEARLY: Duration = Duration::from_millis(100);
+
+pub(crate) struct Feed {
+    index: u32,
+    destination: Destination,
+    desk: Arc<Desk>,
+    owner: Option<Owner>,
+    link: watch::Receiver<link::State>,
+    epoch: u64,
+    is_degraded: bool,
+    subscriber: Subscriber,
+    inbox: Subject,
+    /// When the server was last heard of.
+    heard: Instant,
+    /// Messages up to here may have records that a restarted server's count does not show.
+    look_below: u64,
+    is_ready: bool,
+    is_resting: bool,
+}
+
+impl Feed {
+    pub(crate) async fn new(
+        index: u32,
+        destination: Destination,
+        desk: Arc<Desk>,
+        owner: Option<Owner>,
+    ) -> Result<Self> {
+        let link = desk.link.state.clone();
+        let epoch = link.borrow().epoch;
+        let (subscriber, inbox) = inbox(&desk).await?;
+        let (is_degraded, heard, look_below, is_ready, is_resting) = (false, Instant::now(), 0, false, false);
+        Ok(Self {
+            index,
+            destination,
+            desk,
+            owner,
+            link,
+            epoch,
+            is_degraded,
+            subscriber,
+            inbox,
+            heard,
+            look_below,
+            is_ready,
+            is_resting,
+        })
+    }
+
+    /// Works until the subscription closes or fails.
+    pub(crate) async fn run(mut self) {
+        let shared = Arc::clone(&self.desk.shared);
+        let mut closing = shared.closing.subscribe();
+        let mut look = Instant::now();
+        while closing.borrow().is_none() {
+            let room = shared.room.notified();
+            tokio::pin!(room);
+            // Registered before there is looked for room, so that no wake-up is missed.
+            room.as_mut().enable();
+            if let Err(error) = self.pull(&mut look).await {
+                shared.fail(error);
+                break;
+            }
+            let watchdog = self.heard + HEARTBEAT * 3;
+            let rest = shared.rests_at().filter(|_| !self.is_resting);
+            tokio::select! {
+                biased;
+                _ = closing.changed() => {}
+                message = self.subscriber.next() => {
+                    if let Some(message) = message {
+                        self.heard = Instant::now();
+                        if let Err(error) = self.receive(message).await {
+                            shared.fail(error);
+                            break;
+                        }
+                    } else if let Err(error) = self.renew_inbox().await {
+                        shared.fail(error);
+                        break;
+                    }
+                }
+                _ = self.link.changed() => self.on_link().await,
+                () = room => {}
+                () = tokio::time::sleep_until(rest.unwrap_or(watchdog)), if rest.is_some() => {}
+                () = tokio::time::sleep_until(look), if self.owner.is_some() => {}
+                () = tokio::time::sleep_until(watchdog) => self.on_silence().await,
+            }
+        }
+        let deadline = closing.borrow().unwrap_or_else(Instant::now);
+        self.close(deadline).await;
+        shared.working.send_modify(|working| *working -= 1);
+    }
+
+    /// Asks for as much as there is room for, once it is this member's turn.
+    async fn pull(&mut self, look: &mut Instant) -> Result<()> {
+        if !self.link.borrow().is_connected {
+            return Ok(());
+        }
+        if !self.is_ready {
+            match self.get_ready().await {
+                Ok(()) => self.is_ready = true,
+                Err(error) if error.kind() == ErrorKind::NotFound => return Err(error),
+                Err(error) => {
+                    tracing::debug!(%error, "not ready to pull");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    self.desk.shared.room.notify_waiters();
+                    return Ok(());
+                }
+            }
+        }
+        self.look_after_turn(look).await?;
+        let rests = self.desk.shared.is_resting();
+        if rests && !self.is_resting {
+            self.rest().await?;
+        }
+        self.is_resting = rests;
+        loop {
+            let batch = self.desk.shared.reserve(self.index);
+            if batch == 0 {
+                return Ok(());
+            }
+            let scope = &self.desk.scopes[self.index as usize];
+            let subject = format!("$JS.API.CONSUMER.MSG.NEXT.{}.{}", scope.stream, scope.consumer);
+            let body = if self.desk.scopes.len() > self.desk.shared.max_in_flight {
+                // More destinations than room: they take turns.
+                format!("{{\"batch\":{batch},\"expires\":250000000}}")
+            } else {
+                let (expires, heartbeat) = (EXPIRES.as_nanos(), HEARTBEAT.as_nanos());
+                format!("{{\"batch\":{batch},\"expires\":{expires},\"idle_heartbeat\":{heartbeat}}}")
+            };
+            self.heard = Instant::now();
+            let sent = self.desk.link.client.publish_with_reply(subject, self.inbox.clone(), body.into()).await;
+            sent.map_err(|error| Error::new(ErrorKind::Closed, "receive", error.to_string()))?;
+        }
+    }
+
+    /// After every (re)connect: which messages have records although the server's count may not show it.
+    async fn get_ready(&mut self) -> Result<()> {
+        let scope = &self.desk.scopes[self.index as usize];
+        let filter = format!("{}.f.>", scope.record);
+        let subjects = self.desk.topology.api.subjects("receive", &scope.records, &filter).await?;
+        let sequence = |subject: &String| subject.rsplit('.').next().and_then(|last| last.parse::<u64>().ok());
+        self.look_below = subjects.iter().filter_map(sequence).max().unwrap_or(0);
+        Ok(())
+    }
+
+    /// Nobody receives here at the moment: what was prefetched goes to others, and no more is asked for.
+    async fn rest(&mut self) -> Result<()> {
+        self.take_in().await;
+        self.renew_inbox().await?;
+        let entries = self.desk.shared.surrender(self.index, false);
+        let deadline = Instant::now() + self.desk.settle_timeout;
+        if let Err(error) = self.desk.give_back(self.index, entries, deadline).await {
+            // It comes back when its leases end.
+            tracing::debug!(%error, "not everything could be given back");
+        }
+        self.desk.shared.room.notify_waiters();
+        Ok(())
+    }
+
+    /// Ends the pulls, and takes in what the server has sent already.
+    async fn take_in(&mut self) {
+        self.take_in_messages().await;
+        // Asked about a consumer, the server forgets the pulls whose inbox is gone. Otherwise it takes the first message
+        // that is given back for one of them, finds nobody, and puts it behind the others (nats-server 2.15,
+        // `loopAndGatherMsgs`).
+        let _ = self.check_consumer().await;
+        let deadline = Instant::now() + Duration::from_secs(2);
+        while self.desk.shared.is_looking(self.index) && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    async fn take_in_messages(&mut self) {
+        if self.subscriber.drain().await.is_ok() {
+            let deadline = Instant::now() + Duration::from_secs(1);
+            while let Ok(Some(message)) = tokio::time::timeout_at(deadline, self.subscriber.next()).await {
+                if message.status.is_none() {
+                    let _ = self.receive(message).await;
+                }
+            }
+        }
+    }
+
+    async fn look_after_turn(&mut self, look: &mut Instant) -> Result<()> {
+        let Some(owner) = self.owner.as_mut().filter(|_| Instant::now() >= *look) else { return Ok(()) };
+        let shared = &self.desk.shared;
+        match owner.look().await {
+            Ok(Change::Gained) => shared.gain(self.index, self.destination.to_string(), owner.fence()),
+            Ok(Change::Renewed) => shared.keep_fence(self.index, owner.fence()),
+            Ok(Change::Lost) => {
+                shared.lose(self.index);
+                self.renew_inbox().await?;
+            }
+            Ok(Change::None) => {}
+            Err(error) if error.kind() == ErrorKind::NotFound => return Err(error),
+            // The fence stops deliveries in time, should it stay like this.
+            Err(error) => tracing::debug!(%error, "could not look after the claim"),
+        }
+        *look = Instant::now() + self.owner.as_ref().map_or(HEARTBEAT, Owner::next);
+        Ok(())
+    }
+
+    async fn receive(&mut self, message: Message) -> Result<()> {
+        if let Some(status) = message.status {
+            return self.on_status(status, &message).await;
+        }
+        let Some(ack) = message.reply.clone() else { return Ok(()) };
+        let Some((delivered, sequence, nanos)) = parse(&ack) else { return Ok(()) };
+        let scope = &self.desk.scopes[self.index as usize];
+        let time = Timestamp::from_millis(nanos / 1_000_000);
+        let stored = Stored { stream: &scope.stream, sequence, time };
+        let headers = message.headers.as_ref();
+        let redrives = headers
+            .and_then(|headers| headers.get(codec::REDRIVES))
+            .and_then(|value| value.as_str().parse().ok())
+            .unwrap_or(0);
+        let decoded = codec::decode(&self.destination, stored, headers, message.payload);
+        let must_look = sequence <= self.look_below;
+        let arrival =
+            Arrival { feed: self.index, sequence, ack: ack.clone(), message: decoded, delivered, redrives, must_look };
+        match self.desk.shared.arrive(arrival) {
+            Arrived::Done => {}
+            Arrived::Known(key, record, place) => {
+                tokio::spawn(apply(Arc::clone(&self.desk), self.index, key, Some((record, place)), ack));
+            }
+            Arrived::Look(key) => {
+                tokio::spawn(look_up(Arc::clone(&self.desk), self.index, key, ack));
+            }
+        }
+        Ok(())
+    }
+
+    async fn on_status(&mut self, status: StatusCode, message: &Message) -> Result<()> {
+        let shared = &self.desk.shared;
+        let left = |headers: Option<&HeaderMap>| {
+            headers.and_then(|headers| headers.get("Nats-Pending-Messages")).and_then(|left| left.as_str().parse().ok())
+        };
+        match status.as_u16() {
+            100 => {}
+            404 | 408 => shared.unasked(self.index, left(message.headers.as_ref())),
+            code => {
+                shared.unasked(self.index, left(message.headers.as_ref()));
+                let description = message.description.as_deref().unwrap_or_default();
+                tracing::debug!(code, description, "pull ended");
+                if code == 503 || description.contains("Deleted") {
+                    self.check_consumer().await?;
+                }
+                // Whatever it is (a leader that moves, a shutdown): not asked again at once.
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends the subscription when group or destination are gone, instead of waiting for ever (nats.rs #1584).
+    async fn check_consumer(&self) -> Result<()> {
+        let scope = &self.desk.scopes[self.index as usize];
+        match self.desk.topology.api.consumer("receive", &scope.stream, &scope.consumer).await {
+            Ok(None) => {
+                let text = "the group or its destination was deleted";
+                Err(Error::new(ErrorKind::NotFound, "receive", text).with("destination", &self.destination))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The server has forgotten a pull, or this side of the connection is dead.
+    async fn on_silence(&mut self) {
+        self.heard = Instant::now();
+        let is_waiting = self.desk.shared.lock().feeds[self.index as usize].asked > 0;
+        if !is_waiting || !self.link.borrow().is_connected {
+            return;
+        }
+        tracing::debug!(destination = %self.destination, "a pull was forgotten; asking anew");
+        if let Err(error) = self.check_consumer().await {
+            return self.desk.shared.fail(error);
+        }
+        self.desk.shared.unasked(self.index, None);
+    }
+
+    async fn on_link(&mut self) {
+        let state = *self.link.borrow_and_update();
+        if state.epoch != self.epoch {
+            self.epoch = state.epoch;
+            self.is_ready = false;
+            if !std::mem::replace(&mut self.is_degraded, true) {
+                let cause = "the connection is lost; it is made anew".to_owned();
+                self.desk.shared.tell(SubscriptionEvent::Degraded { cause });
+            }
+        }
+        if state.is_connected && self.is_degraded {
+            // A new inbox: a pull that the server still knows must not fill beside the new one.
+            if self.renew_inbox().await.is_ok() {
+                self.is_degraded = false;
+                self.desk.shared.tell(SubscriptionEvent::Recovered);
+            }
+        }
+    }
+
+    async fn renew_inbox(&mut self) -> Result<()> {
+        let (subscriber, inbox) = inbox(&self.desk).await?;
+        (self.subscriber, self.inbox) = (subscriber, inbox);
+        self.desk.shared.unasked(self.index, None);
+        Ok(())
+    }
+
+    /// Takes in what is still on its way, waits for settles, and gives the rest back at once.
+    async fn close(mut self, deadline: Instant) {
+        let shared = Arc::clone(&self.desk.shared);
+        let is_owner = shared.lock().feeds[self.index as usize].is_active;
+        let closing = async {
+            self.take_in().await;
+            loop {
+                let settled = shared.room.notified();
+                if !shared.is_settling(self.index) {
+                    break;
+                }
+                let _ = tokio::time::timeout(Duration::from_millis(20), settled).await;
+            }
+            let entries = shared.surrender(self.index, true);
+            if is_owner || self.owner.is_none() {
+                self.desk.give_back(self.index, entries, deadline).await?;
+            }
+            match &mut self.owner {
+                Some(owner) => owner.release().await,
+                None => Ok(()),
+            }
+        };
+        match tokio::time::timeout_at(deadline, closing).await {
+            Ok(Ok(())) => {}
+            // It comes back when its leases end.
+            Ok(Err(error)) => tracing::debug!(%error, "not everything could be given back"),
+            Err(_) => tracing::debug!("not everything could be given back in time"),
+        }
+    }
+}
+
+async fn inbox(desk: &Desk) -> Result<(Subscriber, Subject)> {
+    let inbox = Subject::from(desk.link.client.new_inbox());
+    let subscribed = desk.link.client.subscribe(inbox.clone()).await;
+    let subscriber = subscribed.map_err(|error| Error::new(ErrorKind::Closed, "receive", error.to_string()))?;
+    Ok((subscriber, inbox))
+}
+
+/// Deliveries, stream sequence and time out of an ack subject, of which there are two forms (nats-server ADR-15).
+fn parse(ack: &str) -> Option<(u32, u64, i64)> {
+    let tokens: Vec<&str> = ack.split('.').collect();
+    let first = match tokens.len() {
+        9 => 4,
+        11.. => 6,
+        _ => return None,
+    };
+    let number = |index: usize| tokens.get(index)?.parse::<u64>().ok();
+    let delivered = u32::try_from(number(first)?).unwrap_or(u32::MAX);
+    Some((delivered, number(first + 1)?, i64::try_from(number(first + 3)?).ok()?))
+}
+
+/// The stream sequence in an ack subject.
+pub(crate) fn sequence_of(ack: &str) -> Option<u64> {
+    parse(ack).map(|(_, sequence, _)| sequence)
+}
+
+/// Reads the record of a message that was delivered before.
+async fn look_up(desk: Arc<Desk>, feed: u32, key: Key, ack: Subject) {
+    loop {
+        let Some((sequence, _)) = desk.shared.place_of(key) else { return };
+        match desk.read_record(feed, sequence).await {
+            Ok(found) => return apply(desk, feed, key, found, ack).await,
+            Err(error) => {
+                // Handed out without it, its attempt would be wrong.
+                tracing::debug!(%error, "a record could not be read yet");
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+        }
+    }
+}
+
+/// Makes a message ready, or sends it back when it comes too early: a restarted server may have forgotten its delay.
+async fn apply(desk: Arc<Desk>, feed: u32, key: Key, found: Option<(Record, u64)>, ack: Subject) {
+    let Some((mut record, place)) = found else { return desk.shared.ready(key, Record::default(), None) };
+    let not_before = Timestamp::from_millis(record.not_before);
+    let early = not_before.since(Timestamp::now());
+    if early <= NEARLY {
+        if !early.is_zero() {
+            tokio::time::sleep(early).await;
+        }
+        return desk.shared.ready(key, record, Some(place));
+    }
+    let Some((sequence, delivered)) = desk.shared.place_of(key) else { return };
+    (record.spare, record.delivered) = (record.spare + 1, delivered);
+    let deadline = Instant::now() + desk.settle_timeout;
+    let written = desk.write(vec![desk.record_of(feed, sequence, &record)], deadline).await.pop();
+    if let Some(Ok(place)) = written {
+        desk.shared.leaving(key, (record, place));
+        let early = not_before.since(Timestamp::now());
+        let telling = Telling { feed, key: Some(key), ack, payload: nak(early) };
+        let _ = desk.tell(&[telling], deadline).await;
+    }
+    // Not told, it comes back when its lease ends, and is looked at again.
+    desk.shared.settled(key);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_forms_of_ack_subjects_are_read() {
+        let time = 1_700_000_000_000_000_000;
+        assert_eq!(parse("$JS.ACK.s.c.2.17.5.1700000000000000000.3"), Some((2, 17, time)));
+        assert_eq!(parse("$JS.ACK.domain.hash.s.c.2.17.5.1700000000000000000.3.random"), Some((2, 17, time)));
+        assert_eq!(parse("$JS.ACK.s.c.2"), None);
+        assert_eq!(parse("other"), None);
+    }
+}

@@ -1,0 +1,120 @@
+//! Logical names and JetStream's: stream and consumer names hold no white space, `.`, `*`, `>` or path separators and end
+//! at 255 bytes (nats-server `JSMaxNameLen`); subject tokens hold no white space, `.`, `*` or `>`.
+
+use std::fmt::Write;
+
+use anybroker_core::{Destination, Group};
+
+/// What a name may be long before it is hashed: two of them and their prefix stay below 255.
+const LONGEST: usize = 96;
+/// What is kept readable of a longer one.
+const READABLE: usize = 60;
+
+/// The names of one connection, all under its prefix.
+#[derive(Debug, Clone)]
+pub(crate) struct Names {
+    prefix: String,
+}
+
+impl Names {
+    pub(crate) fn new(prefix: &str) -> Self {
+        Self { prefix: prefix.to_owned() }
+    }
+
+    /// The stream of a destination.
+    pub(crate) fn stream(&self, destination: &Destination) -> String {
+        format!("{}-{}", self.prefix, token(destination))
+    }
+
+    /// The subject that messages of a destination are published to.
+    pub(crate) fn subject(&self, destination: &Destination) -> String {
+        format!("{}.d.{}.m", self.prefix, token(destination))
+    }
+
+    /// The subject that brings messages back to one group of the destination, and to no other.
+    pub(crate) fn back(&self, destination: &Destination, group: &Group) -> String {
+        format!("{}.d.{}.b.{}", self.prefix, token(destination), token(group))
+    }
+
+    /// The subjects of a destination's stream.
+    pub(crate) fn subjects(&self, destination: &Destination) -> String {
+        format!("{}.d.{}.>", self.prefix, token(destination))
+    }
+
+    /// The durable consumer of a group.
+    pub(crate) fn consumer(group: &Group) -> String {
+        token(group)
+    }
+
+    /// The stream of a group's own records: dead letters, failures, who works in order. `=g=` comes out of no name.
+    pub(crate) fn records(&self, destination: &Destination, group: &Group) -> String {
+        format!("{}-{}=g={}", self.prefix, token(destination), token(group))
+    }
+
+    /// What the subjects of a group's records begin with.
+    pub(crate) fn record(&self, destination: &Destination, group: &Group) -> String {
+        format!("{}.g.{}.{}", self.prefix, token(destination), token(group))
+    }
+
+    /// The subjects of the records of all groups of a destination.
+    pub(crate) fn all_records(&self, destination: &Destination) -> String {
+        format!("{}.g.{}.>", self.prefix, token(destination))
+    }
+}
+
+/// Injective: letters, digits, `-` and `_` stay, every other byte is `=` and two hexadecimal digits.
+fn token(name: &str) -> String {
+    let mut text = String::with_capacity(name.len() + 8);
+    for byte in name.bytes() {
+        if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_') {
+            text.push(char::from(byte));
+        } else {
+            write!(text, "={byte:02x}").expect("writing to a string cannot fail");
+        }
+    }
+    if text.len() > LONGEST {
+        // `h` is no hexadecimal digit: no escaped name looks like this. Everything in it is ASCII.
+        text = format!("{}=h{:032x}", &text[..READABLE], fnv1a(name.as_bytes()));
+    }
+    text
+}
+
+/// FNV-1a of 128 bits: not against an adversary, but far beyond chance for names.
+fn fnv1a(bytes: &[u8]) -> u128 {
+    bytes.iter().fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d, |hash: u128, byte| {
+        (hash ^ u128::from(*byte)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn names_stay_apart_and_legal() {
+        let long = "x".repeat(300);
+        let names =
+            ["orders", "orders.a", "orders=2ea", "orders-a", "orders_a", "Orders", ".", "*", ">", "a b", "ключ", "a/b"]
+                .into_iter()
+                .map(str::to_owned)
+                .chain([long.clone(), format!("{long}y")]);
+        let all = Names::new("anybroker");
+        let mut streams = HashSet::new();
+        for name in names {
+            let stream = all.stream(&name.as_str().into());
+            assert!(stream.len() < 255 && !stream.contains(['.', '*', '>', ' ', '/', '\\']), "{stream}");
+            assert!(streams.insert(stream), "{name}");
+        }
+    }
+
+    #[test]
+    fn the_records_of_two_groups_lie_apart() {
+        let all = Names::new("anybroker");
+        let pairs = [("a", "b"), ("a=g=b", "c"), ("a", "b=g=c"), ("a-b", "c"), ("a", "b-c")];
+        let streams: HashSet<String> = pairs.iter().map(|(d, g)| all.records(&(*d).into(), &(*g).into())).collect();
+        assert_eq!(streams.len(), pairs.len());
+        assert!(pairs.iter().all(|(d, _)| !streams.contains(&all.stream(&(*d).into()))));
+    }
+}

@@ -1,0 +1,201 @@
+//! Settling: acks and nacks are told to the server and confirmed by it; what is to be remembered is stored first.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anybroker_core::{
+    AckLevel, Delivery, Error, ErrorKind, Lane, Nack, Result, SettleError, SettleOutcome, Settlement, Settler,
+    Settling, Timestamp, Token, Verdict,
+};
+use async_trait::async_trait;
+use tokio::runtime::Handle;
+use tokio::time::Instant;
+
+use crate::dead_letter;
+use crate::desk::{ACK, Desk, Telling, Writing, nak};
+use crate::record::Record;
+use crate::state::Taken;
+
+pub(crate) struct NatsSettler {
+    pub(crate) desk: Arc<Desk>,
+    pub(crate) runtime: Handle,
+}
+
+/// A delivery on its way to be settled.
+struct Job {
+    index: usize,
+    delivery: Delivery,
+    taken: Taken,
+    then: Then,
+}
+
+enum Then {
+    Ack,
+    /// Its record, and until when it waits.
+    Nack(Record, Duration),
+    Letter(Box<Verdict>),
+}
+
+#[async_trait]
+impl Settler for NatsSettler {
+    fn settle(&self, batch: Vec<(Delivery, Settlement)>) -> Settling {
+        let mut outcomes: Vec<Option<SettleOutcome>> = Vec::with_capacity(batch.len());
+        let (mut acks, mut stored_first) = (Vec::new(), Vec::new());
+        for (index, (delivery, settlement)) in batch.into_iter().enumerate() {
+            let (token, lane) = (delivery.token().clone(), delivery.lane());
+            if matches!(settlement, Settlement::Release) {
+                let is_given_back = self.desk.shared.give_back(&token, lane, false);
+                outcomes.push(Some(if is_given_back { Ok(AckLevel::Recorded) } else { Err(stale(delivery)) }));
+                continue;
+            }
+            let Some(taken) = self.desk.shared.begin(&token, lane) else {
+                outcomes.push(Some(Err(stale(delivery))));
+                continue;
+            };
+            outcomes.push(None);
+            match settlement {
+                Settlement::Nack(nack) => {
+                    let (record, delay) = failed(&taken, &nack);
+                    stored_first.push(Job { index, delivery, taken, then: Then::Nack(record, delay) });
+                }
+                Settlement::DeadLetter(verdict) => {
+                    stored_first.push(Job { index, delivery, taken, then: Then::Letter(verdict) });
+                }
+                Settlement::Ack | Settlement::Release => {
+                    acks.push(Job { index, delivery, taken, then: Then::Ack });
+                }
+            }
+        }
+        if acks.is_empty() && stored_first.is_empty() {
+            return Settling::ready(outcomes.into_iter().flatten().collect());
+        }
+        let desk = Arc::clone(&self.desk);
+        let deadline = Instant::now() + desk.settle_timeout;
+        let work = self.runtime.spawn(async move {
+            let (acked, stored) = tokio::join!(tell(&desk, acks, deadline), store(&desk, stored_first, deadline));
+            for (index, outcome) in acked.into_iter().chain(stored) {
+                outcomes[index] = Some(outcome);
+            }
+            outcomes.into_iter().flatten().collect()
+        });
+        Settling::waiting(async move { work.await.expect("settling cannot panic, and nobody aborts it") })
+    }
+
+    async fn extend(&self, deliveries: &[&Delivery], lease: Duration) -> Vec<Result<()>> {
+        let extend = |delivery: &&Delivery| match self.desk.shared.extend(delivery.token(), delivery.lane(), lease) {
+            true => Ok(()),
+            false => Err(Error::new(ErrorKind::StaleDelivery, "extend", "its lease or assignment has ended")
+                .with("id", delivery.message().id())),
+        };
+        deliveries.iter().map(extend).collect()
+    }
+
+    fn abandoned(&self, token: &Token, lane: Lane) {
+        self.desk.shared.give_back(token, lane, true);
+    }
+}
+
+fn failed(taken: &Taken, nack: &Nack) -> (Record, Duration) {
+    let now = Timestamp::now();
+    let record = Record {
+        failures: taken.record.failures + 1,
+        spare: taken.record.spare,
+        delivered: taken.delivered,
+        not_before: if nack.delay.is_zero() { 0 } else { now.after(nack.delay).as_millis() },
+        first: taken.first_at.map_or(0, Timestamp::as_millis),
+    };
+    (record, nack.delay)
+}
+
+/// Stores records and dead letters; those that are stored are then told to the server.
+async fn store(desk: &Arc<Desk>, jobs: Vec<Job>, deadline: Instant) -> Vec<(usize, SettleOutcome)> {
+    if jobs.is_empty() {
+        return Vec::new();
+    }
+    let writings: Vec<Writing> = jobs
+        .iter()
+        .map(|job| match &job.then {
+            Then::Nack(record, _) => desk.record_of(job.taken.feed, job.taken.sequence, record),
+            Then::Letter(verdict) => {
+                let subject = desk.scopes[job.taken.feed as usize].letter(job.taken.sequence);
+                let headers = dead_letter::encode(&job.delivery, verdict, &job.taken);
+                let payload = job.delivery.message().payload().cloned().unwrap_or_default();
+                Writing { subject, headers, payload }
+            }
+            Then::Ack => unreachable!("acks store nothing"),
+        })
+        .collect();
+    let (mut outcomes, mut stored) = (Vec::new(), Vec::with_capacity(jobs.len()));
+    for (mut job, written) in jobs.into_iter().zip(desk.write(writings, deadline).await) {
+        match written {
+            Ok(place) => {
+                if let Then::Nack(record, _) = job.then {
+                    job.taken.record_at = Some(place);
+                    desk.shared.leaving(job.taken.key, (record, place));
+                }
+                stored.push(job);
+            }
+            Err(error) => {
+                desk.shared.unsettled(job.taken.key);
+                outcomes.push((job.index, Err(SettleError::new(job.delivery, not_stored(&error, &job.then)))));
+            }
+        }
+    }
+    outcomes.extend(tell(desk, stored, deadline).await);
+    outcomes
+}
+
+/// Tells the server what became of deliveries, and waits for its confirmations.
+async fn tell(desk: &Arc<Desk>, jobs: Vec<Job>, deadline: Instant) -> Vec<(usize, SettleOutcome)> {
+    if jobs.is_empty() {
+        return Vec::new();
+    }
+    let (mut outcomes, mut here, mut tellings) = (Vec::new(), Vec::new(), Vec::new());
+    for job in jobs {
+        let payload = match &job.then {
+            Then::Nack(_, delay) => nak(*delay),
+            _ => ACK,
+        };
+        match desk.shared.ack_subject(job.taken.key) {
+            Some(ack) => {
+                tellings.push(Telling { feed: job.taken.feed, key: Some(job.taken.key), ack, payload });
+                here.push(job);
+            }
+            // Its lane was lost while it was settled.
+            None => outcomes.push((job.index, Err(stale(job.delivery)))),
+        }
+    }
+    for (job, told) in here.into_iter().zip(desk.tell(&tellings, deadline).await) {
+        let outcome = match told {
+            Ok(()) => {
+                if let (Then::Ack | Then::Letter(_), Some(place)) = (&job.then, job.taken.record_at) {
+                    desk.forget_record(job.taken.feed, place).await;
+                }
+                desk.shared.settled(job.taken.key);
+                Ok(AckLevel::Confirmed)
+            }
+            Err(error) => {
+                desk.shared.unsettled(job.taken.key);
+                let error = error.with("group", job.delivery.group()).with("id", job.delivery.message().id());
+                Err(SettleError::new(job.delivery, error))
+            }
+        };
+        outcomes.push((job.index, outcome));
+    }
+    outcomes
+}
+
+fn stale(delivery: Delivery) -> SettleError {
+    let text = "its lease or assignment has ended; the message comes back, here or at another member";
+    let error = Error::new(ErrorKind::StaleDelivery, "settle", text)
+        .with("group", delivery.group())
+        .with("id", delivery.message().id());
+    SettleError::new(delivery, error)
+}
+
+fn not_stored(error: &Error, then: &Then) -> Error {
+    let what = if matches!(then, Then::Letter(_)) { "dead letter" } else { "failure" };
+    Error::new(error.kind(), "settle", format!("the {what} could not be stored: {}", error.message()))
+        .with_effect(error.effect())
+        .with_retry(error.retry())
+}

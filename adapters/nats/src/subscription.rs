@@ -1,0 +1,194 @@
+//! The receiving side: one member of a group, fed by one task for each destination.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anybroker_core::{
+    DeliveryContext, Error, ErrorKind, Order, Received, Result, SubscribeSpec, Subscription, TopologyMode,
+};
+use async_nats::Subject;
+use async_trait::async_trait;
+use bytes::Bytes;
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use crate::config::Settings;
+use crate::desk::{Desk, Scope};
+use crate::feed::Feed;
+use crate::link::Link;
+use crate::names::Names;
+use crate::owner::Owner;
+use crate::settle::NatsSettler;
+use crate::state::{FeedState, Shared};
+use crate::topology::Topology;
+
+/// How long a subscription that is dropped takes to give back what it holds.
+const DROPPED: Duration = Duration::from_secs(10);
+
+pub(crate) struct NatsSubscription {
+    shared: Arc<Shared>,
+    context: Arc<DeliveryContext>,
+    keeper: JoinHandle<()>,
+}
+
+impl NatsSubscription {
+    pub(crate) async fn open(
+        spec: &SubscribeSpec,
+        settings: &Settings,
+        topology: &Arc<Topology>,
+        link: &Arc<Link>,
+    ) -> Result<Self> {
+        let keeps_order = spec.order != Order::None;
+        // The server waits a little longer than the lease: most deliveries are handed out within that time, and need not
+        // be renewed for it.
+        let ack_wait = spec.lease + (spec.lease / 4).max(Duration::from_millis(500));
+        let (mut scopes, mut feeds) = (Vec::new(), Vec::new());
+        for destination in &spec.destinations {
+            let group = &spec.group;
+            let ack_wait = match spec.topology {
+                TopologyMode::Declare => {
+                    let ensured = topology.ensure_group(destination, group, spec.start, ack_wait, "subscribe").await?;
+                    ensured.1.ack_wait()
+                }
+                TopologyMode::Verify => {
+                    topology.expect(destination, "subscribe").await?;
+                    topology.expect_group(destination, group, "subscribe").await?.ack_wait()
+                }
+                TopologyMode::Leave => ack_wait,
+            };
+            let names = &topology.names;
+            scopes.push(Scope {
+                stream: names.stream(destination),
+                consumer: Names::consumer(group),
+                records: names.records(destination, group),
+                record: names.record(destination, group),
+            });
+            feeds.push(FeedState::new(destination.clone(), group.clone(), keeps_order, ack_wait));
+        }
+        let waits: Vec<Duration> = feeds.iter().map(|feed| feed.ack_wait).collect();
+        let (shared, renewed) = Shared::new(spec.lease, spec.max_in_flight, feeds);
+        let shared = Arc::new(shared);
+        let desk = Arc::new(Desk {
+            link: Arc::clone(link),
+            topology: Arc::clone(topology),
+            shared: Arc::clone(&shared),
+            scopes,
+            settle_timeout: settings.settle_timeout,
+        });
+        let settler = NatsSettler { desk: Arc::clone(&desk), runtime: Handle::current() };
+        let context = DeliveryContext::new(spec.group.clone(), spec.max_attempts, Arc::new(settler));
+        let mut working = Vec::new();
+        for (index, destination) in (0..).zip(&spec.destinations) {
+            let scope = &desk.scopes[index as usize];
+            let owner = keeps_order.then(|| {
+                let record = (scope.records.clone(), format!("{}.o", scope.record));
+                let comes_back = waits[index as usize] + Duration::from_secs(1);
+                Owner::new(Arc::clone(link), Arc::clone(topology), record, settings.member_timeout, comes_back)
+            });
+            working.push(Feed::new(index, destination.clone(), Arc::clone(&desk), owner).await?);
+        }
+        for feed in working {
+            tokio::spawn(feed.run());
+        }
+        let keeper = tokio::spawn(keep(Arc::clone(&shared), Arc::clone(link), renewed));
+        Ok(Self { shared, context, keeper })
+    }
+
+    /// For closing the connection, and for lag.
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+}
+
+/// Renews leases until the subscription is gone.
+async fn keep(shared: Arc<Shared>, link: Arc<Link>, mut renewed: mpsc::UnboundedReceiver<Subject>) {
+    let mut next = Instant::now();
+    loop {
+        tokio::select! {
+            ack = renewed.recv() => {
+                let Some(ack) = ack else { return };
+                // In progress. Not confirmed: one that is lost brings the message back, and its settle is told so.
+                let _ = link.client.publish(ack, Bytes::from_static(b"+WPI")).await;
+            }
+            () = tokio::time::sleep_until(next) => next = Instant::now() + shared.keep_leases(),
+        }
+    }
+}
+
+/// As long as it lives, somebody waits for messages.
+struct Receiving<'a>(&'a Shared);
+
+impl<'a> Receiving<'a> {
+    fn new(shared: &'a Shared) -> Self {
+        shared.receiving(true);
+        Self(shared)
+    }
+}
+
+impl Drop for Receiving<'_> {
+    fn drop(&mut self) {
+        self.0.receiving(false);
+    }
+}
+
+#[async_trait]
+impl Subscription for NatsSubscription {
+    fn context(&self) -> &Arc<DeliveryContext> {
+        &self.context
+    }
+
+    async fn receive(&mut self, max: usize, wait: Duration) -> Result<Received> {
+        let deadline = Instant::now() + wait;
+        let _receiving = Receiving::new(&self.shared);
+        loop {
+            if self.shared.lock().is_closing {
+                return Err(Error::closed("receive"));
+            }
+            let arrived = self.shared.arrived.notified();
+            if let Some(received) = self.shared.take(max, &self.context)? {
+                return Ok(received);
+            }
+            if tokio::time::timeout_at(deadline, arrived).await.is_err() {
+                return Ok(Received::default());
+            }
+        }
+    }
+
+    async fn pause(&mut self, paused: bool) -> Result<()> {
+        self.shared.lock().is_paused = paused;
+        self.shared.room.notify_waiters();
+        self.shared.arrived.notify_one();
+        Ok(())
+    }
+
+    async fn close(self: Box<Self>, grace: Duration) -> Result<()> {
+        let deadline = Instant::now() + grace;
+        // From here on settles are stale; those that were handed over are waited for.
+        self.context.close();
+        self.shared.close(deadline);
+        if self.shared.ended(deadline + Duration::from_millis(100)).await {
+            return Ok(());
+        }
+        let text = format!("not everything was given back within {grace:?}; it comes back when its lease ends");
+        Err(Error::new(ErrorKind::Timeout, "close", text))
+    }
+}
+
+impl Drop for NatsSubscription {
+    fn drop(&mut self) {
+        self.context.close();
+        self.shared.close(Instant::now() + DROPPED);
+        // Its leases are kept until everything is given back.
+        let (shared, keeper) = (Arc::clone(&self.shared), self.keeper.abort_handle());
+        if let Ok(runtime) = Handle::try_current() {
+            runtime.spawn(async move {
+                shared.ended(Instant::now() + DROPPED).await;
+                keeper.abort();
+            });
+        } else {
+            keeper.abort();
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! What is this adapter's own, on a running server.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::time::Duration;
+
+use anybroker_core::{
+    AckLevel, Effect, ErrorKind, Group, Message, Order, PublishOptions, Reason, Timestamp, TopologySpec, Verdict, ack,
+};
+use common::{LONG, connect, nothing, number, numbered, publish, receive, try_connect, unique, url};
+use tokio::time::Instant;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_shape_of_message_comes_back_byte_for_byte() {
+    let Some(url) = url() else { return };
+    let bus = connect(&url, "").await;
+    let destination = unique("shapes");
+    let name = destination.as_str();
+    let mut subscriber = bus.subscribe(bus.subscription(name, "g")).await.unwrap();
+    let all_bytes: Vec<u8> = (0..=255).collect();
+    let messages = vec![
+        Message::new(name, all_bytes.clone()).with_key(all_bytes.clone()).with_id("not a uuid ✓"),
+        Message::new(name, ""),
+        Message::tombstone(name, "k"),
+        Message::new(name, "headers").with_header("b", "1").with_header("a", all_bytes).with_header("b", ""),
+        Message::new(name, "native").with_header("b", "1").with_header("a", "2").with_header("b", "3"),
+        Message::new(name, "forged").with_header("Nats-Rollup", "all").with_header("Nats-TTL", "1s"),
+        Message::new(name, "both").with_content_type("text/plain").with_header("content-type", "the user's own"),
+        Message::new(name, "before").with_timestamp(Timestamp::from_millis(-5)),
+    ];
+    publish(&bus, messages.clone()).await;
+    let deliveries = receive(&mut subscriber, messages.len()).await;
+    for (delivery, sent) in deliveries.iter().zip(&messages) {
+        assert_eq!(delivery.message(), sent);
+        assert_eq!((delivery.attempt(), delivery.facts().deliveries), (1, Some(1)));
+    }
+    ack(deliveries).await.into_iter().for_each(|outcome| assert_eq!(outcome.unwrap(), AckLevel::Confirmed));
+    subscriber.close(LONG).await.unwrap();
+    bus.delete(name, None).await.unwrap();
+    bus.close(LONG).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redrive_and_its_death_leave_one_letter_each_time_whatever_the_server_dedups() {
+    let Some(url) = url() else { return };
+    let bus = connect(&url, "").await;
+    let name = unique("letters");
+    let mut subscriber = bus.subscribe(bus.subscription(name.as_str(), "g")).await.unwrap();
+    let mut other = bus.subscribe(bus.subscription(name.as_str(), "other")).await.unwrap();
+    publish(&bus, numbered(&name, 0..1)).await;
+    receive(&mut other, 1).await.remove(0).ack().await.unwrap();
+    let letters = bus.dead_letters(name.as_str(), "g").unwrap();
+    for redrives in 0..3 {
+        let delivery = receive(&mut subscriber, 1).await.remove(0);
+        let verdict = Verdict::new(Reason::Rejected).with_error_type("X").with_detail("line\r\nbreak ".repeat(1_000));
+        delivery.dead_letter(verdict).await.unwrap();
+        let found = letters.page(None, 10).await.unwrap().letters;
+        assert_eq!(found.len(), 1);
+        assert_eq!((found[0].redrives, found[0].attempts, &found[0].reason), (redrives, 1, &Reason::Rejected));
+        assert!(found[0].detail.as_deref().unwrap().starts_with("line\r\nbreak line"));
+        if redrives < 2 {
+            assert_eq!(letters.redrive(&Default::default()).await.unwrap().moved, 1);
+        }
+    }
+    nothing(&mut other).await;
+    subscriber.close(LONG).await.unwrap();
+    other.close(LONG).await.unwrap();
+    bus.delete(name.as_str(), None).await.unwrap();
+    bus.close(LONG).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn prefetched_messages_that_are_given_back_again_and_again_are_not_taken_for_crashes() {
+    let Some(url) = url() else { return };
+    let bus = connect(&url, "").await;
+    let name = unique("spare");
+    let spec = bus.subscription(name.as_str(), "g").with_crash_limit(3);
+    publish(&bus, numbered(&name, 0..20)).await;
+    for _ in 0..6 {
+        let mut subscriber = bus.subscribe(spec.clone()).await.unwrap();
+        // One is taken, nineteen are prefetched; the close gives all of them back.
+        let first = receive(&mut subscriber, 1).await;
+        first.into_iter().next().unwrap().release().await.unwrap();
+        subscriber.close(LONG).await.unwrap();
+    }
+    let mut subscriber = bus.subscribe(spec).await.unwrap();
+    let deliveries = receive(&mut subscriber, 20).await;
+    assert!(deliveries.iter().all(|delivery| delivery.attempt() == 1));
+    for outcome in ack(deliveries).await {
+        outcome.unwrap();
+    }
+    assert!(bus.dead_letters(name.as_str(), "g").unwrap().page(None, 10).await.unwrap().letters.is_empty());
+    subscriber.close(LONG).await.unwrap();
+    bus.delete(name.as_str(), None).await.unwrap();
+    bus.close(LONG).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_does_not_receive_leaves_its_prefetched_messages_to_others() {
+    let Some(url) = url() else { return };
+    let bus = connect(&url, "").await;
+    let name = unique("idle");
+    let spec = bus.subscription(name.as_str(), "g").with_lease(Duration::from_secs(2));
+    let idle = bus.subscribe(spec.clone()).await.unwrap();
+    publish(&bus, numbered(&name, 0..50)).await;
+    let mut busy = bus.subscribe(spec).await.unwrap();
+    let deliveries = receive(&mut busy, 50).await;
+    assert!(deliveries.iter().all(|delivery| delivery.attempt() == 1));
+    for outcome in ack(deliveries).await {
+        outcome.unwrap();
+    }
+    idle.close(LONG).await.unwrap();
+    busy.close(LONG).await.unwrap();
+    bus.delete(name.as_str(), None).await.unwrap();
+    bus.close(LONG).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_close_hands_the_order_over_at_once() {
+    let Some(url) = url() else { return };
+    let bus = connect(&url, "").await;
+    let name = unique("handover");
+    let spec = bus.subscription(name.as_str(), "g").with_order(Order::Key).with_lease(Duration::from_secs(60));
+    let mut first = bus.subscribe(spec.clone()).await.unwrap();
+    publish(&bus, numbered(&name, 0..10)).await;
+    let held = receive(&mut first, 4).await;
+    let mut second = bus.subscribe(spec).await.unwrap();
+    nothing(&mut second).await;
+    let begun = Instant::now();
+    first.close(LONG).await.unwrap();
+    let came = receive(&mut second, 10).await;
+    assert_eq!(came.iter().map(number).collect::<Vec<_>>(), (0..10).collect::<Vec<_>>());
+    assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
+    drop(held);
+    for outcome in ack(came).await {
+        outcome.unwrap();
+    }
+    second.close(LONG).await.unwrap();
+    bus.delete(name.as_str(), None).await.unwrap();
+    bus.close(LONG).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_group_that_is_deleted_ends_its_subscriptions_and_a_deleted_destination_refuses_or_is_made_again() {
+    let Some(url) = url() else { return };
+    let (bus, strict) = (connect(&url, "").await, connect(&url, "create_destinations=false").await);
+    let name = unique("deleted");
+    let mut subscriber = bus.subscribe(bus.subscription(name.as_str(), "g")).await.unwrap();
+    publish(&strict, numbered(&name, 0..1)).await;
+    bus.delete(name.as_str(), Some(&Group::from("g"))).await.unwrap();
+    let error = loop {
+        match subscriber.receive(10, LONG).await {
+            Ok(_) => {}
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+    bus.delete(name.as_str(), None).await.unwrap();
+    let error = strict.send(Message::new(name.as_str(), "x")).await.unwrap_err();
+    assert_eq!((error.kind(), error.effect()), (ErrorKind::NotFound, Effect::NotDone));
+    bus.declare(&TopologySpec::destination(name.as_str())).await.unwrap();
+    strict.send(Message::new(name.as_str(), "x")).await.unwrap();
+    bus.delete(name.as_str(), None).await.unwrap();
+    bus.close(LONG).await.unwrap();
+    strict.close(LONG).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_batches_are_on_their_way_and_dropped_answers_lose_nothing() {
+    let Some(url) = url() else { return };
+    let bus = connect(&url, "").await;
+    let name = unique("pipelined");
+    let mut subscriber = bus.subscribe(bus.subscription(name.as_str(), "g")).await.unwrap();
+    let mut waiting = Vec::new();
+    for batch in 0..100 {
+        let confirms = bus.submit(numbered(&name, batch * 100..batch * 100 + 100), &PublishOptions::default()).await;
+        if batch % 2 == 0 {
+            waiting.push(confirms);
+        } else {
+            drop(confirms);
+        }
+    }
+    for confirms in waiting {
+        confirms.await.into_iter().for_each(|outcome| assert!(outcome.is_ok(), "{outcome:?}"));
+    }
+    let mut came = Vec::new();
+    while came.len() < 10_000 {
+        let batch = subscriber.receive(1_000, LONG).await.unwrap();
+        assert!(!batch.is_empty(), "{} of 10,000 came", came.len());
+        came.extend(batch.iter().map(number));
+        for outcome in ack(batch).await {
+            outcome.unwrap();
+        }
+    }
+    assert_eq!(came, (0..10_000).collect::<Vec<_>>());
+    subscriber.close(LONG).await.unwrap();
+    bus.delete(name.as_str(), None).await.unwrap();
+    bus.close(LONG).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_is_not_there_is_an_error_within_the_connect_timeout() {
+    let begun = Instant::now();
+    let error = try_connect("nats://127.0.0.1:9", "connect_timeout=2s").await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unavailable);
+    assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+    let error = try_connect("nats://u:MARKER@127.0.0.1:9", "token=MARKER").await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConfigInvalid);
+    assert!(!format!("{error} {error:?}").contains("MARKER"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_batch_larger_than_what_may_be_on_its_way_is_stored_whole() {
+    let Some(url) = url() else { return };
+    let bus = connect(&url, "").await;
+    let name = unique("large");
+    publish(&bus, numbered(&name, 0..40_000)).await;
+    assert_eq!(bus.describe(name.as_str()).await.unwrap().messages, Some(40_000));
+    bus.delete(name.as_str(), None).await.unwrap();
+    bus.close(LONG).await.unwrap();
+}

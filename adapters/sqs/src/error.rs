@@ -1,0 +1,98 @@
+//! What SQS's answers mean in the terms of the contract.
+
+use std::error::Error as StdError;
+
+use anybroker_core::{Effect, Error, ErrorKind};
+use aws_sdk_sqs::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
+use aws_sdk_sqs::types::BatchResultErrorEntry;
+
+/// The error of a request. The effect is *unknown* unless the request certainly did nothing.
+pub(crate) fn failed<E, R>(operation: &'static str, error: &SdkError<E, R>) -> Error
+where
+    E: StdError + ProvideErrorMetadata + Send + Sync + 'static,
+    R: std::fmt::Debug + Send + Sync + 'static,
+{
+    let (kind, effect) = match error {
+        SdkError::ConstructionFailure(_) => (ErrorKind::ConfigInvalid, Effect::NotDone),
+        SdkError::TimeoutError(_) => (ErrorKind::Timeout, Effect::Unknown),
+        SdkError::DispatchFailure(failure) => {
+            if is_refused(failure.as_connector_error().map(|error| error as _)) {
+                (ErrorKind::Unavailable, Effect::NotDone)
+            } else if failure.is_other() && is_missing_credentials(error) {
+                (ErrorKind::Unauthenticated, Effect::NotDone)
+            } else {
+                (ErrorKind::Unavailable, Effect::Unknown)
+            }
+        }
+        SdkError::ServiceError(service) => {
+            let kind = kind(service.err().code().unwrap_or_default());
+            let is_certain = !matches!(kind, ErrorKind::Unavailable | ErrorKind::Timeout | ErrorKind::Unexpected);
+            (kind, if is_certain { Effect::NotDone } else { Effect::Unknown })
+        }
+        _ => (ErrorKind::Unavailable, Effect::Unknown),
+    };
+    let text = match error {
+        SdkError::ServiceError(service) => {
+            let (code, message) = (service.err().code().unwrap_or("no code"), service.err().message());
+            format!("{code}: {}", message.unwrap_or("no message"))
+        }
+        _ => DisplayErrorContext(error).to_string(),
+    };
+    Error::new(kind, operation, text).with_effect(effect)
+}
+
+/// One entry of a batch that was refused while the request as a whole was answered with success.
+pub(crate) fn failed_entry(operation: &'static str, entry: &BatchResultErrorEntry) -> Error {
+    let kind = match kind(entry.code()) {
+        ErrorKind::Unexpected if entry.sender_fault() => ErrorKind::InvalidMessage,
+        ErrorKind::Unexpected => ErrorKind::Unavailable,
+        kind => kind,
+    };
+    let text = format!("{}: {}", entry.code(), entry.message().unwrap_or("no message"));
+    Error::new(kind, operation, text).with_effect(Effect::NotDone)
+}
+
+/// An entry that the answer does not mention.
+pub(crate) fn unmentioned(operation: &'static str) -> Error {
+    Error::new(ErrorKind::Unexpected, operation, "the answer says nothing of this entry")
+}
+
+fn kind(code: &str) -> ErrorKind {
+    let code = code.rsplit(['.', '#']).next().unwrap_or(code);
+    match code {
+        "NonExistentQueue" | "QueueDoesNotExist" => ErrorKind::NotFound,
+        "QueueNameExists" => ErrorKind::AlreadyExists,
+        "AccessDenied" | "AccessDeniedException" | "KmsAccessDenied" | "OptInRequired" => ErrorKind::PermissionDenied,
+        "InvalidClientTokenId"
+        | "SignatureDoesNotMatch"
+        | "UnrecognizedClientException"
+        | "MissingAuthenticationToken"
+        | "ExpiredToken"
+        | "ExpiredTokenException"
+        | "IncompleteSignature"
+        | "InvalidSecurity" => ErrorKind::Unauthenticated,
+        "ReceiptHandleIsInvalid" | "MessageNotInflight" => ErrorKind::StaleDelivery,
+        "BatchRequestTooLong" | "MessageTooLong" => ErrorKind::TooLarge,
+        "InvalidMessageContents" | "InvalidAttributeValue" => ErrorKind::InvalidMessage,
+        "RequestThrottled" | "Throttling" | "ThrottlingException" | "OverLimit" | "TooManyRequestsException" => {
+            ErrorKind::RateLimited
+        }
+        "QueueDeletedRecently" | "ServiceUnavailable" | "InternalError" | "InternalFailure" | "InternalServerError" => {
+            ErrorKind::Unavailable
+        }
+        _ => ErrorKind::Unexpected,
+    }
+}
+
+/// Whether nobody listened: then nothing was sent.
+fn is_refused(error: Option<&(dyn StdError + 'static)>) -> bool {
+    std::iter::successors(error, |error| StdError::source(*error)).any(|error| {
+        error
+            .downcast_ref::<std::io::Error>()
+            .is_some_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
+    })
+}
+
+fn is_missing_credentials<E: StdError + 'static, R: std::fmt::Debug + 'static>(error: &SdkError<E, R>) -> bool {
+    DisplayErrorContext(error).to_string().contains("credentials")
+}

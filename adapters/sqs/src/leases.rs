@@ -1,0 +1,87 @@
+//! What a member holds: receipt handles with their leases, and what it gave back without a failure.
+
+use std::collections::{HashMap, VecDeque};
+
+use anybroker_core::Bytes;
+use tokio::time::Instant;
+
+/// How many messages' uncounted hand-overs are remembered.
+const REMEMBERED: usize = 10_000;
+
+/// A message that is out.
+#[derive(Debug, Clone)]
+pub(crate) struct Lease {
+    pub(crate) until: Instant,
+    /// SQS's own id of the message.
+    pub(crate) message_id: String,
+}
+
+/// The messages that are out.
+#[derive(Default)]
+pub(crate) struct Leases {
+    out: HashMap<Bytes, Lease>,
+}
+
+impl Leases {
+    pub(crate) fn hand_out(&mut self, handle: Bytes, lease: Lease) {
+        self.out.insert(handle, lease);
+    }
+
+    /// Takes the message from the member, unless its lease is over.
+    pub(crate) fn take(&mut self, handle: &Bytes) -> Option<Lease> {
+        self.out.remove(handle).filter(|lease| lease.until > Instant::now())
+    }
+
+    /// Whether the lease still holds.
+    pub(crate) fn holds(&self, handle: &Bytes) -> bool {
+        self.out.get(handle).is_some_and(|lease| lease.until > Instant::now())
+    }
+
+    /// The member has it again: settling it failed.
+    pub(crate) fn put_back(&mut self, handle: Bytes, lease: Lease) {
+        self.out.insert(handle, lease);
+    }
+
+    /// The lease was extended.
+    pub(crate) fn extend(&mut self, handle: &Bytes, until: Instant) {
+        if let Some(lease) = self.out.get_mut(handle) {
+            lease.until = until;
+        }
+    }
+
+    /// Everything that is out.
+    pub(crate) fn drain(&mut self) -> Vec<(Bytes, Lease)> {
+        self.out.drain().collect()
+    }
+}
+
+/// Hand-overs that were no failure, by SQS's id of the message: SQS counts them, and they are subtracted again. Shared by
+/// the subscriptions of a connection.
+#[derive(Default)]
+pub(crate) struct Forgiven {
+    counts: HashMap<String, u32>,
+    order: VecDeque<String>,
+}
+
+impl Forgiven {
+    /// The attempt of a message that SQS has handed over that often.
+    pub(crate) fn attempt(&self, message_id: &str, receive_count: u32) -> u32 {
+        let forgiven = self.counts.get(message_id).copied().unwrap_or_default();
+        receive_count.saturating_sub(forgiven).max(1)
+    }
+
+    /// This hand-over was no failure.
+    pub(crate) fn forgive(&mut self, message_id: String) {
+        if let Some(count) = self.counts.get_mut(&message_id) {
+            *count += 1;
+            return;
+        }
+        self.counts.insert(message_id.clone(), 1);
+        self.order.push_back(message_id);
+        if self.order.len() > REMEMBERED
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.counts.remove(&oldest);
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! Settling: acks delete, failures change the visibility, dead letters are stored first. In requests of ten.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anybroker_core::{
+    AckLevel, Bytes, Delivery, Error, ErrorKind, Lane, Result, SettleError, SettleOutcome, Settlement, Settler,
+    Settling, Timestamp, Token, Verdict,
+};
+use async_trait::async_trait;
+use futures_util::future::join_all;
+use serde_json::json;
+use tokio::runtime::Handle;
+use tokio::sync::RwLock;
+use tokio::time::Instant;
+
+use crate::leases::Lease;
+use crate::requests;
+use crate::source::Source;
+
+/// How long a dead letter may take to be stored.
+const LETTER: Duration = Duration::from_secs(30);
+
+pub(crate) struct SqsSettler {
+    /// By lane.
+    pub(crate) sources: Vec<Arc<Source>>,
+    pub(crate) runtime: Handle,
+    /// Read while settles are on their way; closing waits for them by writing.
+    pub(crate) on_their_way: Arc<RwLock<()>>,
+}
+
+/// A delivery on its way to being settled.
+struct Entry {
+    place: usize,
+    delivery: Delivery,
+    handle: Bytes,
+    lease: Lease,
+}
+
+/// Entries of one source, by what becomes of them.
+#[derive(Default)]
+struct Share {
+    acks: Vec<Entry>,
+    changes: Vec<(Entry, Duration)>,
+    letters: Vec<(Entry, Box<Verdict>)>,
+}
+
+#[async_trait]
+impl Settler for SqsSettler {
+    fn settle(&self, batch: Vec<(Delivery, Settlement)>) -> Settling {
+        let mut outcomes: Vec<Option<SettleOutcome>> = Vec::with_capacity(batch.len());
+        let mut shares: Vec<Share> = Vec::new();
+        shares.resize_with(self.sources.len(), Share::default);
+        for (place, (delivery, settlement)) in batch.into_iter().enumerate() {
+            let lane = delivery.lane().index as usize;
+            let taken = handle(delivery.token()).and_then(|handle| {
+                let lease = self.sources.get(lane)?.leases.lock().take(&handle)?;
+                Some((handle, lease))
+            });
+            let Some((handle, lease)) = taken else {
+                outcomes.push(Some(Err(stale(delivery))));
+                continue;
+            };
+            outcomes.push(None);
+            if matches!(settlement, Settlement::Release) {
+                self.sources[lane].forgiven.lock().forgive(lease.message_id.clone());
+            }
+            let entry = Entry { place, delivery, handle, lease };
+            match settlement {
+                Settlement::Ack => shares[lane].acks.push(entry),
+                Settlement::Nack(nack) => shares[lane].changes.push((entry, nack.delay)),
+                Settlement::Release => shares[lane].changes.push((entry, Duration::ZERO)),
+                Settlement::DeadLetter(verdict) => shares[lane].letters.push((entry, verdict)),
+            }
+        }
+        if outcomes.iter().all(Option::is_some) {
+            return Settling::ready(outcomes.into_iter().flatten().collect());
+        }
+        let work = self.sources.iter().zip(shares).map(|(source, share)| share.settle(Arc::clone(source)));
+        let work: Vec<_> = work.collect();
+        // Not of the caller's future: the requests go out whether or not somebody waits for them.
+        let on_its_way = Arc::clone(&self.on_their_way).try_read_owned();
+        let work = self.runtime.spawn(async move {
+            let settled = join_all(work).await;
+            drop(on_its_way);
+            settled
+        });
+        Settling::waiting(async move {
+            for (place, outcome) in
+                work.await.expect("settling cannot panic, and nobody aborts it").into_iter().flatten()
+            {
+                outcomes[place] = Some(outcome);
+            }
+            outcomes.into_iter().flatten().collect()
+        })
+    }
+
+    async fn extend(&self, deliveries: &[&Delivery], lease: Duration) -> Vec<Result<()>> {
+        let mut outcomes: Vec<Result<()>> = Vec::with_capacity(deliveries.len());
+        let mut shares: Vec<(Vec<usize>, Vec<(Bytes, Duration)>)> = vec![Default::default(); self.sources.len()];
+        for (place, delivery) in deliveries.iter().enumerate() {
+            let lane = delivery.lane().index as usize;
+            let held = handle(delivery.token())
+                .filter(|handle| self.sources.get(lane).is_some_and(|source| source.leases.lock().holds(handle)));
+            if let Some(handle) = held {
+                shares[lane].0.push(place);
+                shares[lane].1.push((handle, lease));
+            }
+            outcomes.push(Err(stale_error(delivery)));
+        }
+        for (source, (places, entries)) in self.sources.iter().zip(shares) {
+            let until = Instant::now() + lease;
+            let answers = requests::change(&source.client, &source.url, &entries, "extend").await;
+            for ((place, answer), (handle, _)) in places.into_iter().zip(answers).zip(&entries) {
+                if answer.is_ok() {
+                    source.leases.lock().extend(handle, until);
+                }
+                outcomes[place] = answer;
+            }
+        }
+        outcomes
+    }
+
+    fn abandoned(&self, token: &Token, lane: Lane) {
+        let Some(handle) = handle(token) else { return };
+        let Some(source) = self.sources.get(lane.index as usize).map(Arc::clone) else { return };
+        let Some(lease) = source.leases.lock().take(&handle) else { return };
+        source.forgiven.lock().forgive(lease.message_id);
+        self.runtime.spawn(async move {
+            // Should it fail, the message comes back when its lease ends.
+            let _ = requests::change(&source.client, &source.url, &[(handle, Duration::ZERO)], "release").await;
+        });
+    }
+}
+
+impl Share {
+    async fn settle(self, source: Arc<Source>) -> Vec<(usize, SettleOutcome)> {
+        let (acks, changes, letters) =
+            tokio::join!(delete(self.acks, &source), change(self.changes, &source), bury(self.letters, &source));
+        acks.into_iter().chain(changes).chain(letters).collect()
+    }
+}
+
+async fn delete(entries: Vec<Entry>, source: &Source) -> Vec<(usize, SettleOutcome)> {
+    let handles: Vec<Bytes> = entries.iter().map(|entry| entry.handle.clone()).collect();
+    let answers = requests::delete(&source.client, &source.url, &handles).await;
+    entries.into_iter().zip(answers).map(|(entry, answer)| entry.outcome(answer, source)).collect()
+}
+
+async fn change(entries: Vec<(Entry, Duration)>, source: &Source) -> Vec<(usize, SettleOutcome)> {
+    let changes: Vec<_> = entries.iter().map(|(entry, delay)| (entry.handle.clone(), *delay)).collect();
+    let answers = requests::change(&source.client, &source.url, &changes, "settle").await;
+    entries.into_iter().zip(answers).map(|((entry, _), answer)| entry.outcome(answer, source)).collect()
+}
+
+/// Stores the letters, and deletes the sources of those that are stored.
+async fn bury(letters: Vec<(Entry, Box<Verdict>)>, source: &Source) -> Vec<(usize, SettleOutcome)> {
+    let stored = join_all(letters.into_iter().map(|(entry, verdict)| async move {
+        let letter = letter(&entry.delivery, &verdict);
+        let message = entry.delivery.message();
+        let answer = source.publisher.send_letter(&source.letters, message, &letter, LETTER).await;
+        (entry, answer)
+    }));
+    let mut outcomes = Vec::new();
+    let mut buried = Vec::new();
+    for (entry, answer) in stored.await {
+        match answer {
+            Ok(_) => buried.push(entry),
+            Err(error) => {
+                let text = format!("the dead letter could not be stored: {}", error.message());
+                let error = Error::new(error.kind(), "dead_letter", text).with_effect(error.effect());
+                outcomes.push(entry.outcome(Err(error), source));
+            }
+        }
+    }
+    outcomes.extend(delete(buried, source).await);
+    outcomes
+}
+
+fn letter(delivery: &Delivery, verdict: &Verdict) -> String {
+    json!({
+        "group": delivery.group(),
+        "reason": verdict.reason.as_str(),
+        "error_type": verdict.error_type.as_deref(),
+        "detail": verdict.detail.as_deref(),
+        "attempts": delivery.attempt(),
+        "last_at": Timestamp::now(),
+        "redrives": 0,
+    })
+    .to_string()
+}
+
+impl Entry {
+    fn outcome(self, answer: Result<()>, source: &Source) -> (usize, SettleOutcome) {
+        let Self { place, delivery, handle, lease } = self;
+        let outcome = answer.map(|()| AckLevel::Confirmed).map_err(|error| {
+            if error.kind() != ErrorKind::StaleDelivery {
+                source.leases.lock().put_back(handle, lease);
+            }
+            let error = error.with("group", delivery.group()).with("id", delivery.message().id());
+            SettleError::new(delivery, error)
+        });
+        (place, outcome)
+    }
+}
+
+fn handle(token: &Token) -> Option<Bytes> {
+    match token {
+        Token::Bytes(handle) => Some(handle.clone()),
+        Token::Pair(..) => None,
+    }
+}
+
+fn stale_error(delivery: &Delivery) -> Error {
+    Error::new(ErrorKind::StaleDelivery, "settle", "its lease is over; the message comes back")
+        .with("group", delivery.group())
+        .with("id", delivery.message().id())
+}
+
+fn stale(delivery: Delivery) -> SettleError {
+    let error = stale_error(&delivery);
+    SettleError::new(delivery, error)
+}

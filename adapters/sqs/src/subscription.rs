@@ -1,0 +1,117 @@
+//! The receiving side: one member of a group, over one queue for each destination.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anybroker_core::{Delivery, DeliveryContext, Error, ErrorKind, Received, Result, Subscription};
+use async_trait::async_trait;
+use futures_util::future::join_all;
+use tokio::sync::RwLock;
+use tokio::time::Instant;
+
+use crate::config::LONGEST_POLL;
+use crate::source::{Inbox, Source};
+
+pub(crate) struct SqsSubscription {
+    pub(crate) sources: Vec<Arc<Source>>,
+    pub(crate) context: Arc<DeliveryContext>,
+    pub(crate) inbox: Arc<Inbox>,
+    /// Written only by closing: see [`SqsSettler`](crate::settle::SqsSettler).
+    pub(crate) on_their_way: Arc<RwLock<()>>,
+    pub(crate) receivers: usize,
+    pub(crate) is_paused: bool,
+    /// Where the next wish begins, so that no queue comes first always.
+    pub(crate) turn: usize,
+}
+
+impl SqsSubscription {
+    fn take(&self, max: usize) -> Vec<Delivery> {
+        let mut deliveries = Vec::new();
+        while deliveries.len() < max {
+            let Some(arrival) = self.inbox.ready.lock().pop_front() else { break };
+            let source = Source::of(&self.sources, &arrival);
+            deliveries.extend(source.deliver(arrival, &self.context));
+        }
+        deliveries
+    }
+
+    /// Asks the queues for `wanted` messages, shared fairly.
+    fn ask(&mut self, wanted: usize, wait: Duration) {
+        let wanted = wanted.saturating_sub(self.inbox.ready.lock().len());
+        let count = self.sources.len();
+        self.turn = (self.turn + 1) % count;
+        let share = wanted / count;
+        for (number, source) in self.sources.iter().cycle().skip(self.turn).take(count).enumerate() {
+            source.ask(share + usize::from(number < wanted % count), wait, self.receivers);
+        }
+    }
+}
+
+#[async_trait]
+impl Subscription for SqsSubscription {
+    fn context(&self) -> &Arc<DeliveryContext> {
+        &self.context
+    }
+
+    async fn receive(&mut self, max: usize, wait: Duration) -> Result<Received> {
+        let deadline = Instant::now() + wait;
+        loop {
+            if self.inbox.is_closed.load(Ordering::Acquire) {
+                return Err(Error::closed("receive"));
+            }
+            let inbox = Arc::clone(&self.inbox);
+            let arrived = inbox.arrived.notified();
+            let events: Vec<_> = self.inbox.events.lock().drain(..).collect();
+            let deliveries = if self.is_paused { Vec::new() } else { self.take(max) };
+            if !events.is_empty() || !deliveries.is_empty() {
+                return Ok(Received { deliveries, events });
+            }
+            if let Some(error) = &*self.inbox.failure.lock() {
+                return Err(error.duplicate());
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(Received::default());
+            }
+            if !self.is_paused {
+                self.ask(max, left.min(LONGEST_POLL));
+            }
+            let _ = tokio::time::timeout_at(deadline, arrived).await;
+        }
+    }
+
+    async fn pause(&mut self, paused: bool) -> Result<()> {
+        self.is_paused = paused;
+        Ok(())
+    }
+
+    async fn close(self: Box<Self>, grace: Duration) -> Result<()> {
+        self.inbox.is_closed.store(true, Ordering::Release);
+        // From here on nothing is settled any more, so that nothing is given back and deleted at once.
+        self.context.close();
+        let closing = async {
+            let _flushed = self.on_their_way.write().await;
+            join_all(self.sources.iter().map(|source| source.close())).await
+        };
+        match tokio::time::timeout(grace, closing).await {
+            Ok(_) => Ok(()),
+            Err(_) => {
+                let text = format!("not everything was given back within {grace:?}; it comes back by lease");
+                Err(Error::new(ErrorKind::Timeout, "close", text))
+            }
+        }
+    }
+}
+
+impl Drop for SqsSubscription {
+    fn drop(&mut self) {
+        if self.inbox.is_closed.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        self.context.close();
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        let sources = std::mem::take(&mut self.sources);
+        runtime.spawn(async move { join_all(sources.iter().map(|source| source.close())).await });
+    }
+}

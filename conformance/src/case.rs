@@ -1,0 +1,130 @@
+//! Cases as data, and what becomes of them.
+
+use anybroker_core::{Error, SettleError};
+use futures_util::future::BoxFuture;
+use serde::Serialize;
+
+use crate::Need;
+use crate::env::Env;
+
+/// One promise of the contract, and how it is put to the test.
+#[derive(Clone, Copy)]
+pub struct Case {
+    /// `theme/what-it-says`.
+    pub name: &'static str,
+    /// What it takes to run it.
+    pub level: Level,
+    /// The sentence of the contract.
+    pub proves: &'static str,
+    /// What the endpoint must give. Where it refuses one of them, that refusal is verified instead.
+    pub needs: &'static [Need],
+    pub(crate) run: for<'a> fn(&'a Env) -> BoxFuture<'a, Proof>,
+}
+
+impl Case {
+    /// The part of the name before the slash.
+    #[must_use]
+    pub fn theme(&self) -> &'static str {
+        self.name.split_once('/').map_or(self.name, |(theme, _)| theme)
+    }
+}
+
+impl std::fmt::Debug for Case {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Case").field("name", &self.name).field("level", &self.level).finish_non_exhaustive()
+    }
+}
+
+/// What it takes to run a case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Level {
+    /// A live endpoint, without faults.
+    Conformance,
+    /// Faults: killed processes, cut connections.
+    Reliability,
+    /// Several machines.
+    Cluster,
+}
+
+/// What became of a case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// The promise held.
+    Pass,
+    /// It did not.
+    Fail,
+    /// The endpoint refuses what the case needs, and the refusal is a typed one without side effect.
+    RefusedAndVerified,
+    /// The run did not bring about what was to be observed.
+    Inconclusive,
+    /// It was not run; the report says why.
+    NotRun,
+}
+
+impl Outcome {
+    /// The name as it is printed.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Pass => "pass",
+            Self::Fail => "FAIL",
+            Self::RefusedAndVerified => "refused-and-verified",
+            Self::Inconclusive => "INCONCLUSIVE",
+            Self::NotRun => "not run",
+        }
+    }
+}
+
+/// What a case returns: nothing, or why the promise is not shown to hold.
+pub(crate) type Proof<T = ()> = Result<T, Breach>;
+
+/// Why a case does not pass.
+#[derive(Debug, Clone)]
+pub(crate) enum Breach {
+    /// The promise is broken.
+    Failed(String),
+    /// What was to be observed did not happen.
+    Inconclusive(String),
+    /// The harness cannot do what it takes.
+    NotRun(String),
+}
+
+impl From<Error> for Breach {
+    fn from(error: Error) -> Self {
+        Self::Failed(format!("unexpected error: {error:?}"))
+    }
+}
+
+impl From<SettleError> for Breach {
+    fn from(error: SettleError) -> Self {
+        Error::from(error).into()
+    }
+}
+
+/// Fails the case with a message.
+macro_rules! fail {
+    ($($message:tt)+) => { return Err($crate::case::Breach::Failed(format!($($message)+))) };
+}
+
+/// Fails the case unless the condition holds.
+macro_rules! ensure {
+    ($condition:expr, $($message:tt)+) => {
+        if !$condition {
+            $crate::case::fail!($($message)+);
+        }
+    };
+}
+
+/// Fails the case unless both are equal.
+macro_rules! ensure_eq {
+    ($found:expr, $expected:expr, $($message:tt)+) => {{
+        let (found, expected) = (&$found, &$expected);
+        if *found != *expected {
+            $crate::case::fail!("{}: expected {expected:?}, found {found:?}", format!($($message)+));
+        }
+    }};
+}
+
+pub(crate) use {ensure, ensure_eq, fail};

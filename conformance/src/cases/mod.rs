@@ -1,0 +1,65 @@
+//! The cases, by theme.
+
+pub(crate) mod refusals;
+
+mod dead_letter;
+mod delivery;
+mod flow;
+mod groups;
+mod idempotency;
+mod lease;
+mod lifecycle;
+mod ordering;
+mod publish;
+mod random;
+mod redelivery;
+mod settle;
+mod shapes;
+mod time;
+mod topology;
+
+use std::sync::LazyLock;
+
+use crate::Case;
+
+/// The themes, in the order of the report.
+const THEMES: &[&[Case]] = &[
+    delivery::CASES,
+    ordering::CASES,
+    settle::CASES,
+    redelivery::CASES,
+    groups::CASES,
+    dead_letter::CASES,
+    idempotency::CASES,
+    lifecycle::CASES,
+    shapes::CASES,
+    flow::CASES,
+    lease::CASES,
+    time::CASES,
+    publish::CASES,
+    topology::CASES,
+    random::CASES,
+];
+
+static CASES: LazyLock<Vec<Case>> = LazyLock::new(|| THEMES.concat());
+
+/// Every case there is.
+#[must_use]
+pub fn cases() -> &'static [Case] {
+    &CASES
+}
+
+/// A case of the first level.
+macro_rules! case {
+    ($name:literal, [$($need:expr),* $(,)?], $proves:literal, $run:path) => {
+        $crate::Case {
+            name: $name,
+            level: $crate::Level::Conformance,
+            proves: $proves,
+            needs: &[$($need),*],
+            run: |env| Box::pin($run(env)),
+        }
+    };
+}
+
+use case;

@@ -1,0 +1,150 @@
+//! Delays before the first delivery, and times to live.
+
+use std::time::Duration;
+
+use anybroker_core::{ErrorKind, Reason};
+
+use super::case;
+use crate::Case;
+use crate::case::{Proof, ensure, ensure_eq, fail};
+use crate::consumer::{ack_all, held_ids, ids, sorted};
+use crate::env::Env;
+use crate::need;
+
+pub(super) const CASES: &[Case] = &[
+    case!(
+        "time/a-delayed-publish-is-never-early",
+        [need::DELAYED_PUBLISH],
+        "A delayed message is held back before its first delivery, never early.",
+        delayed
+    ),
+    case!(
+        "time/a-delayed-publish-does-not-hold-others-back",
+        [need::DELAYED_PUBLISH],
+        "A message that waits for its delay stops no other.",
+        delayed_passes
+    ),
+    case!(
+        "time/a-delay-beyond-the-limit-is-refused",
+        [need::DELAYED_PUBLISH],
+        "Limits are enforced before the broker sees a message.",
+        delay_limit
+    ),
+    case!(
+        "time/what-is-not-settled-within-its-time-to-live-becomes-a-dead-letter",
+        [need::TTL, need::DEAD_LETTER],
+        "A message whose time to live ends before the group settled it becomes a dead letter with reason expired.",
+        expired
+    ),
+    case!(
+        "time/what-is-settled-within-its-time-to-live-does-not-expire",
+        [need::TTL, need::DEAD_LETTER],
+        "A message that was settled in time is no dead letter; one that is in flight is with its handler.",
+        not_expired
+    ),
+];
+
+async fn delayed(env: &Env) -> Proof {
+    let destination = env.destination("d");
+    let client = env.client().await?;
+    let mut consumer = client.subscribe(env.spec(&destination, &env.group("g"))).await?;
+    for delay in [400, 150].map(Duration::from_millis) {
+        let message = client.message(&destination, "k");
+        let published = env.now();
+        client.publish_ok(vec![message.clone().with_delay(delay)]).await?;
+        if env.harness.clock().is_some() {
+            env.pass(delay - Duration::from_millis(1)).await;
+            consumer.silence("the delay has not ended").await?;
+            env.pass(Duration::from_millis(1)).await;
+        }
+        let held = consumer.one().await?;
+        let waited = Duration::from_micros(env.now() - published);
+        ensure!(env.has_waited(published, delay), "published with a delay of {delay:?}, and here after {waited:?}");
+        ensure_eq!(held.message(), &message, "the delayed message, without the instruction");
+        ensure_eq!(held.attempt(), 1, "its attempt");
+        held.ack().await?;
+    }
+    consumer.silence_then_canary(&client, "all were acked").await
+}
+
+async fn delayed_passes(env: &Env) -> Proof {
+    let destination = env.destination("d");
+    let client = env.client().await?;
+    let mut consumer = client.subscribe(env.spec(&destination, &env.group("g"))).await?;
+    let delay = Duration::from_secs(1);
+    let slow = client.message(&destination, "k");
+    let published = env.now();
+    client.publish_ok(vec![slow.clone().with_delay(delay)]).await?;
+    let quick = client.fill(&destination, "k", 3).await?;
+    let came = consumer.take(3).await?;
+    ensure_eq!(sorted(held_ids(&came)), sorted(ids(&quick)), "what comes before the delayed one");
+    ack_all(came).await?;
+    if env.harness.clock().is_some() {
+        env.pass(delay).await;
+    }
+    let held = consumer.one().await?;
+    ensure_eq!(held.id(), slow.id().to_string(), "what comes when the delay has ended");
+    ensure!(env.has_waited(published, delay), "it came early");
+    held.ack().await?;
+    consumer.silence_then_canary(&client, "all were acked").await
+}
+
+async fn delay_limit(env: &Env) -> Proof {
+    let destination = env.destination("d");
+    let client = env.client().await?;
+    let mut consumer = client.subscribe(env.spec(&destination, &env.group("g"))).await?;
+    if let Some(limit) = env.record.limits.delay_max_ms {
+        let over = client.message(&destination, "k").with_delay(Duration::from_millis(limit + 1));
+        match client.send(over).await? {
+            Ok(_) => fail!("a delay of more than the limit of {limit} ms was accepted"),
+            Err(error) => ensure_eq!(error.kind(), ErrorKind::InvalidMessage, "a delay beyond the limit ({error})"),
+        }
+    } else {
+        // Without a limit a year is held back, and does no harm.
+        let year = client.message(&destination, "k").with_delay(Duration::from_secs(365 * 24 * 3_600));
+        client.publish_ok(vec![year]).await?;
+    }
+    consumer.silence_then_canary(&client, "nothing is due").await
+}
+
+async fn expired(env: &Env) -> Proof {
+    let (destination, group) = (env.destination("d"), env.group("g"));
+    let client = env.client().await?;
+    let spec = env.spec(&destination, &group);
+    client.subscribe(spec.clone()).await?.close().await?;
+    let ttl = Duration::from_millis(200);
+    let message = client.message(&destination, "k");
+    client.publish_ok(vec![message.clone().with_ttl(ttl)]).await?;
+    let kept = client.fill(&destination, "k", 1).await?;
+    env.pass(ttl + Duration::from_millis(50)).await;
+    let mut consumer = client.subscribe(spec).await?;
+    let held = consumer.one().await?;
+    ensure_eq!(held.id(), kept[0].id().to_string(), "what is delivered: the one without a time to live");
+    held.ack().await?;
+    let letters = client.letters_until(&destination, &group, 1).await?;
+    ensure_eq!(letters.len(), 1, "dead letters");
+    ensure_eq!(letters[0].message, message, "the expired message");
+    ensure_eq!(letters[0].reason, Reason::Expired, "the reason");
+    consumer.silence_then_canary(&client, "it has expired").await
+}
+
+async fn not_expired(env: &Env) -> Proof {
+    let (destination, group) = (env.destination("d"), env.group("g"));
+    let client = env.client().await?;
+    let mut consumer = client.subscribe(env.spec(&destination, &group)).await?;
+    let long = Duration::from_secs(3_600);
+    client.publish_ok(vec![client.message(&destination, "k").with_ttl(long)]).await?;
+    consumer.one().await?.ack().await?;
+    // In flight when its time ends: its handler settles it.
+    let short = Duration::from_millis(600);
+    client.publish_ok(vec![client.message(&destination, "k").with_ttl(short)]).await?;
+    let received = consumer.receive(1, env.patience()).await?;
+    if let Some(held) = received.into_iter().next() {
+        env.pass(short + Duration::from_millis(50)).await;
+        held.ack().await?;
+        ensure_eq!(client.letters(&destination, &group).await?.len(), 0, "dead letters");
+    } else {
+        return Err(crate::case::Breach::Inconclusive("the message expired before it could be received".into()));
+    }
+    consumer.silence_then_canary(&client, "all were acked").await
+}

@@ -1,0 +1,154 @@
+//! What a case works with: names of its own, clients that record, waits with deadlines.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use anybroker_core::{Bus, Capabilities, Destination, Error, ErrorKind, Group, SubscribeSpec};
+use parking_lot::Mutex;
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+
+use crate::Harness;
+use crate::case::{Breach, Proof};
+use crate::client::Client;
+use crate::history::{History, What};
+
+/// The surroundings of one run of one case.
+pub(crate) struct Env {
+    pub(crate) harness: Arc<dyn Harness>,
+    pub(crate) record: Arc<Capabilities>,
+    pub(crate) history: History,
+    /// Begins every name; no other case, and no other run, has it.
+    scope: String,
+    seed: u64,
+    clients: AtomicU32,
+    created: Mutex<Vec<Destination>>,
+}
+
+impl Env {
+    pub(crate) fn new(harness: Arc<dyn Harness>, record: Arc<Capabilities>, scope: String, seed: u64) -> Self {
+        let (history, clients, created) = (History::new(), AtomicU32::new(0), Mutex::default());
+        Self { harness, record, history, scope, seed, clients, created }
+    }
+
+    /// Surroundings within these, with names and a history of their own.
+    pub(crate) fn sub(&self, label: &str) -> Self {
+        let scope = format!("{}.{label}", self.scope);
+        Self::new(Arc::clone(&self.harness), Arc::clone(&self.record), scope, self.seed)
+    }
+
+    /// A fresh client.
+    pub(crate) async fn client(&self) -> Proof<Client<'_>> {
+        let bus = self.bounded("connect", self.harness.connect()).await??;
+        Ok(self.wrap(bus))
+    }
+
+    /// A fresh client that creates no destinations.
+    pub(crate) async fn strict_client(&self) -> Proof<Client<'_>> {
+        match self.bounded("connect", self.harness.connect_strict()).await? {
+            Some(bus) => Ok(self.wrap(bus?)),
+            None => Err(Breach::NotRun("the harness has no client that creates no destinations".into())),
+        }
+    }
+
+    fn wrap(&self, bus: Bus) -> Client<'_> {
+        Client::new(self, bus, self.clients.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// A destination of this case, deleted after it.
+    pub(crate) fn destination(&self, label: &str) -> Destination {
+        let name = Destination::from(format!("{}.{label}", self.scope));
+        let mut created = self.created.lock();
+        if !created.contains(&name) {
+            created.push(name.clone());
+        }
+        name
+    }
+
+    /// A group of this case.
+    pub(crate) fn group(&self, label: &str) -> Group {
+        Group::from(format!("{}.{label}", self.scope))
+    }
+
+    /// What begins every name of this case.
+    pub(crate) fn scope(&self) -> &str {
+        &self.scope
+    }
+
+    /// A spec with the longest lease that lets nothing expire during a case, and without limits on attempts.
+    pub(crate) fn spec(&self, destination: &Destination, group: &Group) -> SubscribeSpec {
+        let longest = self.record.limits.lease_max_ms.map_or(Duration::MAX, Duration::from_millis);
+        SubscribeSpec::new(destination, group)
+            .with_lease(Duration::from_secs(120).min(longest).max(self.lease()))
+            .with_max_attempts(None)
+            .with_crash_limit(None)
+    }
+
+    /// A lease short enough to wait for.
+    pub(crate) fn lease(&self) -> Duration {
+        self.harness.lease().max(Duration::from_millis(self.record.limits.lease_min_ms.unwrap_or(0)))
+    }
+
+    pub(crate) fn quiet(&self) -> Duration {
+        self.harness.quiet()
+    }
+
+    pub(crate) fn patience(&self) -> Duration {
+        self.harness.patience()
+    }
+
+    /// A generator that depends on nothing but seed and case.
+    pub(crate) fn rng(&self) -> StdRng {
+        StdRng::seed_from_u64(self.seed)
+    }
+
+    /// Lets time go by on the broker's clock: turned by hand, or waited for.
+    pub(crate) async fn pass(&self, duration: Duration) {
+        match self.harness.clock() {
+            Some(clock) => {
+                self.history.turn(duration);
+                clock.advance(duration);
+            }
+            None => tokio::time::sleep(duration).await,
+        }
+    }
+
+    /// Microseconds on the broker's clock since the case began.
+    pub(crate) fn now(&self) -> u64 {
+        self.history.now()
+    }
+
+    /// Whether at least `least` has gone by since `start`.
+    pub(crate) fn has_waited(&self, start: u64, least: Duration) -> bool {
+        Duration::from_micros(self.now() - start) >= least
+    }
+
+    /// Bounds an operation: one that does not end is a hang, and fails the case.
+    pub(crate) async fn bounded<T>(&self, operation: &str, future: impl Future<Output = T>) -> Proof<T> {
+        let bound = self.patience() + Duration::from_secs(5);
+        tokio::time::timeout(bound, future).await.map_err(|_| {
+            self.history.record(0, What::Hang { operation: operation.to_owned() });
+            Breach::Failed(format!("hang: `{operation}` did not end within {bound:?}"))
+        })
+    }
+
+    /// Deletes what the case created. What cannot be deleted is left behind under a name of its own.
+    pub(crate) async fn clean_up(&self) -> Result<(), Error> {
+        let created = std::mem::take(&mut *self.created.lock());
+        if created.is_empty() || !self.record.delete.is_given() {
+            return Ok(());
+        }
+        let bus = self.harness.connect().await?;
+        let mut result = Ok(());
+        for destination in created {
+            match bus.delete(&destination, None).await {
+                Err(error) if error.kind() != ErrorKind::NotFound => result = Err(error),
+                _ => {}
+            }
+        }
+        bus.close(Duration::from_secs(5)).await?;
+        result
+    }
+}

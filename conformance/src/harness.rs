@@ -1,0 +1,175 @@
+//! What an adapter's author gives the suite.
+
+use std::time::Duration;
+
+use anybroker_core::{Bus, ManualClock, Result};
+use async_trait::async_trait;
+use futures_util::future::BoxFuture;
+
+/// An endpoint under test. The suite creates destinations under names of its own, deletes what it created where
+/// the endpoint can, and touches nothing else.
+#[async_trait]
+pub trait Harness: Send + Sync + 'static {
+    /// What the report calls it, such as the URL without credentials.
+    fn name(&self) -> String;
+
+    /// A fresh client of the same broker.
+    ///
+    /// # Errors
+    /// What connecting says; the case that asked for it fails.
+    async fn connect(&self) -> Result<Bus>;
+
+    /// A fresh client that creates no destinations when it publishes; `None` where the endpoint has no such setting.
+    async fn connect_strict(&self) -> Option<Result<Bus>> {
+        None
+    }
+
+    /// The lease that cases about leases wait for. Raised to the record's shortest. Default 1 s.
+    fn lease(&self) -> Duration {
+        Duration::from_secs(1)
+    }
+
+    /// How long nothing must happen before an absence counts as one. Default 2 s.
+    fn quiet(&self) -> Duration {
+        Duration::from_secs(2)
+    }
+
+    /// How long something may take that must happen. Default 30 s.
+    fn patience(&self) -> Duration {
+        Duration::from_secs(30)
+    }
+
+    /// The broker's clock, where it is turned by hand. Cases then run one after the other.
+    fn clock(&self) -> Option<ManualClock> {
+        None
+    }
+
+    /// Whether the endpoint is set up to lose connections or lanes by itself. A case that expects exact deliveries
+    /// may then not come about: when it fails after such a loss, and its history has no anomaly, it counts as not
+    /// run, with that reason. The history is checked all the same.
+    fn is_disturbed(&self) -> bool {
+        false
+    }
+}
+
+type Connect = Box<dyn Fn() -> BoxFuture<'static, Result<Bus>> + Send + Sync>;
+
+/// A harness from a function that connects, as `anybroker conform --url` uses it.
+pub struct UrlHarness {
+    name: String,
+    connect: Connect,
+    connect_strict: Option<Connect>,
+    lease: Duration,
+    quiet: Duration,
+    patience: Duration,
+    clock: Option<ManualClock>,
+    disturbed: bool,
+}
+
+impl UrlHarness {
+    /// `connect` gives a fresh client of the same broker each time.
+    pub fn new(
+        name: impl Into<String>,
+        connect: impl Fn() -> BoxFuture<'static, Result<Bus>> + Send + Sync + 'static,
+    ) -> Self {
+        Self {
+            name: name.into(),
+            connect: Box::new(connect),
+            connect_strict: None,
+            lease: Duration::from_secs(1),
+            quiet: Duration::from_secs(2),
+            patience: Duration::from_secs(30),
+            clock: None,
+            disturbed: false,
+        }
+    }
+
+    /// How to get a client that creates no destinations. See [`Harness::connect_strict`].
+    #[must_use]
+    pub fn with_strict(
+        mut self,
+        connect: impl Fn() -> BoxFuture<'static, Result<Bus>> + Send + Sync + 'static,
+    ) -> Self {
+        self.connect_strict = Some(Box::new(connect));
+        self
+    }
+
+    /// See [`Harness::lease`].
+    #[must_use]
+    pub fn with_lease(mut self, lease: Duration) -> Self {
+        self.lease = lease;
+        self
+    }
+
+    /// See [`Harness::quiet`].
+    #[must_use]
+    pub fn with_quiet(mut self, quiet: Duration) -> Self {
+        self.quiet = quiet;
+        self
+    }
+
+    /// See [`Harness::patience`].
+    #[must_use]
+    pub fn with_patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
+    /// See [`Harness::is_disturbed`].
+    #[must_use]
+    pub fn with_disturbances(mut self) -> Self {
+        self.disturbed = true;
+        self
+    }
+
+    /// See [`Harness::clock`].
+    #[must_use]
+    pub fn with_clock(mut self, clock: ManualClock) -> Self {
+        self.clock = Some(clock);
+        self
+    }
+}
+
+#[async_trait]
+impl Harness for UrlHarness {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    async fn connect(&self) -> Result<Bus> {
+        (self.connect)().await
+    }
+
+    async fn connect_strict(&self) -> Option<Result<Bus>> {
+        match &self.connect_strict {
+            Some(connect) => Some(connect().await),
+            None => None,
+        }
+    }
+
+    fn lease(&self) -> Duration {
+        self.lease
+    }
+
+    fn quiet(&self) -> Duration {
+        self.quiet
+    }
+
+    fn patience(&self) -> Duration {
+        self.patience
+    }
+
+    fn clock(&self) -> Option<ManualClock> {
+        self.clock.clone()
+    }
+
+    fn is_disturbed(&self) -> bool {
+        self.disturbed
+    }
+}
+
+impl std::fmt::Debug for UrlHarness {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("UrlHarness").field("name", &self.name).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,270 @@
+//! One log of everything that every client of a case did and saw. Nothing in it is deduplicated.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anybroker_core::{
+    AckLevel, Destination, Effect, ErrorKind, Group, Message, MessageId, OnFailure, Order, Position, Start,
+};
+use parking_lot::Mutex;
+use serde::Serialize;
+
+/// The log, shared by all clients of a case.
+#[derive(Clone)]
+pub(crate) struct History(Arc<Log>);
+
+struct Log {
+    start: Instant,
+    /// How far an adjustable clock has been turned beyond the real one.
+    turned: AtomicU64,
+    next: AtomicU64,
+    events: Mutex<Vec<Event>>,
+}
+
+/// Something that happened, and when.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Event {
+    /// Microseconds since the case began, by a monotonic clock (plus what a test clock was turned by).
+    pub(crate) at: u64,
+    /// Which client.
+    pub(crate) client: u32,
+    #[serde(flatten)]
+    pub(crate) what: What,
+}
+
+/// What happened.
+#[derive(Debug, Clone, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub(crate) enum What {
+    /// A message was handed to `publish`.
+    PublishInvoke {
+        call: u64,
+        id: MessageId,
+        destination: Destination,
+        key: Option<Vec<u8>>,
+        /// Counts what this client publishes to this destination and key.
+        sequence: u64,
+        digest: u64,
+        /// Held back, or with a time to live: its first delivery has no place in the order.
+        instructed: bool,
+    },
+    PublishOk {
+        call: u64,
+        duplicate: bool,
+    },
+    /// It certainly is not stored.
+    PublishFail {
+        call: u64,
+        kind: ErrorKind,
+    },
+    /// It may be stored.
+    PublishInfo {
+        call: u64,
+        kind: ErrorKind,
+    },
+    Declared {
+        destination: Destination,
+        group: Group,
+    },
+    SubscribeInvoke {
+        subscription: u64,
+        group: Group,
+        destinations: Vec<Destination>,
+    },
+    Subscribed {
+        subscription: u64,
+        group: Group,
+        destinations: Vec<Destination>,
+        order: Order,
+        on_failure: OnFailure,
+        earliest: bool,
+        lease_micros: u64,
+        max_attempts: Option<u32>,
+    },
+    Deliver(Seen),
+    SettleInvoke {
+        delivery: u64,
+        verb: Verb,
+    },
+    SettleOk {
+        delivery: u64,
+        level: AckLevel,
+    },
+    SettleFail {
+        delivery: u64,
+        kind: ErrorKind,
+        effect: Effect,
+    },
+    /// Dropped unsettled.
+    Dropped {
+        delivery: u64,
+    },
+    /// The lease was extended; `until` counts from before the call.
+    Extended {
+        delivery: u64,
+        until: u64,
+    },
+    Assigned {
+        subscription: u64,
+        lane: u32,
+    },
+    LaneLost {
+        subscription: u64,
+        lane: u32,
+    },
+    /// The connection was lost and is there again: what is out may be with somebody else.
+    Degraded {
+        subscription: u64,
+    },
+    /// Asked to close: what is unsettled may be with somebody else from here on.
+    CloseInvoke {
+        subscription: u64,
+    },
+    Closed {
+        subscription: u64,
+    },
+    /// Gone without a close, deliveries and all.
+    Vanished {
+        subscription: u64,
+    },
+    /// One letter of one reading (`scan`) of a dead-letter queue.
+    Letter {
+        scan: u64,
+        destination: Destination,
+        group: Group,
+        id: MessageId,
+        digest: u64,
+        reason: String,
+        attempts: u32,
+    },
+    RedriveInvoke {
+        destination: Destination,
+        group: Group,
+        ids: Vec<MessageId>,
+    },
+    PurgeInvoke {
+        destination: Destination,
+        group: Group,
+        ids: Vec<MessageId>,
+    },
+    /// A fresh client has read the group until nothing came any more; `scan` is the reading of its dead letters.
+    Drained {
+        destination: Destination,
+        group: Group,
+        scan: Option<u64>,
+    },
+    /// An operation did not end by its deadline.
+    Hang {
+        operation: String,
+    },
+}
+
+/// A delivery as it was seen.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Seen {
+    pub(crate) delivery: u64,
+    pub(crate) subscription: u64,
+    pub(crate) id: MessageId,
+    pub(crate) destination: Destination,
+    pub(crate) digest: u64,
+    pub(crate) attempt: u32,
+    pub(crate) deliveries: Option<u32>,
+    pub(crate) lane: u32,
+    #[serde(serialize_with = "position")]
+    pub(crate) position: Option<Position>,
+    /// The first bytes of the payload, which name run, producer, key and sequence.
+    pub(crate) excerpt: String,
+}
+
+fn position<S: serde::Serializer>(position: &Option<Position>, serializer: S) -> Result<S::Ok, S::Error> {
+    position.map(|position| position.to_string()).serialize(serializer)
+}
+
+/// How a delivery is settled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Verb {
+    Ack,
+    Nack,
+    Release,
+    DeadLetter,
+}
+
+impl Verb {
+    pub(crate) fn of(settlement: &anybroker_core::Settlement) -> Self {
+        match settlement {
+            anybroker_core::Settlement::Ack => Self::Ack,
+            anybroker_core::Settlement::Nack(_) => Self::Nack,
+            anybroker_core::Settlement::Release => Self::Release,
+            anybroker_core::Settlement::DeadLetter(_) => Self::DeadLetter,
+        }
+    }
+}
+
+impl History {
+    pub(crate) fn new() -> Self {
+        Self(Arc::new(Log {
+            start: Instant::now(),
+            turned: AtomicU64::new(0),
+            next: AtomicU64::new(1),
+            events: Mutex::default(),
+        }))
+    }
+
+    /// A number that no other call, delivery, subscription or scan of this history has.
+    pub(crate) fn number(&self) -> u64 {
+        self.0.next.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(crate) fn record(&self, client: u32, what: What) {
+        let mut events = self.0.events.lock();
+        // Read under the lock, so that the order of the log is the order of the moments.
+        let at = self.now();
+        events.push(Event { at, client, what });
+    }
+
+    /// A test clock was turned.
+    pub(crate) fn turn(&self, by: Duration) {
+        self.0.turned.fetch_add(micros(by), Ordering::Relaxed);
+    }
+
+    /// Microseconds since the case began.
+    pub(crate) fn now(&self) -> u64 {
+        micros(self.0.start.elapsed()) + self.0.turned.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn events(&self) -> Vec<Event> {
+        self.0.events.lock().clone()
+    }
+
+    /// The log as JSON lines.
+    pub(crate) fn to_json_lines(&self) -> String {
+        let lines: Vec<String> =
+            self.0.events.lock().iter().map(|event| serde_json::to_string(event).unwrap_or_default()).collect();
+        lines.join("\n") + "\n"
+    }
+}
+
+/// A duration in whole microseconds.
+pub(crate) fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX / 4)
+}
+
+/// Whether a new group with that start sees what was published before.
+pub(crate) fn is_earliest(start: Start) -> bool {
+    start == Start::Earliest
+}
+
+/// A fingerprint of everything that must come through unchanged.
+pub(crate) fn digest(message: &Message) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    message.id().with_str(|id| id.hash(&mut hasher));
+    message.key().hash(&mut hasher);
+    message.headers().as_packed().hash(&mut hasher);
+    message.content_type().hash(&mut hasher);
+    message.timestamp().as_millis().hash(&mut hasher);
+    message.payload().hash(&mut hasher);
+    hasher.finish()
+}

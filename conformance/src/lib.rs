@@ -1,0 +1,41 @@
+//! The conformance suite of AnyBroker: what the contract promises, as cases that run against a live endpoint.
+//!
+//! A case is data: a name, the sentence of the contract that it proves, what it needs of the endpoint's capability
+//! record, and how it runs. Every event of every client goes to one history, and a checker reads the whole history
+//! after every case: lost, phantom, altered, aborted read, unjustified duplicate, ack lost, nack lost, reorder,
+//! concurrent key, attempt mismatch, conservation, hang. What the record refuses is not skipped: the refusal
+//! itself is verified.
+//!
+//! ```no_run
+//! use std::sync::Arc;
+//! use anybroker_conformance::{Options, UrlHarness, run};
+//! # async fn example(connect: impl Fn() -> futures_util::future::BoxFuture<'static, anybroker_core::Result<anybroker_core::Bus>> + Send + Sync + 'static)
+//! # -> Result<(), Box<dyn std::error::Error>> {
+//! let harness = UrlHarness::new("embedded:///tmp/conform.db", connect);
+//! let report = run(Arc::new(harness), Options::default()).await?;
+//! println!("{}", report.text());
+//! report.write_dir("conformance-report".as_ref())?;
+//! std::process::exit(report.exit_code());
+//! # }
+//! ```
+
+mod case;
+mod cases;
+mod checker;
+mod client;
+mod consumer;
+mod env;
+mod harness;
+mod history;
+pub mod mutants;
+mod need;
+mod report;
+mod run;
+
+pub use case::{Case, Level, Outcome};
+pub use cases::cases;
+pub use checker::{Anomaly, Counts};
+pub use harness::{Harness, UrlHarness};
+pub use need::Need;
+pub use report::{CaseReport, EndpointReport, Report, Totals};
+pub use run::{Options, Progress, run};

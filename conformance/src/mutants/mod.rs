@@ -1,0 +1,111 @@
+//! Brokers with one fault each, to see that the suite finds it.
+//!
+//! A mutant wraps any broker and breaks one promise. Each names the case that must fail on it.
+
+mod publishing;
+mod receiving;
+mod record;
+mod settling;
+mod tampered;
+
+use std::sync::Arc;
+
+use anybroker_core::{Broker, Bus, BusOptions, ManualClock, Result};
+use async_trait::async_trait;
+
+use crate::Harness;
+use tampered::{Fault, Tampered};
+
+/// A broker with one fault.
+#[derive(Clone, Copy)]
+pub struct Mutant {
+    /// What it is called.
+    pub name: &'static str,
+    /// What it does wrong.
+    pub fault: &'static str,
+    /// The case that must fail on it.
+    pub killed_by: &'static str,
+    make: fn() -> Arc<dyn Fault>,
+}
+
+impl Mutant {
+    /// The broker that the harness gives, with this fault. All its connections share the fault's memory.
+    #[must_use]
+    pub fn harness(&self, inner: Arc<dyn Harness>) -> MutantHarness {
+        MutantHarness { name: self.name, fault: (self.make)(), inner }
+    }
+}
+
+impl std::fmt::Debug for Mutant {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Mutant").field("name", &self.name).field("killed_by", &self.killed_by).finish_non_exhaustive()
+    }
+}
+
+/// Every mutant there is.
+#[must_use]
+pub fn mutants() -> Vec<Mutant> {
+    [settling::MUTANTS, receiving::MUTANTS, publishing::MUTANTS, record::MUTANTS].concat()
+}
+
+/// The wrapper without a fault: the suite must pass on it, or a mutant's death would prove nothing.
+#[must_use]
+pub fn unmutated() -> Mutant {
+    Mutant { name: "unmutated", fault: "none", killed_by: "", make: || Arc::new(tampered::Faultless) }
+}
+
+/// A harness whose brokers have a fault.
+pub struct MutantHarness {
+    name: &'static str,
+    fault: Arc<dyn Fault>,
+    inner: Arc<dyn Harness>,
+}
+
+impl MutantHarness {
+    fn tamper(&self, bus: &Bus) -> Bus {
+        let broker: Arc<dyn Broker> = Arc::new(Tampered::new(Arc::clone(bus.broker()), Arc::clone(&self.fault)));
+        Bus::new(broker, BusOptions::default())
+    }
+}
+
+#[async_trait]
+impl Harness for MutantHarness {
+    fn name(&self) -> String {
+        format!("{} as {}", self.inner.name(), self.name)
+    }
+
+    async fn connect(&self) -> Result<Bus> {
+        Ok(self.tamper(&self.inner.connect().await?))
+    }
+
+    async fn connect_strict(&self) -> Option<Result<Bus>> {
+        let bus = self.inner.connect_strict().await?;
+        Some(bus.map(|bus| self.tamper(&bus)))
+    }
+
+    fn lease(&self) -> std::time::Duration {
+        self.inner.lease()
+    }
+
+    fn quiet(&self) -> std::time::Duration {
+        self.inner.quiet()
+    }
+
+    fn patience(&self) -> std::time::Duration {
+        self.inner.patience()
+    }
+
+    fn clock(&self) -> Option<ManualClock> {
+        self.inner.clock()
+    }
+
+    fn is_disturbed(&self) -> bool {
+        self.inner.is_disturbed()
+    }
+}
+
+impl std::fmt::Debug for MutantHarness {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MutantHarness").field("name", &self.name).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,269 @@
+//! Runs cases against an endpoint.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anybroker_core::{Capabilities, Result, Timestamp};
+use futures_util::StreamExt;
+use futures_util::stream;
+use rand::RngExt;
+
+use crate::case::Breach;
+use crate::checker::{self, Anomaly, Rules};
+use crate::env::Env;
+use crate::history::{Event, What};
+use crate::report::{CaseReport, EndpointReport, Report};
+use crate::{Case, Harness, Level, Outcome, cases};
+
+/// Called with a case's report.
+pub type Progress = Arc<dyn Fn(&CaseReport) + Send + Sync>;
+
+/// How the suite runs.
+#[derive(Clone)]
+#[non_exhaustive]
+pub struct Options {
+    /// Only cases whose name matches one of these; `*` stands for anything. Empty: all.
+    pub filter: Vec<String>,
+    /// Only cases of this level and below.
+    pub level: Level,
+    /// What everything random starts from; in the report, so that a run can be repeated.
+    pub seed: u64,
+    /// How many cases run at once. One where the clock is turned by hand.
+    pub parallelism: usize,
+    /// How long one case may take.
+    pub case_timeout: Duration,
+    /// Called with each case's report as soon as there is one.
+    pub progress: Option<Progress>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            filter: Vec::new(),
+            level: Level::Conformance,
+            seed: rand::rng().random(),
+            parallelism: 8,
+            case_timeout: Duration::from_secs(180),
+            progress: None,
+        }
+    }
+}
+
+impl Options {
+    /// Adds a name, or a pattern with `*`, of cases that are to run.
+    #[must_use]
+    pub fn with_filter(mut self, pattern: impl Into<String>) -> Self {
+        self.filter.push(pattern.into());
+        self
+    }
+
+    /// The highest level that is run.
+    #[must_use]
+    pub fn with_level(mut self, level: Level) -> Self {
+        self.level = level;
+        self
+    }
+
+    /// What everything random starts from.
+    #[must_use]
+    pub fn with_seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+
+    /// How many cases run at once.
+    #[must_use]
+    pub fn with_parallelism(mut self, parallelism: usize) -> Self {
+        self.parallelism = parallelism;
+        self
+    }
+
+    /// How long one case may take.
+    #[must_use]
+    pub fn with_case_timeout(mut self, timeout: Duration) -> Self {
+        self.case_timeout = timeout;
+        self
+    }
+
+    /// Called with each case's report as soon as there is one.
+    #[must_use]
+    pub fn with_progress(mut self, progress: impl Fn(&CaseReport) + Send + Sync + 'static) -> Self {
+        self.progress = Some(Arc::new(progress));
+        self
+    }
+
+    fn chooses(&self, case: &Case) -> bool {
+        case.level <= self.level
+            && (self.filter.is_empty() || self.filter.iter().any(|pattern| matches(pattern, case.name)))
+    }
+}
+
+impl std::fmt::Debug for Options {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Options")
+            .field("filter", &self.filter)
+            .field("level", &self.level)
+            .field("seed", &self.seed)
+            .field("parallelism", &self.parallelism)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Runs the cases that the options choose, and reports on each, in the order of the list.
+///
+/// # Errors
+/// What the first connect says: an endpoint that cannot be reached has no report.
+pub async fn run(harness: Arc<dyn Harness>, options: Options) -> Result<Report> {
+    let started = Timestamp::now();
+    let begin = Instant::now();
+    let bus = harness.connect().await?;
+    let record = Arc::new(bus.capabilities().clone());
+    let endpoint = EndpointReport::of(harness.as_ref(), &bus);
+    bus.close(Duration::from_secs(5)).await?;
+
+    let run_id = format!("conform-{:08x}", rand::rng().random::<u32>());
+    let chosen: Vec<&'static Case> = cases().iter().filter(|case| options.chooses(case)).collect();
+    let parallelism = if harness.clock().is_some() { 1 } else { options.parallelism.max(1) };
+    let reports = stream::iter(chosen.into_iter().enumerate())
+        .map(|(index, case)| {
+            let scope = format!("{run_id}.{index}");
+            let env = Env::new(Arc::clone(&harness), Arc::clone(&record), scope, seed_of(case, options.seed));
+            let (timeout, progress) = (options.case_timeout, options.progress.clone());
+            async move {
+                let report = run_case(case, Arc::new(env), timeout).await;
+                if let Some(progress) = progress {
+                    progress(&report);
+                }
+                report
+            }
+        })
+        .buffered(parallelism)
+        .collect()
+        .await;
+    Ok(Report::new(endpoint, &record, &options, started, begin.elapsed(), reports))
+}
+
+/// The case's own seed: the same whichever other cases run.
+fn seed_of(case: &Case, seed: u64) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (case.name, seed).hash(&mut hasher);
+    hasher.finish()
+}
+
+async fn run_case(case: &'static Case, env: Arc<Env>, timeout: Duration) -> CaseReport {
+    let begin = Instant::now();
+    let refused = refused(case, &env.record);
+    let task = {
+        let env = Arc::clone(&env);
+        tokio::spawn(async move {
+            match refused {
+                Some(need) => (need.refusal)(&env).await,
+                None => (case.run)(&env).await,
+            }
+        })
+    };
+    let abort = task.abort_handle();
+    let proof = match tokio::time::timeout(timeout, task).await {
+        Ok(Ok(proof)) => proof,
+        Ok(Err(panic)) => Err(Breach::Failed(panic_text(panic))),
+        Err(_) => {
+            abort.abort();
+            Err(Breach::Failed(format!("hang: the case did not end within {timeout:?}")))
+        }
+    };
+    let events = env.history.events();
+    let (anomalies, counts) = checker::check(&events, Rules::of(&env.record));
+    let lost = |event: &Event| matches!(event.what, What::Degraded { .. } | What::LaneLost { .. });
+    let proof = match proof {
+        Err(Breach::Failed(why)) if env.harness.is_disturbed() && anomalies.is_empty() && events.iter().any(lost) => {
+            Err(Breach::NotRun(format!(
+                "a connection or lane was lost meanwhile, as this endpoint is set up to: {why}"
+            )))
+        }
+        proof => proof,
+    };
+    let (mut outcome, mut detail) = conclude(proof, refused.map(|need| need.name), &anomalies);
+    if let Err(error) = env.clean_up().await
+        && outcome == Outcome::Pass
+    {
+        (outcome, detail) = (Outcome::Fail, format!("cleaning up: {error:?}"));
+    }
+    let history = (!matches!(outcome, Outcome::Pass | Outcome::RefusedAndVerified | Outcome::NotRun))
+        .then(|| env.history.to_json_lines());
+    CaseReport::new(case, outcome, detail, begin.elapsed(), counts, anomalies, history)
+}
+
+/// The first of the case's needs that the endpoint refuses.
+fn refused(case: &Case, record: &Capabilities) -> Option<&'static crate::Need> {
+    case.needs.iter().find(|need| !(need.given)(record))
+}
+
+fn conclude(proof: Result<(), Breach>, refused: Option<&str>, anomalies: &[Anomaly]) -> (Outcome, String) {
+    let found: Vec<String> = anomalies
+        .iter()
+        .take(5)
+        .map(|anomaly| {
+            format!("{} in group `{}`: message {}: {}", anomaly.name, anomaly.group, anomaly.id, anomaly.detail)
+        })
+        .collect();
+    let more = anomalies.len().saturating_sub(5);
+    let more = if more > 0 { format!("; and {more} more") } else { String::new() };
+    let history =
+        if found.is_empty() { String::new() } else { format!("the history shows {}{more}", found.join("; ")) };
+    match proof {
+        Ok(()) if anomalies.is_empty() => match refused {
+            Some(need) => (Outcome::RefusedAndVerified, format!("the endpoint refuses {need}")),
+            None => (Outcome::Pass, String::new()),
+        },
+        Ok(()) => (Outcome::Fail, history),
+        Err(Breach::Failed(why)) if anomalies.is_empty() => (Outcome::Fail, why),
+        Err(Breach::Failed(why)) => (Outcome::Fail, format!("{why}; {history}")),
+        Err(Breach::Inconclusive(why)) if anomalies.is_empty() => (Outcome::Inconclusive, why),
+        Err(Breach::Inconclusive(why)) => (Outcome::Fail, format!("{why}; {history}")),
+        Err(Breach::NotRun(why)) => (Outcome::NotRun, why),
+    }
+}
+
+fn panic_text(panic: tokio::task::JoinError) -> String {
+    match panic.try_into_panic() {
+        Ok(payload) => {
+            let text = payload
+                .downcast_ref::<&str>()
+                .map(|text| (*text).to_owned())
+                .or_else(|| payload.downcast_ref::<String>().cloned())
+                .unwrap_or_default();
+            format!("panic: {text}")
+        }
+        Err(other) => other.to_string(),
+    }
+}
+
+/// Whether `name` matches a pattern in which `*` stands for anything.
+fn matches(pattern: &str, name: &str) -> bool {
+    match pattern.split_once('*') {
+        None => pattern == name,
+        Some((head, tail)) => name.strip_prefix(head).is_some_and(|rest| {
+            (0..=rest.len()).filter(|at| rest.is_char_boundary(*at)).any(|at| matches(tail, &rest[at..]))
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_star_stands_for_anything() {
+        for (pattern, name, expected) in [
+            ("redelivery/*", "redelivery/a", true),
+            ("*/nack-*", "settle/nack-a", true),
+            ("*", "a/b", true),
+            ("a/b", "a/b", true),
+            ("a/b", "a/bc", false),
+            ("*b", "a/bc", false),
+        ] {
+            assert_eq!(matches(pattern, name), expected, "{pattern} {name}");
+        }
+    }
+}

@@ -1,0 +1,442 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use anybroker::{Start, Timestamp};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap_complete::Shell;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    everything that was asked for happened
+  1    something failed, or happened only in part
+  2    wrong usage or configuration; nothing was attempted
+  3    the broker cannot be reached or did not answer in time
+  4    the endpoint's capability record refuses the verb or option
+  130  interrupted (Ctrl-C, SIGTERM)
+
+Settings, later wins: the query of the URL, --config FILE, ANYBROKER_* variables, --set and --url.
+Durations have a unit (250ms, 30s, 5m). A TIME is 2026-11-21T10:00:00Z (UTC), `now`, or a duration that means so long ago.";
+
+/// One set of messaging verbs on every broker.
+#[derive(Debug, Parser)]
+#[command(name = "anybroker", version, after_help = EXIT_CODES, propagate_version = true, max_term_width = 110)]
+pub(crate) struct Invocation {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Endpoint and output")]
+pub(crate) struct Global {
+    /// The endpoint, such as embedded:///absolute/path.db
+    #[arg(long, global = true, value_name = "URL")]
+    pub(crate) url: Option<String>,
+    /// A configuration file (.toml, .yaml, .yml, .json)
+    #[arg(long, global = true, value_name = "FILE", env = "ANYBROKER_CONFIG", hide_env_values = true)]
+    pub(crate) config: Option<PathBuf>,
+    /// Sets one key over all other sources, such as publish_timeout=5s or subscribe.order=key
+    #[arg(long = "set", global = true, value_name = "KEY=VALUE", value_parser = setting)]
+    pub(crate) settings: Vec<(String, String)>,
+    /// One JSON object per line on standard output, and errors as one JSON object on standard error
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Publish one message per line of input, and print a receipt for each
+    Publish(PublishArgs),
+    /// Receive messages, print them, then settle them
+    Consume(ConsumeArgs),
+    /// Look at dead letters, put them back, or delete them
+    #[command(subcommand)]
+    Dlq(DlqCommand),
+    /// What a group has left to do
+    Lag(LagArgs),
+    /// What the endpoint gives natively, what it emulates, and what it refuses
+    Capabilities,
+    /// Create a destination, or a group of it, where it is missing
+    Declare(DeclareArgs),
+    /// Show a destination and its groups as the broker has them
+    Describe(DescribeArgs),
+    /// Delete a group with its dead letters, or a destination with all its groups
+    Delete(DeleteArgs),
+    /// Run the conformance suite against the endpoint
+    Conform(ConformArgs),
+    /// The settings: their JSON Schema, and whether yours are valid
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Print the completion script of a shell
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PublishArgs {
+    /// The destination
+    pub(crate) destination: String,
+    /// Where the lines come from; - for standard input
+    #[arg(long, value_name = "FILE", default_value = "-")]
+    pub(crate) file: PathBuf,
+    /// What a line is: the payload itself, or a JSON object with payload, key, id, headers, …
+    #[arg(long, value_enum, default_value_t = LineFormat::Lines)]
+    pub(crate) format: LineFormat,
+    /// The key of every message
+    #[arg(long)]
+    pub(crate) key: Option<String>,
+    /// The id; only with a single line of input
+    #[arg(long)]
+    pub(crate) id: Option<String>,
+    /// A header of every message; may be repeated
+    #[arg(long = "header", value_name = "NAME=VALUE", value_parser = header)]
+    pub(crate) headers: Vec<(String, String)>,
+    /// The media type of the payloads
+    #[arg(long, value_name = "TYPE")]
+    pub(crate) content_type: Option<String>,
+    /// How long the broker holds the messages back
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(crate) delay: Option<Duration>,
+    /// How long the messages may stay unsettled before they become dead letters
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(crate) ttl: Option<Duration>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LineFormat {
+    Lines,
+    Json,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ConsumeArgs {
+    /// The destination
+    pub(crate) destination: String,
+    /// The group
+    #[arg(long)]
+    pub(crate) group: String,
+    /// End after that many deliveries
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) max: Option<u64>,
+    /// End when no message came for that long
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(crate) idle: Option<Duration>,
+    /// What becomes of a delivery after it was printed; none gives it back at the end, uncounted
+    #[arg(long, value_enum, default_value_t = Settle::Ack)]
+    pub(crate) settle: Settle,
+    /// With --settle nack: it does not come back before that
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(crate) delay: Option<Duration>,
+    /// With --settle dead-letter: why [default: rejected]
+    #[arg(long)]
+    pub(crate) reason: Option<String>,
+    /// With --settle nack or dead-letter: the class of the failure, such as VALIDATION_ERROR
+    #[arg(long, value_name = "CLASS")]
+    pub(crate) error_type: Option<String>,
+    /// With --settle dead-letter: what a person should read about it
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) detail: Option<String>,
+    /// Where a group that is new starts: earliest, latest, a TIME, or position:N
+    #[arg(long, value_parser = start, default_value = "earliest")]
+    pub(crate) start: Start,
+    /// The order that deliveries keep [default: the configured one]
+    #[arg(long, value_enum)]
+    pub(crate) order: Option<OrderArg>,
+    /// How long a delivery is leased [default: the configured one]
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(crate) lease: Option<Duration>,
+    /// Failed attempts before a message becomes a dead letter, 0 for never [default: the configured one]
+    #[arg(long, value_name = "N")]
+    pub(crate) max_attempts: Option<u32>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Settle {
+    Ack,
+    Nack,
+    DeadLetter,
+    None,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OrderArg {
+    None,
+    Key,
+    Total,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DlqCommand {
+    /// One row for each dead letter, oldest first
+    List(ListArgs),
+    /// The oldest dead letters in full
+    Peek(ListArgs),
+    /// Put dead letters back to the group that failed them; running it again goes on with the rest
+    Redrive(RedriveArgs),
+    /// Delete dead letters
+    Purge(PurgeArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Letters {
+    /// The destination that the letters came from
+    pub(crate) source: String,
+    /// The group that failed them
+    #[arg(long)]
+    pub(crate) group: String,
+    /// Only with this reason, such as attempts_exhausted
+    #[arg(long)]
+    pub(crate) reason: Option<String>,
+    /// Only with this error type
+    #[arg(long, value_name = "CLASS")]
+    pub(crate) error_type: Option<String>,
+    /// Only those that died at or after this TIME
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    pub(crate) since: Option<Timestamp>,
+    /// Only those that died before this TIME
+    #[arg(long, value_name = "TIME", value_parser = time)]
+    pub(crate) until: Option<Timestamp>,
+    /// Only with this key
+    #[arg(long)]
+    pub(crate) key: Option<String>,
+    /// Only with this header and value; may be repeated, all must hold
+    #[arg(long = "header", value_name = "NAME=VALUE", value_parser = header)]
+    pub(crate) headers: Vec<(String, String)>,
+    /// Only this message
+    #[arg(long)]
+    pub(crate) id: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ListArgs {
+    #[command(flatten)]
+    pub(crate) letters: Letters,
+    /// At most that many [default: all for list, 10 for peek]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) limit: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RedriveArgs {
+    #[command(flatten)]
+    pub(crate) letters: Letters,
+    /// Only tell what would be redriven
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// At most that many
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) limit: Option<u64>,
+    /// At most that many each second
+    #[arg(long, value_name = "N", value_parser = rate)]
+    pub(crate) rate: Option<f64>,
+    /// Letters that were redriven this often already are refused
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub(crate) max_redrives: u32,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PurgeArgs {
+    #[command(flatten)]
+    pub(crate) letters: Letters,
+    /// Only tell how many would be deleted
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Really delete them
+    #[arg(long)]
+    pub(crate) yes: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LagArgs {
+    /// The destination
+    pub(crate) destination: String,
+    /// The group
+    #[arg(long)]
+    pub(crate) group: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DeclareArgs {
+    /// The destination
+    pub(crate) destination: String,
+    /// Also this group; it keeps everything published from then on
+    #[arg(long)]
+    pub(crate) group: Option<String>,
+    /// Where the group starts when it is new: earliest, latest, a TIME, or position:N
+    #[arg(long, value_parser = start, default_value = "earliest", requires = "group")]
+    pub(crate) start: Start,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DescribeArgs {
+    /// The destination
+    pub(crate) destination: String,
+    /// Only this group of it
+    #[arg(long)]
+    pub(crate) group: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DeleteArgs {
+    /// The destination
+    pub(crate) destination: String,
+    /// Only this group of it
+    #[arg(long)]
+    pub(crate) group: Option<String>,
+    /// Really delete it
+    #[arg(long)]
+    pub(crate) yes: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ConformArgs {
+    /// Only cases whose name matches; may be repeated; * stands for anything
+    #[arg(long = "case", value_name = "GLOB")]
+    pub(crate) cases: Vec<String>,
+    /// Up to this level
+    #[arg(long, value_enum, default_value_t = LevelArg::Conformance)]
+    pub(crate) level: LevelArg,
+    /// Repeats a run: the seed that its report names
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
+    /// How many cases run at once
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) parallel: u16,
+    /// Write the report there: report.txt, report.json, junit.xml, and the history of each case that did not pass
+    #[arg(long, value_name = "DIR")]
+    pub(crate) report: Option<PathBuf>,
+    /// Only list the cases; needs no endpoint
+    #[arg(long, conflicts_with_all = ["cases", "seed", "report"])]
+    pub(crate) list: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LevelArg {
+    /// A live endpoint, without faults
+    #[value(alias = "L1", alias = "l1")]
+    Conformance,
+    /// Faults: killed processes, cut connections
+    #[value(alias = "L2", alias = "l2")]
+    Reliability,
+    /// Several machines
+    #[value(alias = "L3", alias = "l3")]
+    Cluster,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ConfigCommand {
+    /// The JSON Schema of a configuration file for the brokers in this build
+    Schema,
+    /// Check the settings, without connecting unless asked to
+    Check(CheckArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CheckArgs {
+    /// Also connect, and check `require` against the endpoint's capability record
+    #[arg(long)]
+    pub(crate) connect: bool,
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text).map_err(|_| "expected a duration with a unit, such as 250ms, 30s or 5m".into())
+}
+
+fn time(text: &str) -> Result<Timestamp, String> {
+    if text == "now" {
+        return Ok(Timestamp::now());
+    }
+    if let Ok(ago) = humantime::parse_duration(text) {
+        let ago = i64::try_from(ago.as_millis()).unwrap_or(i64::MAX);
+        return Ok(Timestamp::from_millis(Timestamp::now().as_millis().saturating_sub(ago)));
+    }
+    text.parse().map_err(|_| {
+        "expected a time such as 2026-11-21T10:00:00Z, `now`, or a duration such as 15m that means so long ago".into()
+    })
+}
+
+fn start(text: &str) -> Result<Start, String> {
+    Ok(match (text, text.strip_prefix("position:")) {
+        ("earliest", _) => Start::Earliest,
+        ("latest", _) => Start::Latest,
+        (_, Some(position)) => {
+            Start::Position(position.parse().map_err(|_| "expected position:N or position:N:M".to_owned())?)
+        }
+        _ => Start::Time(time(text).map_err(|problem| format!("earliest, latest, position:N, or: {problem}"))?),
+    })
+}
+
+fn pair(text: &str, what: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        // The text is not repeated by us: the value may be a secret.
+        _ => Err(format!("expected {what}")),
+    }
+}
+
+fn header(text: &str) -> Result<(String, String), String> {
+    pair(text, "NAME=VALUE")
+}
+
+fn setting(text: &str) -> Result<(String, String), String> {
+    pair(text, "KEY=VALUE")
+}
+
+fn rate(text: &str) -> Result<f64, String> {
+    f64::from_str(text)
+        .ok()
+        .filter(|rate| rate.is_finite() && *rate > 0.0)
+        .ok_or_else(|| "expected a number above 0 (letters each second)".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Invocation::command().debug_assert();
+    }
+
+    #[test]
+    fn a_time_is_a_moment_or_so_long_ago() {
+        assert_eq!(time("2026-01-01T00:00:00Z"), Ok(Timestamp::from_millis(1_767_225_600_000)));
+        let ago = Timestamp::now().since(time("1h").expect("a duration"));
+        assert!(ago >= Duration::from_secs(3600) && ago < Duration::from_secs(3660), "{ago:?}");
+        assert!(time("yesterday").is_err());
+    }
+
+    #[test]
+    fn a_number_without_unit_is_no_duration() {
+        assert!(duration("10").is_err());
+        assert_eq!(duration("10s"), Ok(Duration::from_secs(10)));
+    }
+
+    #[test]
+    fn a_start_is_a_word_a_time_or_a_position() {
+        assert_eq!(start("latest"), Ok(Start::Latest));
+        assert_eq!(start("position:7"), Ok(Start::Position(anybroker::Position::new(7))));
+        assert!(matches!(start("5m"), Ok(Start::Time(_))));
+        assert!(start("position:x").is_err() && start("first").is_err());
+    }
+
+    #[test]
+    fn a_header_value_may_hold_an_equals_sign() {
+        assert_eq!(header("a=b=c"), Ok(("a".to_owned(), "b=c".to_owned())));
+        assert!(header("=b").is_err() && header("a").is_err());
+    }
+
+    #[test]
+    fn a_rate_is_above_zero() {
+        assert_eq!(rate("0.5"), Ok(0.5));
+        assert!(["0", "-1", "NaN", "inf", "x"].iter().all(|text| rate(text).is_err()));
+    }
+}

@@ -1,0 +1,173 @@
+//! `anybroker conform`: the conformance suite against the endpoint.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use anybroker::config::EndpointUrl;
+use anybroker::{Bus, Config, ErrorKind, MessageId, TopologySpec};
+use anybroker_conformance::{Harness, Level, Options, Outcome, Report, cases};
+use async_trait::async_trait;
+use serde_json::{Value, json};
+
+use crate::args::{ConformArgs, Global, LevelArg};
+use crate::connect;
+use crate::exit::{Exit, Failure};
+use crate::interrupt::Interrupt;
+use crate::output::Output;
+use crate::progress::Progress;
+
+/// The setting that adapters have for it, by convention.
+const CREATE_DESTINATIONS: &str = "create_destinations";
+
+pub(crate) async fn run(global: &Global, args: ConformArgs, output: &mut Output) -> Result<Exit, Failure> {
+    if args.list {
+        return list(&args, output);
+    }
+    let harness = CommandHarness::new(global).await?;
+    let mut interrupt = Interrupt::listen()?;
+    let done = Arc::new(AtomicU64::new(0));
+    let progress = Progress::new("cases", false);
+    let bar = progress.handle();
+    let mut options = Options::default()
+        .with_level(level(args.level))
+        .with_parallelism(args.parallel.into())
+        .with_progress(move |_| bar.set_position(done.fetch_add(1, Ordering::Relaxed) + 1));
+    options.filter = args.cases.clone();
+    if let Some(seed) = args.seed {
+        options = options.with_seed(seed);
+    }
+    let report = tokio::select! {
+        biased;
+        () = interrupt.requested() => return Ok(Exit::Interrupted),
+        report = anybroker_conformance::run(Arc::new(harness), options) => report?,
+    };
+    drop(progress);
+    if report.cases.is_empty() {
+        return Err(Failure::Usage("no case matches; see conform --list".into()));
+    }
+    print(&report, output)?;
+    if let Some(directory) = &args.report {
+        report.write_dir(directory).map_err(|error| Failure::Io("write the report", error))?;
+    }
+    // Whoever names a case wants it run.
+    let missing = !args.cases.is_empty() && report.totals.not_run > 0;
+    Ok(if report.is_green() && !missing { Exit::Done } else { Exit::Failed })
+}
+
+fn list(args: &ConformArgs, output: &mut Output) -> Result<Exit, Failure> {
+    let chosen: Vec<_> = cases().iter().filter(|case| case.level <= level(args.level)).collect();
+    if output.is_json() {
+        for case in chosen {
+            let needs: Vec<&str> = case.needs.iter().map(|need| need.name).collect();
+            let level = serde_json::to_value(case.level).unwrap_or(Value::Null);
+            output.object(&json!({"name": case.name, "level": level, "proves": case.proves, "needs": needs}))?;
+        }
+    } else {
+        let rows = chosen.iter().map(|case| vec![case.name.to_owned(), case.proves.to_owned()]).collect();
+        output.table(&["CASE", "PROVES"], rows)?;
+    }
+    output.flush()?;
+    Ok(Exit::Done)
+}
+
+/// With `--json`: an object for each case, then one for the run.
+fn print(report: &Report, output: &mut Output) -> Result<(), Failure> {
+    if output.is_json() {
+        let Value::Object(mut run) = report.json() else { return output.flush() };
+        if let Some(Value::Array(cases)) = run.remove("cases") {
+            cases.iter().try_for_each(|case| output.object(case))?;
+        }
+        run.insert("green".into(), report.is_green().into());
+        output.object(&Value::Object(run))?;
+    } else {
+        output.raw(report.text().as_bytes())?;
+        if report.cases.iter().all(|case| case.outcome == Outcome::NotRun) {
+            output.line("nothing was run")?;
+        }
+    }
+    output.flush()
+}
+
+fn level(level: LevelArg) -> Level {
+    match level {
+        LevelArg::Conformance => Level::Conformance,
+        LevelArg::Reliability => Level::Reliability,
+        LevelArg::Cluster => Level::Cluster,
+    }
+}
+
+/// Fresh clients of the endpoint that the command line names.
+struct CommandHarness {
+    name: String,
+    config: Config,
+    /// The same with missing destinations not created, where the adapter has that setting.
+    strict: Option<Config>,
+}
+
+impl CommandHarness {
+    async fn new(global: &Global) -> Result<Self, Failure> {
+        let mut config = connect::settings(global)?;
+        let bus = connect::connect(global).await?;
+        let name = bus.endpoint().url.clone();
+        if let Some(named) = private(global)
+            && !is_shared(&bus, &config).await?
+        {
+            config = config.with("url", named);
+        }
+        connect::close(&bus).await?;
+        let strict = config.scheme().filter(|scheme| has_setting(scheme, CREATE_DESTINATIONS));
+        let strict = strict.map(|scheme| config.clone().with(format!("{scheme}.{CREATE_DESTINATIONS}"), false));
+        Ok(Self { name, config, strict })
+    }
+}
+
+/// Where the URL names neither host nor path: the same URL with a name. Connections to an in-process broker without a
+/// name may each have one of their own, and the suite needs several to the same.
+fn private(global: &Global) -> Option<String> {
+    let url = global.url.clone().or_else(|| std::env::var("ANYBROKER_URL").ok())?;
+    let parsed = EndpointUrl::parse(&url).ok()?;
+    if !parsed.hosts().is_empty() || !parsed.path().is_empty() {
+        return None;
+    }
+    let (scheme, rest) = url.split_once("://")?;
+    Some(format!("{scheme}://conform-{}{rest}", std::process::id()))
+}
+
+/// Whether a second connection sees what the first one declared.
+async fn is_shared(bus: &Bus, config: &Config) -> Result<bool, Failure> {
+    let probe = format!("conform.probe.{}", MessageId::new());
+    if bus.declare(&TopologySpec::destination(probe.as_str())).await.is_err() {
+        return Ok(true);
+    }
+    let other = anybroker::connect_with(config.clone()).await?;
+    let shared = match other.describe(probe.as_str()).await {
+        Err(error) => error.kind() != ErrorKind::NotFound,
+        Ok(_) => true,
+    };
+    bus.delete(probe.as_str(), None).await?;
+    connect::close(&other).await?;
+    Ok(shared)
+}
+
+fn has_setting(scheme: &str, setting: &str) -> bool {
+    anybroker::registry().json_schema()["properties"][scheme]["properties"].get(setting).is_some()
+}
+
+#[async_trait]
+impl Harness for CommandHarness {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    async fn connect(&self) -> anybroker::Result<Bus> {
+        anybroker::connect_with(self.config.clone()).await
+    }
+
+    async fn connect_strict(&self) -> Option<anybroker::Result<Bus>> {
+        match anybroker::connect_with(self.strict.clone()?).await {
+            // The setting belongs to the broker, which is there already without it.
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => None,
+            connected => Some(connected),
+        }
+    }
+}

@@ -1,0 +1,244 @@
+//! What the core keeps about deliveries, whatever the adapter does.
+
+mod common;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use anybroker_core::{
+    Delivery, ErrorKind, Message, Nack, Reason, Settlement, SubscribeSpec, Subscriber, Support, Verdict, ack, extend,
+    settle,
+};
+use common::{TestBroker, record};
+use futures_util::StreamExt;
+
+const LONG: Duration = Duration::from_secs(5);
+const QUIET: Duration = Duration::from_millis(30);
+
+async fn subscriber(
+    broker: &Arc<TestBroker>,
+    change: impl FnOnce(SubscribeSpec) -> SubscribeSpec,
+    messages: &[(&str, u32, u32)],
+) -> Subscriber {
+    let ready =
+        messages.iter().map(|(id, attempt, deliveries)| (Message::new("d", "x").with_id(*id), *attempt, *deliveries));
+    broker.ready.lock().extend(ready);
+    let bus = broker.bus();
+    bus.subscribe(change(bus.subscription("d", "g"))).await.expect("subscribed")
+}
+
+fn settled(broker: &TestBroker) -> Vec<(String, String)> {
+    let shown = |settlement: &Settlement| match settlement {
+        Settlement::DeadLetter(verdict) => format!("dead letter: {}", verdict.reason),
+        Settlement::Nack(nack) => format!("nack {:?}", nack.delay),
+        other => format!("{other:?}").to_lowercase(),
+    };
+    broker.settler.settled.lock().iter().map(|(id, settlement)| (id.clone(), shown(settlement))).collect()
+}
+
+fn pairs(expected: &[(&str, &str)]) -> Vec<(String, String)> {
+    expected.iter().map(|(id, settlement)| ((*id).to_owned(), (*settlement).to_owned())).collect()
+}
+
+fn ids(deliveries: &[Delivery]) -> Vec<String> {
+    deliveries.iter().map(|delivery| delivery.message().id().to_string()).collect()
+}
+
+#[tokio::test]
+async fn a_settle_after_close_is_stale_gives_the_delivery_back_and_reaches_nobody() {
+    let broker = TestBroker::new(record());
+    let mut subscriber = subscriber(&broker, |spec| spec, &[("1", 1, 1), ("2", 1, 1), ("3", 1, 1)]).await;
+    let mut deliveries = subscriber.receive(10, LONG).await.expect("received");
+    subscriber.close(LONG).await.expect("closed");
+    let last = deliveries.pop().expect("three");
+    assert_eq!(last.extend(LONG).await.expect_err("stale").kind(), ErrorKind::StaleDelivery);
+    let failed = last.ack().await.expect_err("stale");
+    assert_eq!(failed.error().kind(), ErrorKind::StaleDelivery);
+    let delivery = failed.into_delivery();
+    assert_eq!(delivery.message().id().to_string(), "3");
+    let outcomes = settle(vec![(delivery, Settlement::Release), (deliveries.remove(0), Settlement::Ack)]).await;
+    let kinds: Vec<_> =
+        outcomes.iter().map(|outcome| outcome.as_ref().map_err(|failed| failed.error().kind())).collect();
+    assert_eq!(kinds, [Err(ErrorKind::StaleDelivery), Err(ErrorKind::StaleDelivery)]);
+    drop((outcomes, deliveries));
+    assert!(settled(&broker).is_empty());
+    assert_eq!(broker.settler.abandoned.load(Ordering::SeqCst), 0, "close has given them back already");
+}
+
+#[tokio::test]
+async fn a_delivery_that_is_dropped_unsettled_is_given_back_once() {
+    let broker = TestBroker::new(record());
+    let mut subscriber = subscriber(&broker, |spec| spec, &[("1", 1, 1), ("2", 1, 1)]).await;
+    let mut deliveries = subscriber.receive(10, LONG).await.expect("received");
+    assert_eq!(subscriber.in_flight(), 2);
+    drop(deliveries.pop());
+    assert_eq!((broker.settler.abandoned.load(Ordering::SeqCst), subscriber.in_flight()), (1, 1));
+    deliveries.pop().expect("one left").ack().await.expect("acked");
+    assert_eq!((broker.settler.abandoned.load(Ordering::SeqCst), subscriber.in_flight()), (1, 0));
+}
+
+#[tokio::test]
+async fn a_settle_that_fails_gives_the_delivery_back_and_it_stays_in_flight() {
+    let broker = TestBroker::new(record());
+    let mut subscriber = subscriber(&broker, |spec| spec, &[("1", 1, 1)]).await;
+    let delivery = subscriber.receive(1, LONG).await.expect("received").remove(0);
+    *broker.settler.fail.lock() = Some(ErrorKind::Unavailable);
+    let failed = delivery.ack().await.expect_err("told to fail");
+    assert_eq!((failed.error().kind(), subscriber.in_flight()), (ErrorKind::Unavailable, 1));
+    *broker.settler.fail.lock() = None;
+    failed.into_delivery().ack().await.expect("settled at last");
+    assert_eq!((subscriber.in_flight(), broker.settler.abandoned.load(Ordering::SeqCst)), (0, 0));
+}
+
+#[tokio::test]
+async fn a_settle_whose_answer_nobody_awaits_is_made_all_the_same() {
+    let broker = TestBroker::new(record());
+    let mut subscriber = subscriber(&broker, |spec| spec, &[("1", 1, 1)]).await;
+    let deliveries = subscriber.receive(1, LONG).await.expect("received");
+    drop(ack(deliveries));
+    assert_eq!(settled(&broker), pairs(&[("1", "ack")]));
+    assert_eq!((subscriber.in_flight(), broker.settler.abandoned.load(Ordering::SeqCst)), (0, 0));
+}
+
+#[tokio::test]
+async fn the_nack_of_the_last_attempt_is_a_dead_letter_with_its_error_type() {
+    let broker = TestBroker::new(record());
+    let messages = [("1", 2, 2), ("2", 3, 3), ("3", 9, 9)];
+    let mut subscriber = subscriber(&broker, |spec| spec.with_max_attempts(3), &messages).await;
+    let nack = Nack { delay: Duration::from_secs(1), error_type: Some("TIMEOUT".into()) };
+    let batch = subscriber.receive(10, LONG).await.expect("received").into_iter();
+    for outcome in settle(batch.map(|delivery| (delivery, Settlement::Nack(nack.clone()))).collect()).await {
+        outcome.expect("settled");
+    }
+    let exhausted = "dead letter: attempts_exhausted";
+    assert_eq!(settled(&broker), pairs(&[("1", "nack 1s"), ("2", exhausted), ("3", exhausted)]));
+    let settlements = broker.settler.settled.lock();
+    let Settlement::DeadLetter(verdict) = &settlements[1].1 else { panic!("a dead letter") };
+    assert_eq!(verdict.error_type.as_deref(), Some("TIMEOUT"));
+}
+
+#[tokio::test]
+async fn without_max_attempts_a_nack_stays_a_nack() {
+    let broker = TestBroker::new(record());
+    let mut subscriber = subscriber(&broker, |spec| spec.with_max_attempts(None), &[("1", 1000, 1000)]).await;
+    subscriber.receive(1, LONG).await.expect("received").remove(0).nack(Duration::ZERO).await.expect("nacked");
+    assert_eq!(settled(&broker), pairs(&[("1", "nack 0ns")]));
+}
+
+#[tokio::test]
+async fn what_kills_its_consumers_is_buried_instead_of_handed_over_again() {
+    let broker = TestBroker::new(record());
+    // 2 failed attempts and 3 hand-overs without an outcome; 4 failed attempts alone are none of its business.
+    let messages = [("killer", 3, 6), ("failing", 5, 5), ("healthy", 1, 1)];
+    let mut subscriber = subscriber(&broker, |spec| spec.with_crash_limit(3), &messages).await;
+    let deliveries = subscriber.receive(10, LONG).await.expect("received");
+    assert_eq!(ids(&deliveries), ["failing", "healthy"]);
+    assert_eq!(settled(&broker), pairs(&[("killer", "dead letter: crash_limit")]));
+    assert_eq!(subscriber.in_flight(), 2);
+}
+
+#[tokio::test]
+async fn where_there_are_no_dead_letters_nothing_is_buried() {
+    let mut record = record();
+    record.dead_letter = anybroker_core::Support::refused("take another broker");
+    let broker = TestBroker::new(record);
+    let change = |spec: SubscribeSpec| spec.with_crash_limit(1).with_max_attempts(None);
+    let mut subscriber = subscriber(&broker, change, &[("1", 1, 100)]).await;
+    assert_eq!(ids(&subscriber.receive(10, LONG).await.expect("received")), ["1"]);
+}
+
+#[tokio::test]
+async fn a_receive_that_brought_only_killers_waits_on() {
+    let broker = TestBroker::new(record());
+    let mut subscriber = subscriber(&broker, |spec| spec.with_crash_limit(1), &[("killer", 1, 2)]).await;
+    assert!(subscriber.receive(10, QUIET).await.expect("received").is_empty());
+    broker.ready.lock().push_back((Message::new("d", "x").with_id("canary"), 1, 1));
+    assert_eq!(ids(&subscriber.receive(10, LONG).await.expect("received")), ["canary"]);
+}
+
+#[tokio::test]
+async fn no_more_than_max_in_flight_are_out_until_one_is_settled() {
+    let broker = TestBroker::new(record());
+    let messages: Vec<_> = ["1", "2", "3", "4", "5"].into_iter().map(|id| (id, 1, 1)).collect();
+    let mut subscriber = subscriber(&broker, |spec| spec.with_max_in_flight(2), &messages).await;
+    let mut out = subscriber.receive(10, LONG).await.expect("received");
+    assert_eq!(ids(&out), ["1", "2"]);
+    assert!(subscriber.receive(10, QUIET).await.expect("no room").is_empty());
+    let settle = out.remove(0);
+    let (received, acked) = tokio::join!(subscriber.receive(10, LONG), async {
+        tokio::task::yield_now().await;
+        settle.ack().await
+    });
+    acked.expect("acked");
+    let received = received.expect("received");
+    assert_eq!(ids(&received), ["3"]);
+    drop((out, received));
+    assert_eq!(ids(&subscriber.receive(1, LONG).await.expect("received")), ["4"]);
+}
+
+#[tokio::test]
+async fn entries_of_several_subscriptions_are_settled_together_and_answered_in_order() {
+    let (first, second) = (TestBroker::new(record()), TestBroker::new(record()));
+    let mut left = subscriber(&first, |spec| spec, &[("a", 1, 1), ("c", 1, 1)]).await;
+    let mut right = subscriber(&second, |spec| spec, &[("b", 1, 1), ("d", 1, 1)]).await;
+    *second.settler.fail.lock() = Some(ErrorKind::Unavailable);
+    let mut left = left.receive(10, LONG).await.expect("received").into_iter();
+    let mut right = right.receive(10, LONG).await.expect("received").into_iter();
+    let mixed: Vec<Delivery> = [left.next(), right.next(), left.next(), right.next()].into_iter().flatten().collect();
+    let borrowed: Vec<&Delivery> = mixed.iter().collect();
+    assert!(extend(&borrowed, LONG).await.iter().all(Result::is_ok));
+    let outcomes = ack(mixed).await;
+    let failed: Vec<bool> = outcomes.iter().map(Result::is_err).collect();
+    assert_eq!(failed, [false, true, false, true]);
+    assert_eq!(settled(&first), pairs(&[("a", "ack"), ("c", "ack")]));
+    assert_eq!(settled(&second), pairs(&[("b", "ack"), ("d", "ack")]));
+}
+
+#[tokio::test]
+async fn a_verdict_of_the_handler_reaches_the_adapter_as_it_is() {
+    let broker = TestBroker::new(record());
+    let mut subscriber = subscriber(&broker, |spec| spec, &[("1", 1, 1)]).await;
+    let verdict = Verdict::new(Reason::from("bad_card")).with_error_type("VALIDATION_ERROR").with_detail("expired");
+    let delivery = subscriber.receive(1, LONG).await.expect("received").remove(0);
+    delivery.dead_letter(verdict.clone()).await.expect("buried");
+    let settlements = broker.settler.settled.lock();
+    assert!(matches!(&settlements[0].1, Settlement::DeadLetter(found) if **found == verdict));
+}
+
+#[tokio::test]
+async fn a_stream_brings_deliveries_one_by_one_whatever_its_batch() {
+    for batch in [0, 1, 2, 10] {
+        let broker = TestBroker::new(record());
+        let subscriber = subscriber(&broker, |spec| spec, &[("1", 1, 1), ("2", 1, 1), ("3", 1, 1)]).await;
+        let mut stream = std::pin::pin!(subscriber.into_stream(batch));
+        for expected in ["1", "2", "3"] {
+            let next = tokio::time::timeout(LONG, stream.next()).await.expect("no hang").expect("no end");
+            assert_eq!(next.expect("received").message().id().to_string(), expected, "batch {batch}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_settlement_that_the_record_refuses_is_refused_without_reaching_the_adapter_and_spoils_no_other() {
+    let mut record = record();
+    record.nack_delay = Support::refused("use another");
+    record.release = Support::refused("use another");
+    record.lease_extension = Support::refused("use another");
+    let broker = TestBroker::new(record);
+    let messages = [("1", 1, 1), ("2", 1, 1), ("3", 1, 1), ("4", 5, 5)];
+    let mut subscriber = subscriber(&broker, |spec| spec.with_max_attempts(5), &messages).await;
+    let deliveries = subscriber.receive(10, LONG).await.expect("received");
+    assert_eq!(deliveries[0].extend(LONG).await.expect_err("refused").kind(), ErrorKind::Unsupported);
+    let later = || Settlement::Nack(Nack { delay: LONG, error_type: None });
+    let settlements = [later(), Settlement::Ack, Settlement::Release, later()];
+    let mut outcomes = settle(deliveries.into_iter().zip(settlements).collect()).await;
+    let kinds: Vec<_> =
+        outcomes.iter().map(|outcome| outcome.as_ref().err().map(|failed| failed.error().kind())).collect();
+    // The last one is at its last attempt: it becomes a dead letter, whatever its delay.
+    assert_eq!(kinds, [Some(ErrorKind::Unsupported), None, Some(ErrorKind::Unsupported), None]);
+    assert_eq!(settled(&broker), pairs(&[("2", "ack"), ("4", "dead letter: attempts_exhausted")]));
+    assert_eq!(subscriber.in_flight(), 2);
+    let given_back = outcomes.remove(0).expect_err("refused").into_delivery();
+    given_back.ack().await.expect("it can still be settled");
+}

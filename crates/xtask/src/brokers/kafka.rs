@@ -1,0 +1,178 @@
+//! Apache Kafka: one KRaft node that is broker and controller, replication factors of one.
+
+use std::fs::{self, File};
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use super::java::{self, Artefact};
+use super::{Recipe, Site};
+
+const VERSION: &str = "4.3.1";
+const ARTEFACTS: &[Artefact] =
+    &[("org.apache.kafka", "kafka_2.13", VERSION), ("org.apache.logging.log4j", "log4j-slf4j-impl", "2.24.3")];
+
+/// The broker of the `kafka://` scheme.
+pub(crate) struct Kafka;
+
+impl Recipe for Kafka {
+    fn name(&self) -> &'static str {
+        "kafka"
+    }
+
+    fn version(&self) -> &'static str {
+        "Kafka 4.3.1"
+    }
+
+    fn port_names(&self) -> &'static [&'static str] {
+        &["clients", "controller"]
+    }
+
+    fn url(&self, ports: &[u16]) -> String {
+        format!("kafka://127.0.0.1:{}", ports[0])
+    }
+
+    fn install(&self, cache: &Path) -> Result<PathBuf> {
+        java::fetch_jars(cache, &format!("kafka-{VERSION}"), ARTEFACTS)
+    }
+
+    fn prepare(&self, site: &Site<'_>) -> Result<()> {
+        let data = site.folder.join("data");
+        fs::write(properties_file(site), properties(&data, site.ports[0], site.ports[1]))?;
+        if data.join("meta.properties").exists() {
+            return Ok(());
+        }
+        fs::create_dir_all(&data)?;
+        let log = site.folder.join("format.log");
+        let output = File::create(&log)?;
+        let status = java::java(site.home, 128)
+            .args(["kafka.tools.StorageTool", "format", "--cluster-id", &cluster_id()?, "--config"])
+            .arg(properties_file(site))
+            .stdin(Stdio::null())
+            .stdout(output.try_clone()?)
+            .stderr(output)
+            .status()
+            .context("could not start java")?;
+        ensure!(status.success(), "kafka's storage could not be formatted ({status}): see {}", log.display());
+        Ok(())
+    }
+
+    fn command(&self, site: &Site<'_>) -> Command {
+        let mut command = java::java(site.home, 512);
+        // log4j's built-in configuration writes to standard output; only its level is changed.
+        command.args(["-Dlog4j2.level=INFO", "kafka.Kafka"]).arg(properties_file(site));
+        command
+    }
+
+    fn probe(&self, ports: &[u16]) -> Result<()> {
+        let brokers = registered_brokers(ports[0])?;
+        ensure!(brokers > 0, "it answers, but has not registered itself with its controller yet");
+        Ok(())
+    }
+}
+
+fn properties_file(site: &Site<'_>) -> PathBuf {
+    site.folder.join("server.properties")
+}
+
+fn properties(data: &Path, port: u16, controller: u16) -> String {
+    format!(
+        "process.roles=broker,controller
+node.id=1
+controller.quorum.voters=1@127.0.0.1:{controller}
+listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
+advertised.listeners=PLAINTEXT://127.0.0.1:{port}
+controller.listener.names=CONTROLLER
+inter.broker.listener.name=PLAINTEXT
+log.dirs={data}
+num.partitions=1
+# One node: every internal topic has one replica, and few partitions, so that the first consumer group waits less.
+offsets.topic.replication.factor=1
+offsets.topic.num.partitions=4
+transaction.state.log.replication.factor=1
+transaction.state.log.min.isr=1
+transaction.state.log.num.partitions=4
+share.coordinator.state.topic.replication.factor=1
+share.coordinator.state.topic.min.isr=1
+share.coordinator.state.topic.num.partitions=4
+# After a crash the node may register again only when its last session is over: 9 s by default.
+broker.session.timeout.ms=4000
+broker.heartbeat.interval.ms=500
+# A group is not held back for members that may still come.
+group.initial.rebalance.delay.ms=0
+",
+        data = data.display()
+    )
+}
+
+/// A random UUID as Kafka writes it: 16 bytes, unpadded URL-safe base64. The version bits make it a valid one.
+fn cluster_id() -> Result<String> {
+    let mut bytes = [0_u8; 16];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    bytes[6] = bytes[6] & 0x0f | 0x40;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    // Kafka refuses ids that begin with a dash, which a command line would take for an option.
+    bytes[0] &= 0x7f;
+    Ok(base64_url(&bytes))
+}
+
+fn base64_url(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+    let mut text = String::new();
+    for group in bytes.chunks(3) {
+        let bits = group.iter().fold(0_usize, |bits, &byte| bits << 8 | usize::from(byte)) << (8 * (3 - group.len()));
+        for digit in 0..=group.len() {
+            text.push(char::from(DIGITS[bits >> (18 - 6 * digit) & 63]));
+        }
+    }
+    text
+}
+
+/// Asks for metadata of no topic (request key 3, version 4, by Kafka's protocol guide) and counts the brokers in the
+/// answer. An open port alone proves little: the listener opens before the broker has registered.
+fn registered_brokers(port: u16) -> Result<i32> {
+    let limit = Duration::from_secs(1);
+    let mut stream = TcpStream::connect_timeout(&SocketAddr::from((Ipv4Addr::LOCALHOST, port)), limit)?;
+    stream.set_read_timeout(Some(limit))?;
+    stream.set_write_timeout(Some(limit))?;
+
+    let mut request = Vec::new();
+    request.extend(3_i16.to_be_bytes()); // Metadata
+    request.extend(4_i16.to_be_bytes()); // version
+    request.extend(1_i32.to_be_bytes()); // correlation id
+    request.extend((-1_i16).to_be_bytes()); // no client id
+    request.extend(0_i32.to_be_bytes()); // no topics
+    request.push(0); // do not create topics
+    stream.write_all(&i32::try_from(request.len())?.to_be_bytes())?;
+    stream.write_all(&request)?;
+
+    // Length, correlation id, throttle time, number of brokers.
+    let mut head = [0_u8; 16];
+    stream.read_exact(&mut head)?;
+    let field = |at: usize| i32::from_be_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
+    ensure!(field(4) == 1, "the answer belongs to another request: not Kafka?");
+    Ok(field(12))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn base64_follows_rfc_4648_without_padding() {
+        assert_eq!(base64_url(b"foobar"), "Zm9vYmFy");
+        assert_eq!(base64_url(b"foob"), "Zm9vYg");
+        assert_eq!(base64_url(&[0xfb, 0xff]), "-_8");
+    }
+
+    #[test]
+    fn cluster_ids_are_22_characters_differ_and_never_begin_with_a_dash() {
+        let ids: Vec<String> = (0..200).map(|_| cluster_id().unwrap()).collect();
+        assert!(ids.iter().all(|id| id.len() == 22 && !id.starts_with('-')));
+        assert_ne!(ids[0], ids[1]);
+    }
+}

@@ -1,0 +1,130 @@
+//! Real brokers on this machine, for tests: one file per broker says how it is fetched, configured and asked whether it
+//! is ready; everything else (ports, pid files, signals, waiting) is shared.
+
+pub(crate) mod command;
+mod instance;
+mod java;
+mod kafka;
+mod nats;
+mod ports;
+mod process;
+mod server;
+mod sqs;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Result, bail};
+
+pub(crate) use instance::{Endpoint, How, PrivateInstance};
+use server::{Condition, Server};
+
+/// Every broker that can be started natively. Adding one: its own file, and one line here.
+static RECIPES: &[&dyn Recipe] = &[&kafka::Kafka, &nats::Nats, &sqs::ElasticMq];
+
+/// How one broker is fetched, configured, run and probed.
+pub(crate) trait Recipe: Sync {
+    /// The name in commands, and upper-cased in the names of environment variables.
+    fn name(&self) -> &'static str;
+
+    /// Product and version, for people.
+    fn version(&self) -> &'static str;
+
+    /// What its ports are for; the first is the one that clients connect to.
+    fn port_names(&self) -> &'static [&'static str];
+
+    /// The URL that a service puts into its configuration.
+    fn url(&self, ports: &[u16]) -> String;
+
+    /// Why it cannot be installed on this machine, where that is known beforehand. The tests then say that its share is not
+    /// run, instead of failing.
+    fn obstacle(&self, cache: &Path) -> Option<String> {
+        let _ = cache;
+        None
+    }
+
+    /// Fetches what is missing below `cache` and answers where it is. Cheap when nothing is missing.
+    fn install(&self, cache: &Path) -> Result<PathBuf>;
+
+    /// Writes the configuration for `site.ports`. Called before every start; formats storage when there is none.
+    fn prepare(&self, site: &Site<'_>) -> Result<()>;
+
+    /// The server in the foreground.
+    fn command(&self, site: &Site<'_>) -> Command;
+
+    /// `Ok` once clients are served; an error says what is missing still. Returns within about a second.
+    fn probe(&self, ports: &[u16]) -> Result<()>;
+}
+
+/// Where one server lives.
+pub(crate) struct Site<'a> {
+    /// What [`Recipe::install`] answered.
+    pub(crate) home: &'a Path,
+    /// This server's own folder: configuration and data.
+    pub(crate) folder: &'a Path,
+    /// One port for each of [`Recipe::port_names`].
+    pub(crate) ports: &'a [u16],
+}
+
+/// The variable that tells tests where `name` is.
+pub(crate) fn url_variable(name: &str) -> String {
+    format!("ANYBROKER_TEST_{}_URL", name.to_uppercase())
+}
+
+/// The recipes called `names`, or all of them when no name is given.
+pub(crate) fn recipes(names: &[String]) -> Result<Vec<&'static dyn Recipe>> {
+    if names.is_empty() {
+        return Ok(RECIPES.to_vec());
+    }
+    let mut chosen: Vec<&'static dyn Recipe> = Vec::new();
+    for name in names {
+        match RECIPES.iter().find(|recipe| recipe.name() == name) {
+            Some(_) if chosen.iter().any(|recipe| recipe.name() == name) => {}
+            Some(recipe) => chosen.push(*recipe),
+            None => {
+                let known: Vec<_> = RECIPES.iter().map(|recipe| recipe.name()).collect();
+                bail!("no broker is called `{name}`; there are: {}", known.join(", "));
+            }
+        }
+    }
+    Ok(chosen)
+}
+
+/// All recipes that can be started here, and of the others why not.
+pub(crate) fn startable(how: How) -> Result<(Vec<&'static dyn Recipe>, Vec<String>)> {
+    let cache = crate::folders::cache()?;
+    let (mut chosen, mut left_out) = (Vec::new(), Vec::new());
+    for &recipe in RECIPES {
+        let is_given = how != How::Native && std::env::var_os(url_variable(recipe.name())).is_some();
+        match recipe.obstacle(&cache).filter(|_| !is_given && how != How::Urls) {
+            Some(obstacle) => left_out.push(format!("{}: {obstacle}", recipe.name())),
+            None => chosen.push(recipe),
+        }
+    }
+    Ok((chosen, left_out))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_choose_recipes_once_each_and_an_unknown_name_is_refused() {
+        let names = |given: &[&str]| {
+            let given: Vec<String> = given.iter().map(|&name| name.to_owned()).collect();
+            recipes(&given).map(|chosen| chosen.iter().map(|recipe| recipe.name()).collect::<Vec<_>>())
+        };
+        assert_eq!(names(&[]).unwrap(), ["kafka", "nats", "sqs"]);
+        assert_eq!(names(&["sqs", "sqs"]).unwrap(), ["sqs"]);
+        assert!(names(&["rabbit"]).unwrap_err().to_string().contains("kafka, nats, sqs"));
+    }
+
+    #[test]
+    fn every_recipe_has_a_client_port_and_a_url_that_names_it() {
+        for recipe in RECIPES {
+            let ports: Vec<u16> = (0..recipe.port_names().len()).map(|i| 20_001 + u16::try_from(i).unwrap()).collect();
+            let url = recipe.url(&ports);
+            assert!(url.contains("://127.0.0.1:20001"), "{}: {url}", recipe.name());
+        }
+    }
+}

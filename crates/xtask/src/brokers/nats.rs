@@ -1,0 +1,156 @@
+//! NATS with JetStream: one server, built from the Go module proxy.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::{Recipe, Site};
+
+const MODULE: &str = "github.com/nats-io/nats-server/v2";
+const VERSION: &str = "2.15.2";
+/// Minor version of the first Go that fetches a newer toolchain by itself. Debian 12 has 1.19.
+const OLDEST_GO: u32 = 21;
+
+/// The broker of the `nats://` scheme.
+pub(crate) struct Nats;
+
+impl Recipe for Nats {
+    fn name(&self) -> &'static str {
+        "nats"
+    }
+
+    fn version(&self) -> &'static str {
+        "NATS 2.15.2"
+    }
+
+    fn port_names(&self) -> &'static [&'static str] {
+        &["clients"]
+    }
+
+    fn url(&self, ports: &[u16]) -> String {
+        format!("nats://127.0.0.1:{}", ports[0])
+    }
+
+    fn obstacle(&self, cache: &Path) -> Option<String> {
+        if home(cache).join("nats-server").is_file() {
+            return None;
+        }
+        let told = Command::new("go").arg("version").stdin(Stdio::null()).output();
+        let told = told.ok().filter(|output| output.status.success());
+        let Some(told) = told else {
+            return Some(format!("Go is not installed, and nats-server {VERSION} is built with it"));
+        };
+        let told = String::from_utf8_lossy(&told.stdout).into_owned();
+        // What cannot be read is tried.
+        let minor = minor_version(&told).unwrap_or(OLDEST_GO);
+        (minor < OLDEST_GO).then(|| format!("Go 1.{minor} is too old to build nats-server; 1.{OLDEST_GO} is needed"))
+    }
+
+    fn install(&self, cache: &Path) -> Result<PathBuf> {
+        let home = home(cache);
+        if home.join("nats-server").is_file() {
+            return Ok(home);
+        }
+        if let Some(obstacle) = self.obstacle(cache) {
+            bail!(
+                "{obstacle}: install Go 1.{OLDEST_GO} or later (https://go.dev/dl), or name a server in \
+                 ANYBROKER_TEST_NATS_URL and use --how urls"
+            );
+        }
+        eprintln!("nats-server {VERSION}: building it into {}", home.display());
+        fs::create_dir_all(cache)?;
+        // Built beside the final place and renamed: an interrupted build leaves nothing that looks complete.
+        let staging = tempfile::Builder::new().prefix("building-").tempdir_in(cache)?;
+        let status = Command::new("go")
+            .args(["install", &format!("{MODULE}@v{VERSION}")])
+            .env("GOBIN", staging.path())
+            // An older Go fetches the newer toolchain that the module asks for.
+            .env("GOTOOLCHAIN", "auto")
+            .current_dir(staging.path())
+            .stdin(Stdio::null())
+            // Standard output belongs to the `export` lines.
+            .stdout(std::io::stderr())
+            .status()
+            .context("could not start go")?;
+        ensure!(status.success(), "go could not build nats-server ({status}); see its output above");
+        fs::create_dir_all(&home)?;
+        let built = staging.path().join("nats-server");
+        fs::rename(&built, home.join("nats-server")).context("could not move nats-server to its place")?;
+        Ok(home)
+    }
+
+    fn prepare(&self, site: &Site<'_>) -> Result<()> {
+        fs::write(configuration_file(site), configuration(site))?;
+        Ok(())
+    }
+
+    fn command(&self, site: &Site<'_>) -> Command {
+        let mut command = Command::new(site.home.join("nats-server"));
+        command.arg("-c").arg(configuration_file(site));
+        command
+    }
+
+    /// The server greets a client before JetStream has recovered its streams: asked is JetStream itself.
+    fn probe(&self, ports: &[u16]) -> Result<()> {
+        let limit = Duration::from_secs(1);
+        let mut stream = TcpStream::connect_timeout(&SocketAddr::from((Ipv4Addr::LOCALHOST, ports[0])), limit)?;
+        stream.set_read_timeout(Some(limit))?;
+        stream.set_write_timeout(Some(limit))?;
+        stream.write_all(
+            b"CONNECT {\"verbose\":false,\"pedantic\":false,\"headers\":true,\"no_responders\":true}\r\n\
+              SUB anybroker.probe 1\r\nPUB $JS.API.INFO anybroker.probe 0\r\n\r\n",
+        )?;
+        let mut lines = BufReader::new(stream);
+        let mut line = String::new();
+        for _ in 0..20 {
+            line.clear();
+            ensure!(lines.read_line(&mut line)? > 0, "it closed the connection");
+            if line.starts_with("MSG anybroker.probe") {
+                return Ok(());
+            }
+            ensure!(!line.starts_with("HMSG"), "JetStream does not answer yet");
+            ensure!(!line.starts_with("-ERR"), "it answers {}", line.trim());
+        }
+        bail!("it does not answer like a NATS server")
+    }
+}
+
+fn home(cache: &Path) -> PathBuf {
+    cache.join(format!("nats-server-{VERSION}"))
+}
+
+/// 26 of `go version go1.26.8 linux/amd64`.
+fn minor_version(told: &str) -> Option<u32> {
+    told.split_whitespace().find_map(|word| word.strip_prefix("go1."))?.split('.').next()?.parse().ok()
+}
+
+fn configuration_file(site: &Site<'_>) -> PathBuf {
+    site.folder.join("nats.conf")
+}
+
+/// File storage below the server's own folder. `sync_interval` is left at its default: a killed process loses nothing that
+/// was acknowledged, a power loss may (its documentation, "sync_interval").
+fn configuration(site: &Site<'_>) -> String {
+    format!(
+        "listen: \"127.0.0.1:{port}\"\nserver_name: anybroker\njetstream {{ store_dir: {store:?}, max_file_store: 8GB }}\n",
+        port = site.ports[0],
+        store = site.folder.join("data").display().to_string(),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_of_go_is_read() {
+        assert_eq!(minor_version("go version go1.26.8 linux/amd64"), Some(26));
+        assert_eq!(minor_version("go version go1.19 linux/amd64"), Some(19));
+        assert_eq!(minor_version("go version devel"), None);
+    }
+}

@@ -1,0 +1,367 @@
+//! One server of one instance: its folder, its pid file, and what can be done to it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::Signal;
+use serde::{Deserialize, Serialize};
+
+pub(crate) use super::process::Condition;
+use super::process::Process;
+use super::{Recipe, Site, ports};
+use crate::interrupt;
+
+/// A busy machine may need a multiple of the few seconds that a quiet one takes.
+const READY_WITHIN: Duration = Duration::from_secs(120);
+/// How long a server may take to end by itself before it is killed.
+const STOPPED_WITHIN: Duration = Duration::from_secs(20);
+const KILLED_WITHIN: Duration = Duration::from_secs(10);
+
+/// A handle to a broker's server, whether it runs or not. Ports and data stay the same from start to start until
+/// [`Server::remove`].
+pub(crate) struct Server {
+    recipe: &'static dyn Recipe,
+    cache: PathBuf,
+    folder: PathBuf,
+}
+
+/// What the folder's `server.json` holds.
+#[derive(Serialize, Deserialize)]
+struct Record {
+    ports: Vec<u16>,
+    process: Option<Process>,
+}
+
+impl Server {
+    /// The server of `recipe` that lives in `folder`. Nothing is started or written.
+    pub(crate) fn new(recipe: &'static dyn Recipe, cache: &Path, folder: PathBuf) -> Self {
+        Self { recipe, cache: cache.to_owned(), folder }
+    }
+
+    /// The broker's name.
+    pub(crate) fn name(&self) -> &'static str {
+        self.recipe.name()
+    }
+
+    /// What clients connect to, once the server was started for the first time.
+    pub(crate) fn url(&self) -> Result<Option<String>> {
+        Ok(self.record()?.map(|record| self.recipe.url(&record.ports)))
+    }
+
+    /// Its ports by purpose; empty before the first start.
+    pub(crate) fn ports(&self) -> Result<BTreeMap<&'static str, u16>> {
+        let ports = self.record()?.map(|record| record.ports).unwrap_or_default();
+        Ok(self.recipe.port_names().iter().copied().zip(ports).collect())
+    }
+
+    /// Whether its process runs, is paused or is gone.
+    pub(crate) fn condition(&self) -> Result<Condition> {
+        Ok(self.process()?.map_or(Condition::Gone, |process| process.condition()))
+    }
+
+    /// Its pid, when it is not gone.
+    pub(crate) fn pid(&self) -> Result<Option<i32>> {
+        Ok(self.process()?.filter(|process| process.condition() != Condition::Gone).map(|process| process.pid))
+    }
+
+    /// Starts the server unless it runs; a paused one is resumed. Does not wait: see [`Server::wait_ready`].
+    ///
+    /// `port` is the one for clients; without it the port of the last start is taken again, or a free one is chosen.
+    /// Answers whether a process was started.
+    pub(crate) fn start(&self, port: Option<u16>) -> Result<bool> {
+        match self.condition()? {
+            Condition::Running => {}
+            Condition::Paused => self.resume()?,
+            Condition::Gone => return self.launch(port).map(|()| true),
+        }
+        let runs_on = self.record()?.and_then(|record| record.ports.first().copied());
+        if let (Some(wanted), Some(port)) = (port, runs_on) {
+            ensure!(wanted == port, "{} runs on port {port} already, not on {wanted}: `down` first", self.name());
+        }
+        Ok(false)
+    }
+
+    fn launch(&self, port: Option<u16>) -> Result<()> {
+        let home = self.recipe.install(&self.cache)?;
+        interrupt::check()?;
+        fs::create_dir_all(&self.folder)?;
+        let last = self.record()?.map(|record| record.ports).unwrap_or_default();
+        let ports = self.choose_ports(port, &last)?;
+        self.write(&Record { ports: ports.clone(), process: None })?;
+        let site = Site { home: &home, folder: &self.folder, ports: &ports };
+        self.recipe.prepare(&site).with_context(|| format!("{} could not be configured", self.name()))?;
+        let process = Process::spawn(&mut self.recipe.command(&site), &self.log())?;
+        let written = self.write(&Record { ports, process: Some(process.clone()) });
+        if written.is_err() {
+            // Nobody would ever find it again.
+            process.signal(Signal::KILL)?;
+        }
+        written
+    }
+
+    fn choose_ports(&self, first: Option<u16>, last: &[u16]) -> Result<Vec<u16>> {
+        let mut ports = Vec::new();
+        for (index, purpose) in self.recipe.port_names().iter().enumerate() {
+            let port = match (first, last.get(index)) {
+                (Some(wanted), _) if index == 0 => {
+                    ensure!(ports::is_free(wanted), "port {wanted} ({purpose}) is taken by another process");
+                    wanted
+                }
+                (_, Some(&port)) if ports::is_free_soon(port) => port,
+                _ => ports::choose(&ports)?,
+            };
+            ports.push(port);
+        }
+        Ok(ports)
+    }
+
+    /// Whether clients are served right now.
+    pub(crate) fn is_ready(&self) -> Result<bool> {
+        Ok(self.record()?.is_some_and(|record| self.recipe.probe(&record.ports).is_ok()))
+    }
+
+    /// Waits until clients are served. Fails at once when the process ends, and after two minutes otherwise.
+    pub(crate) fn wait_ready(&self) -> Result<()> {
+        let record = self.record()?.with_context(|| format!("{} was never started", self.name()))?;
+        let mut last = String::new();
+        let ready = interrupt::poll(READY_WITHIN, || {
+            match self.recipe.probe(&record.ports) {
+                // Asked after the probe: an answer on the port while our process is gone comes from a stranger.
+                Ok(()) if self.condition()? == Condition::Running => return Ok(Some(())),
+                Ok(()) => {}
+                Err(error) => last = format!("{error:#}"),
+            }
+            if self.condition()? == Condition::Gone {
+                bail!("{} ended while it was starting{}", self.name(), self.end_of_log());
+            }
+            Ok(None)
+        })?;
+        if ready.is_none() {
+            bail!("{} was not ready within {READY_WITHIN:?}: {last}{}", self.name(), self.end_of_log());
+        }
+        Ok(())
+    }
+
+    /// Ends the server: politely, and with SIGKILL when it does not listen. Answers whether one was there.
+    pub(crate) fn stop(&self) -> Result<bool> {
+        let Some(process) = self.process()?.filter(|process| process.condition() != Condition::Gone) else {
+            return Ok(false);
+        };
+        process.signal(Signal::TERM)?;
+        // A paused process receives it only now.
+        process.signal(Signal::CONT)?;
+        if !wait_gone(&process, STOPPED_WITHIN) {
+            eprintln!("{}: does not end by itself, killing it", self.name());
+            self.kill()?;
+        }
+        Ok(true)
+    }
+
+    /// SIGKILL: a crash. Data and ports stay.
+    pub(crate) fn kill(&self) -> Result<()> {
+        let process = self.started()?;
+        process.signal(Signal::KILL)?;
+        ensure!(wait_gone(&process, KILLED_WITHIN), "{} (pid {}) does not die", self.name(), process.pid);
+        Ok(())
+    }
+
+    /// SIGSTOP: sockets stay open and nothing is answered.
+    pub(crate) fn pause(&self) -> Result<()> {
+        self.started()?.signal(Signal::STOP)
+    }
+
+    /// SIGCONT after [`Server::pause`].
+    pub(crate) fn resume(&self) -> Result<()> {
+        self.started()?.signal(Signal::CONT)
+    }
+
+    /// Stops the server if it runs, starts it on the same ports with the same data, and waits until it is ready.
+    pub(crate) fn restart(&self) -> Result<()> {
+        self.stop()?;
+        self.start(None)?;
+        self.wait_ready()
+    }
+
+    /// Deletes configuration, data, log and the memory of its ports.
+    pub(crate) fn remove(&self) -> Result<()> {
+        ensure!(self.condition()? == Condition::Gone, "{} still runs", self.name());
+        match fs::remove_dir_all(&self.folder) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Where the server's output goes.
+    pub(crate) fn log(&self) -> PathBuf {
+        self.folder.join("server.log")
+    }
+
+    fn end_of_log(&self) -> String {
+        let text = fs::read(self.log()).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let lines: Vec<&str> = text.lines().collect();
+        let end = lines[lines.len().saturating_sub(20)..].join("\n  ");
+        format!("\nlast lines of {}:\n  {end}", self.log().display())
+    }
+
+    fn started(&self) -> Result<Process> {
+        match self.process()? {
+            Some(process) if process.condition() != Condition::Gone => Ok(process),
+            _ => bail!("{} does not run", self.name()),
+        }
+    }
+
+    fn process(&self) -> Result<Option<Process>> {
+        Ok(self.record()?.and_then(|record| record.process))
+    }
+
+    fn record(&self) -> Result<Option<Record>> {
+        let file = self.folder.join("server.json");
+        match fs::read(&file) {
+            Ok(text) => {
+                let record = serde_json::from_slice(&text);
+                record.map(Some).with_context(|| format!("{} is damaged", file.display()))
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error).with_context(|| format!("could not read {}", file.display())),
+        }
+    }
+
+    /// Replaces the record as a whole: a reader never sees half of it.
+    fn write(&self, record: &Record) -> Result<()> {
+        let mut file = tempfile::NamedTempFile::new_in(&self.folder)?;
+        serde_json::to_writer(&mut file, record)?;
+        file.persist(self.folder.join("server.json"))?;
+        Ok(())
+    }
+}
+
+/// Not interruptible: it is part of cleaning up after an interrupt.
+fn wait_gone(process: &Process, limit: Duration) -> bool {
+    let deadline = Instant::now() + limit;
+    while process.condition() != Condition::Gone {
+        if Instant::now() >= deadline {
+            return false;
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    /// A "broker" that runs a shell script; `ready` is what its probe answers.
+    struct Script {
+        script: &'static str,
+        ready: bool,
+    }
+
+    static SLEEPER: Script = Script { script: "exec sleep 60", ready: true };
+    static BROKEN: Script = Script { script: "echo cannot work; exit 1", ready: false };
+
+    impl Recipe for Script {
+        fn name(&self) -> &'static str {
+            "script"
+        }
+        fn version(&self) -> &'static str {
+            "script 1"
+        }
+        fn port_names(&self) -> &'static [&'static str] {
+            &["clients"]
+        }
+        fn url(&self, ports: &[u16]) -> String {
+            format!("script://127.0.0.1:{}", ports[0])
+        }
+        fn install(&self, cache: &Path) -> Result<PathBuf> {
+            Ok(cache.to_owned())
+        }
+        fn prepare(&self, _: &Site<'_>) -> Result<()> {
+            Ok(())
+        }
+        fn command(&self, _: &Site<'_>) -> Command {
+            let mut command = Command::new("sh");
+            command.args(["-c", self.script]);
+            command
+        }
+        fn probe(&self, _: &[u16]) -> Result<()> {
+            if self.ready { Ok(()) } else { bail!("not yet") }
+        }
+    }
+
+    fn server(folder: &Path) -> Server {
+        Server::new(&SLEEPER, folder, folder.join("script"))
+    }
+
+    #[test]
+    fn a_second_start_starts_nothing_and_another_handle_sees_the_same_server() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(server(folder.path()).start(None).unwrap());
+        server(folder.path()).wait_ready().unwrap();
+        let pid = server(folder.path()).pid().unwrap();
+        assert!(pid.is_some());
+        assert!(!server(folder.path()).start(None).unwrap());
+        assert_eq!(server(folder.path()).pid().unwrap(), pid);
+        assert!(server(folder.path()).stop().unwrap());
+        assert!(!server(folder.path()).stop().unwrap());
+    }
+
+    #[test]
+    fn a_killed_server_comes_back_on_the_same_port_with_its_data() {
+        let folder = tempfile::tempdir().unwrap();
+        let server = server(folder.path());
+        server.start(None).unwrap();
+        let (pid, url) = (server.pid().unwrap(), server.url().unwrap());
+        server.kill().unwrap();
+        assert_eq!(server.condition().unwrap(), Condition::Gone);
+        server.restart().unwrap();
+        assert_eq!(server.url().unwrap(), url);
+        assert_ne!(server.pid().unwrap(), pid);
+        server.stop().unwrap();
+    }
+
+    #[test]
+    fn a_paused_server_is_seen_resumes_on_start_and_can_be_stopped_while_paused() {
+        let folder = tempfile::tempdir().unwrap();
+        let server = server(folder.path());
+        let paused = |server: &Server| {
+            server.pause().unwrap();
+            let seen = interrupt::poll(KILLED_WITHIN, || Ok((server.condition()? == Condition::Paused).then_some(())));
+            seen.unwrap().expect("SIGSTOP stops it");
+        };
+        server.start(None).unwrap();
+        paused(&server);
+        assert!(!server.start(None).unwrap());
+        server.wait_ready().unwrap();
+        paused(&server);
+        assert!(server.stop().unwrap());
+        server.remove().unwrap();
+        assert_eq!(server.url().unwrap(), None);
+    }
+
+    #[test]
+    fn a_server_that_ends_while_starting_is_an_error_with_the_end_of_its_log() {
+        let folder = tempfile::tempdir().unwrap();
+        let server = Server::new(&BROKEN, folder.path(), folder.path().join("script"));
+        server.start(None).unwrap();
+        let error = server.wait_ready().unwrap_err().to_string();
+        assert!(error.contains("ended while it was starting") && error.ends_with("cannot work"), "{error}");
+    }
+
+    #[test]
+    fn a_wanted_port_that_is_taken_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let port = ports::choose(&[]).unwrap();
+        let _held = std::net::TcpListener::bind(("127.0.0.1", port)).unwrap();
+        let error = server(folder.path()).start(Some(port)).unwrap_err().to_string();
+        assert!(error.contains("taken"), "{error}");
+    }
+}

@@ -1,0 +1,88 @@
+//! ElasticMQ: an emulator of Amazon SQS. What is shown with it is shown of the emulator, and reports have to say so.
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+
+use super::java::{self, Artefact};
+use super::{Recipe, Site};
+
+const VERSION: &str = "1.6.16";
+const ARTEFACTS: &[Artefact] = &[("org.elasticmq", "elasticmq-server_2.13", VERSION)];
+
+/// The broker of the `sqs://` scheme.
+pub(crate) struct ElasticMq;
+
+impl Recipe for ElasticMq {
+    fn name(&self) -> &'static str {
+        "sqs"
+    }
+
+    fn version(&self) -> &'static str {
+        "ElasticMQ 1.6.16 (emulates SQS)"
+    }
+
+    fn port_names(&self) -> &'static [&'static str] {
+        &["clients"]
+    }
+
+    fn url(&self, ports: &[u16]) -> String {
+        format!("sqs://127.0.0.1:{}?region=elasticmq", ports[0])
+    }
+
+    fn install(&self, cache: &Path) -> Result<PathBuf> {
+        java::fetch_jars(cache, &format!("elasticmq-{VERSION}"), ARTEFACTS)
+    }
+
+    fn prepare(&self, site: &Site<'_>) -> Result<()> {
+        fs::write(configuration_file(site), configuration(site.ports[0], site.folder))?;
+        Ok(())
+    }
+
+    fn command(&self, site: &Site<'_>) -> Command {
+        let mut command = java::java(site.home, 256);
+        command.arg(java::prefixed("-Dconfig.file=", &configuration_file(site))).arg("org.elasticmq.server.Main");
+        command
+    }
+
+    fn probe(&self, ports: &[u16]) -> Result<()> {
+        let limit = Duration::from_secs(1);
+        let mut stream = TcpStream::connect_timeout(&SocketAddr::from((Ipv4Addr::LOCALHOST, ports[0])), limit)?;
+        stream.set_read_timeout(Some(limit))?;
+        stream.write_all(b"GET /?Action=ListQueues HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")?;
+        let mut status = [0_u8; 12];
+        stream.read_exact(&mut status)?;
+        ensure!(status.ends_with(b" 200"), "it answers {}", String::from_utf8_lossy(&status));
+        Ok(())
+    }
+}
+
+fn configuration_file(site: &Site<'_>) -> PathBuf {
+    site.folder.join("elasticmq.conf")
+}
+
+/// `node-address` is what ElasticMQ puts into the queue URLs that it answers. Queues and messages go to an H2 file, written
+/// before the answer is (`WRITE_DELAY=0`), so that they outlive a killed server as they do at Amazon.
+fn configuration(port: u16, folder: &Path) -> String {
+    format!(
+        r#"include classpath("application.conf")
+node-address {{ protocol = http, host = "127.0.0.1", port = {port}, context-path = "" }}
+rest-sqs {{ enabled = true, bind-port = {port}, bind-hostname = "127.0.0.1", sqs-limits = strict }}
+rest-stats {{ enabled = false }}
+messages-storage {{
+  enabled = true
+  driver-class = "org.h2.Driver"
+  uri = "jdbc:h2:{folder}/messages;WRITE_DELAY=0"
+  username = ""
+  password = ""
+  prune-data-on-init = false
+}}
+"#,
+        folder = folder.display()
+    )
+}
