@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use anybroker_core::{Bus, Capabilities, Destination, Error, ErrorKind, Group, SubscribeSpec};
+use anybroker_core::{Bus, Capabilities, Destination, Error, ErrorKind, Group, Start, SubscribeSpec};
 use parking_lot::Mutex;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -84,6 +84,11 @@ impl Env {
             .with_lease(Duration::from_secs(120).min(longest).max(self.lease()))
             .with_max_attempts(None)
             .with_crash_limit(None)
+    }
+
+    /// The start that passes over what is stored, where there is one.
+    pub(crate) fn latest(&self) -> Start {
+        if self.record.start_latest.is_given() { Start::Latest } else { Start::Earliest }
     }
 
     /// A lease short enough to wait for.

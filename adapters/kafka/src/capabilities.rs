@@ -44,6 +44,7 @@ pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
         groups: Support::Native,
         kept_before_group: Support::Native,
         replay: unwritten(),
+        start_latest: Support::Native,
         patterns: unwritten(),
         delayed_publish: unwritten(),
         ttl: unwritten(),

@@ -39,6 +39,7 @@ pub(crate) fn record(settings: &Settings) -> Capabilities {
         groups: native(),
         kept_before_group: native(),
         replay: native(),
+        start_latest: native(),
         patterns: Support::refused("NATS, Kafka and Pulsar have patterns; list the destinations here"),
         delayed_publish: native(),
         ttl: native(),

@@ -51,6 +51,7 @@ pub(crate) fn capabilities(settings: &Settings, max_payload: u64) -> Capabilitie
         groups: Support::Native,
         kept_before_group: Support::Native,
         replay: Support::Native,
+        start_latest: Support::Native,
         patterns: unwritten(),
         delayed_publish: unwritten(),
         ttl: unwritten(),

@@ -43,6 +43,9 @@ pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
         groups: Support::refused("a queue has one group; fan-out by SNS is not written yet in this adapter"),
         kept_before_group: Support::Native,
         replay: Support::refused("a queue forgets what is settled; Kafka and JetStream keep it"),
+        start_latest: Support::refused(
+            "a queue cannot pass over what is in it; purge it first, or start at the earliest",
+        ),
         patterns: unwritten(),
         delayed_publish: unwritten(),
         ttl: unwritten(),

@@ -10,17 +10,7 @@ use anybroker_conformance::{Options, UrlHarness, run};
 use common::{try_connect, url};
 
 /// What the slice does not hold yet, and why.
-const KNOWN: &[(&str, &str)] = &[
-    (
-        "groups/latest-is-fixed-when-subscribe-returns",
-        "a queue has one group, and cannot pass over what is in it: a new group that starts at the latest is refused",
-    ),
-    ("groups/a-group-that-was-deleted-starts-anew", "it starts at the latest"),
-    (
-        "lifecycle/what-a-close-gives-back-is-not-counted-as-an-attempt",
-        "SQS counts it; other connections cannot know (attempt_count = approximate)",
-    ),
-];
+const KNOWN: &[(&str, &str)] = &[];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_the_record_claims_holds_and_what_it_refuses_is_refused() {

@@ -39,7 +39,7 @@ pub(super) const CASES: &[Case] = &[
     ),
     case!(
         "groups/latest-is-fixed-when-subscribe-returns",
-        [],
+        [need::START_LATEST],
         "When subscribe returns it is effective: latest is fixed then, and everything confirmed afterwards belongs to the group.",
         latest_is_fixed
     ),
@@ -51,7 +51,7 @@ pub(super) const CASES: &[Case] = &[
     ),
     case!(
         "groups/a-group-that-was-deleted-starts-anew",
-        [need::DELETE, need::KEPT_BEFORE_GROUP],
+        [need::DELETE, need::KEPT_BEFORE_GROUP, need::START_LATEST],
         "Start applies to a new group; one that was deleted is new again, without its dead letters.",
         recreated
     ),
@@ -126,7 +126,7 @@ async fn declared_keeps(env: &Env) -> Proof {
     client.declare(&TopologySpec::group(&destination, &group)).await?;
     let sent: BTreeSet<_> = ids(&client.fill(&destination, None, 10).await?).into_iter().collect();
     // Latest, so that only the declaration can have kept them.
-    let spec = env.spec(&destination, &group).with_start(Start::Latest);
+    let spec = env.spec(&destination, &group).with_start(env.latest());
     let left = env.client().await?.drain(spec).await?;
     ensure_eq!(ids(&left).into_iter().collect::<BTreeSet<_>>(), sent, "what the declared group kept");
     Ok(())
@@ -177,7 +177,7 @@ async fn goes_on(env: &Env) -> Proof {
     ack_all(came).await?;
     consumer.close().await?;
     // Neither start moves it: not back to the first, not past what is left.
-    let mut again = client.subscribe(env.spec(&destination, &group).with_start(Start::Latest)).await?;
+    let mut again = client.subscribe(env.spec(&destination, &group).with_start(env.latest())).await?;
     let came = again.take(1).await?;
     for held in &came {
         ensure!(seen.insert(held.id()), "{} was acked and comes again", held.id());

@@ -79,6 +79,10 @@ pub(crate) async fn replay(env: &Env) -> Proof {
     spec_refused(env, "starting at a time", |spec| spec.with_start(Start::Time(Timestamp::now()))).await
 }
 
+pub(crate) async fn start_latest(env: &Env) -> Proof {
+    spec_refused(env, "starting at the latest", |spec| spec.with_start(Start::Latest)).await
+}
+
 pub(crate) async fn patterns(env: &Env) -> Proof {
     let (client, consumer) = set_up(env).await?;
     let pattern = format!("{}.*", env.scope());

@@ -263,6 +263,8 @@ record! {
     kept_before_group: Support,
     /// New groups can start at a time or position.
     replay: Support,
+    /// New groups can start with what is published after they exist (`Start::Latest`).
+    start_latest: Support,
     /// Subscriptions to patterns of destinations.
     patterns: Support,
     /// Messages that are held back before their first delivery.
@@ -364,6 +366,7 @@ const SUPPORTS: &[Supports] = supports![
     groups,
     kept_before_group,
     replay,
+    start_latest,
     patterns,
     delayed_publish,
     ttl,

@@ -162,7 +162,8 @@ pub(crate) fn subscribe(spec: &SubscribeSpec, record: &Capabilities) -> Result<(
 
 pub(crate) fn start(start: Start, record: &Capabilities, operation: &'static str) -> Result<()> {
     match start {
-        Start::Earliest | Start::Latest => Ok(()),
+        Start::Earliest => Ok(()),
+        Start::Latest => record.start_latest.check("starting at the latest", operation),
         Start::Time(_) | Start::Position(_) => record.replay.check("starting at a time or position", operation),
     }
 }

@@ -164,7 +164,7 @@ pub enum Start {
     /// With the oldest message that is kept.
     #[default]
     Earliest,
-    /// With what is published after `subscribe` returned.
+    /// With what is published after `subscribe` returned. Needs `start_latest`.
     Latest,
     /// With the first message that was stored at or after this moment. Needs `replay`.
     Time(Timestamp),

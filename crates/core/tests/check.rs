@@ -254,6 +254,7 @@ async fn options_of_a_subscription_that_the_record_refuses_are_refused() {
         &mut without.block_on_failure,
         &mut without.park_on_failure,
         &mut without.replay,
+        &mut without.start_latest,
     ] {
         *support = Support::refused("take another broker");
     }
@@ -263,6 +264,7 @@ async fn options_of_a_subscription_that_the_record_refuses_are_refused() {
     assert_eq!(kind(|spec| spec.with_order(Order::Key)).await, ErrorKind::Unsupported);
     assert_eq!(kind(|spec| spec.with_order(Order::Total)).await, ErrorKind::Unsupported);
     assert_eq!(kind(|spec| spec.with_start(Start::Time(Default::default()))).await, ErrorKind::Unsupported);
+    assert_eq!(kind(|spec| spec.with_start(Start::Latest)).await, ErrorKind::Unsupported);
     let position = anybroker_core::Position::new(1);
     let error = subscribe_refusal(without.clone(), |spec| spec.with_start(Start::Position(position))).await;
     assert_eq!(error.kind(), ErrorKind::Unsupported);
