@@ -1,6 +1,5 @@
 //! One connection to a NATS server or cluster.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -17,6 +16,7 @@ use crate::api::Api;
 use crate::capabilities::{ENVELOPE, capabilities};
 use crate::config::Settings;
 use crate::dead_letter::Letters;
+use crate::gate::{Gate, Pass};
 use crate::link::Link;
 use crate::publisher::Publisher;
 use crate::state::Shared;
@@ -35,7 +35,8 @@ pub(crate) struct NatsBroker {
     publisher: Publisher,
     letters: Letters,
     subscriptions: Mutex<Vec<Weak<Shared>>>,
-    is_closed: AtomicBool,
+    /// Closed once the broker is; every publish and redrive holds it while it hands over.
+    gate: Gate,
 }
 
 impl NatsBroker {
@@ -62,15 +63,17 @@ impl NatsBroker {
         let dedups = !settings.dedup_window.is_zero();
         let publisher = Publisher::new(Arc::clone(&link), Arc::clone(&topology), dedups);
         let letters = Letters { link: Arc::clone(&link), topology: Arc::clone(&topology) };
-        let (subscriptions, is_closed) = (Mutex::default(), AtomicBool::new(false));
-        Ok(Self { endpoint, capabilities, settings, link, topology, publisher, letters, subscriptions, is_closed })
+        let (subscriptions, gate) = (Mutex::default(), Gate::default());
+        Ok(Self { endpoint, capabilities, settings, link, topology, publisher, letters, subscriptions, gate })
     }
 
     fn open(&self, operation: &'static str) -> Result<()> {
-        if self.is_closed.load(Ordering::Acquire) {
-            return Err(Error::closed(operation).with("endpoint", &self.endpoint));
-        }
-        Ok(())
+        self.enter(operation).map(drop)
+    }
+
+    /// As long as the pass lives, a close waits.
+    fn enter(&self, operation: &'static str) -> Result<Pass<'_>> {
+        self.gate.enter().ok_or_else(|| Error::closed(operation).with("endpoint", &self.endpoint))
     }
 }
 
@@ -85,9 +88,10 @@ impl Broker for NatsBroker {
     }
 
     async fn publish(&self, batch: Vec<Message>, terms: PublishTerms) -> Confirms {
-        if let Err(error) = self.open("publish") {
-            return Confirms::ready(batch.iter().map(|_| Err(error.duplicate())).collect());
-        }
+        let _pass = match self.enter("publish") {
+            Ok(pass) => pass,
+            Err(error) => return Confirms::ready(batch.iter().map(|_| Err(error.duplicate())).collect()),
+        };
         self.publisher.publish(batch, &terms).await
     }
 
@@ -111,8 +115,8 @@ impl Broker for NatsBroker {
     }
 
     async fn redrive(&self, scope: &DeadLetterScope, ids: &[DeadLetterId]) -> Vec<Result<()>> {
-        match self.open("redrive") {
-            Ok(()) => self.letters.redrive(scope, ids).await,
+        match self.enter("redrive") {
+            Ok(_pass) => self.letters.redrive(scope, ids).await,
             Err(error) => ids.iter().map(|_| Err(error.duplicate())).collect(),
         }
     }
@@ -159,7 +163,7 @@ impl Broker for NatsBroker {
     }
 
     async fn close(&self, grace: Duration) -> Result<()> {
-        if self.is_closed.swap(true, Ordering::AcqRel) {
+        if !self.gate.close() {
             return Ok(());
         }
         let deadline = Instant::now() + grace;
@@ -171,11 +175,15 @@ impl Broker for NatsBroker {
         for shared in open {
             is_done &= shared.ended(deadline).await;
         }
+        // A publish that began before is handed over whole: its connection must not end under it.
+        is_done &= self.gate.empty(deadline).await;
         is_done &= self.link.board.fewer(0, deadline).await;
         if self.link.is_connected() {
             is_done &= matches!(tokio::time::timeout_at(deadline, self.link.client.flush()).await, Ok(Ok(())));
         }
         let _ = self.link.client.drain().await;
+        // What has no answer by now will get none.
+        self.link.board.end();
         if is_done {
             return Ok(());
         }

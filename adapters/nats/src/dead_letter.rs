@@ -177,7 +177,7 @@ impl Letters {
                 Some(404 | 408) => break,
                 Some(code) => return Err(lost(format!("the server ended the reading ({code})"))),
             }
-            let sequence = message.reply.as_deref().and_then(crate::feed::sequence_of);
+            let sequence = message.reply.as_deref().and_then(crate::ack::sequence_of);
             if let Some(sequence) = sequence {
                 let headers = message.headers.unwrap_or_default();
                 found.push(Found { sequence, headers, payload: message.payload });

@@ -7,24 +7,25 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::{Destination, Error, ErrorKind, Result, SubscriptionEvent, Timestamp};
-use async_nats::{HeaderMap, Message, StatusCode, Subject, Subscriber};
-use futures_util::StreamExt;
+use async_nats::{HeaderMap, Message, StatusCode};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use crate::ack;
 use crate::codec::{self, Stored};
-use crate::desk::{Desk, Telling, nak};
+use crate::desk::Desk;
+use crate::inbox::Inbox;
 use crate::link;
+use crate::lookup::{apply, look_up};
 use crate::owner::{Change, Owner};
-use crate::record::Record;
-use crate::state::{Arrival, Arrived, Key};
+use crate::state::{Arrival, Arrived};
 
 /// How long a pull waits at the server.
 const EXPIRES: Duration = Duration::from_secs(30);
 /// How often the server says that it still knows a pull.
 const HEARTBEAT: Duration = Duration::from_secs(3);
-/// As little as that is waited here rather than told to the server.
-const NEARLY: Duration = Duration::from_millis(100);
+/// How long the end of a pull may take.
+const LAST: Duration = Duration::from_secs(5);
 
 pub(crate) struct Feed {
     index: u32,
@@ -34,8 +35,7 @@ pub(crate) struct Feed {
     link: watch::Receiver<link::State>,
     epoch: u64,
     is_degraded: bool,
-    subscriber: Subscriber,
-    inbox: Subject,
+    inbox: Inbox,
     /// When the server was last heard of.
     heard: Instant,
     /// Messages up to here may have records that a restarted server's count does not show.
@@ -53,7 +53,7 @@ impl Feed {
     ) -> Result<Self> {
         let link = desk.link.state.clone();
         let epoch = link.borrow().epoch;
-        let (subscriber, inbox) = inbox(&desk).await?;
+        let inbox = Inbox::open(&desk.link.client).await?;
         let (is_degraded, heard, look_below, is_ready, is_resting) = (false, Instant::now(), 0, false, false);
         Ok(Self {
             index,
@@ -63,7 +63,6 @@ impl Feed {
             link,
             epoch,
             is_degraded,
-            subscriber,
             inbox,
             heard,
             look_below,
@@ -91,7 +90,7 @@ impl Feed {
             tokio::select! {
                 biased;
                 _ = closing.changed() => {}
-                message = self.subscriber.next() => {
+                message = self.inbox.next() => {
                     if let Some(message) = message {
                         self.heard = Instant::now();
                         if let Err(error) = self.receive(message).await {
@@ -153,7 +152,7 @@ impl Feed {
                 format!("{{\"batch\":{batch},\"expires\":{expires},\"idle_heartbeat\":{heartbeat}}}")
             };
             self.heard = Instant::now();
-            let sent = self.desk.link.client.publish_with_reply(subject, self.inbox.clone(), body.into()).await;
+            let sent = self.desk.link.client.publish_with_reply(subject, self.inbox.subject.clone(), body.into()).await;
             sent.map_err(|error| Error::new(ErrorKind::Closed, "receive", error.to_string()))?;
         }
     }
@@ -196,9 +195,10 @@ impl Feed {
     }
 
     async fn take_in_messages(&mut self) {
-        if self.subscriber.drain().await.is_ok() {
-            let deadline = Instant::now() + Duration::from_secs(1);
-            while let Ok(Some(message)) = tokio::time::timeout_at(deadline, self.subscriber.next()).await {
+        let asked = self.desk.shared.lock().feeds[self.index as usize].asked;
+        if self.link.borrow().is_connected && self.inbox.end(asked).await.is_ok() {
+            let deadline = Instant::now() + LAST;
+            while let Ok(Some(message)) = tokio::time::timeout_at(deadline, self.inbox.next()).await {
                 if message.status.is_none() {
                     let _ = self.receive(message).await;
                 }
@@ -230,7 +230,7 @@ impl Feed {
             return self.on_status(status, &message).await;
         }
         let Some(ack) = message.reply.clone() else { return Ok(()) };
-        let Some((delivered, sequence, nanos)) = parse(&ack) else { return Ok(()) };
+        let Some((delivered, sequence, nanos)) = ack::parse(&ack) else { return Ok(()) };
         let scope = &self.desk.scopes[self.index as usize];
         let time = Timestamp::from_millis(nanos / 1_000_000);
         let stored = Stored { stream: &scope.stream, sequence, time };
@@ -323,8 +323,7 @@ impl Feed {
     }
 
     async fn renew_inbox(&mut self) -> Result<()> {
-        let (subscriber, inbox) = inbox(&self.desk).await?;
-        (self.subscriber, self.inbox) = (subscriber, inbox);
+        self.inbox = Inbox::open(&self.desk.link.client).await?;
         self.desk.shared.unasked(self.index, None);
         Ok(())
     }
@@ -357,84 +356,5 @@ impl Feed {
             Ok(Err(error)) => tracing::debug!(%error, "not everything could be given back"),
             Err(_) => tracing::debug!("not everything could be given back in time"),
         }
-    }
-}
-
-async fn inbox(desk: &Desk) -> Result<(Subscriber, Subject)> {
-    let inbox = Subject::from(desk.link.client.new_inbox());
-    let subscribed = desk.link.client.subscribe(inbox.clone()).await;
-    let subscriber = subscribed.map_err(|error| Error::new(ErrorKind::Closed, "receive", error.to_string()))?;
-    Ok((subscriber, inbox))
-}
-
-/// Deliveries, stream sequence and time out of an ack subject, of which there are two forms (nats-server ADR-15).
-fn parse(ack: &str) -> Option<(u32, u64, i64)> {
-    let tokens: Vec<&str> = ack.split('.').collect();
-    let first = match tokens.len() {
-        9 => 4,
-        11.. => 6,
-        _ => return None,
-    };
-    let number = |index: usize| tokens.get(index)?.parse::<u64>().ok();
-    let delivered = u32::try_from(number(first)?).unwrap_or(u32::MAX);
-    Some((delivered, number(first + 1)?, i64::try_from(number(first + 3)?).ok()?))
-}
-
-/// The stream sequence in an ack subject.
-pub(crate) fn sequence_of(ack: &str) -> Option<u64> {
-    parse(ack).map(|(_, sequence, _)| sequence)
-}
-
-/// Reads the record of a message that was delivered before.
-async fn look_up(desk: Arc<Desk>, feed: u32, key: Key, ack: Subject) {
-    loop {
-        let Some((sequence, _)) = desk.shared.place_of(key) else { return };
-        match desk.read_record(feed, sequence).await {
-            Ok(found) => return apply(desk, feed, key, found, ack).await,
-            Err(error) => {
-                // Handed out without it, its attempt would be wrong.
-                tracing::debug!(%error, "a record could not be read yet");
-                tokio::time::sleep(Duration::from_millis(200)).await;
-            }
-        }
-    }
-}
-
-/// Makes a message ready, or sends it back when it comes too early: a restarted server may have forgotten its delay.
-async fn apply(desk: Arc<Desk>, feed: u32, key: Key, found: Option<(Record, u64)>, ack: Subject) {
-    let Some((mut record, place)) = found else { return desk.shared.ready(key, Record::default(), None) };
-    let not_before = Timestamp::from_millis(record.not_before);
-    let early = not_before.since(Timestamp::now());
-    if early <= NEARLY {
-        if !early.is_zero() {
-            tokio::time::sleep(early).await;
-        }
-        return desk.shared.ready(key, record, Some(place));
-    }
-    let Some((sequence, delivered)) = desk.shared.place_of(key) else { return };
-    (record.spare, record.delivered) = (record.spare + 1, delivered);
-    let deadline = Instant::now() + desk.settle_timeout;
-    let written = desk.write(vec![desk.record_of(feed, sequence, &record)], deadline).await.pop();
-    if let Some(Ok(place)) = written {
-        desk.shared.leaving(key, (record, place));
-        let early = not_before.since(Timestamp::now());
-        let telling = Telling { feed, key: Some(key), ack, payload: nak(early) };
-        let _ = desk.tell(&[telling], deadline).await;
-    }
-    // Not told, it comes back when its lease ends, and is looked at again.
-    desk.shared.settled(key);
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn both_forms_of_ack_subjects_are_read() {
-        let time = 1_700_000_000_000_000_000;
-        assert_eq!(parse("$JS.ACK.s.c.2.17.5.1700000000000000000.3"), Some((2, 17, time)));
-        assert_eq!(parse("$JS.ACK.domain.hash.s.c.2.17.5.1700000000000000000.3.random"), Some((2, 17, time)));
-        assert_eq!(parse("$JS.ACK.s.c.2"), None);
-        assert_eq!(parse("other"), None);
     }
 }

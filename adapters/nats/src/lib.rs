@@ -3,6 +3,7 @@
 //! What the words of the contract mean here, what is refused, and what is needed of the server: see the README beside
 //! this crate.
 
+mod ack;
 mod api;
 mod broker;
 mod capabilities;
@@ -12,7 +13,10 @@ mod dead_letter;
 mod desk;
 mod error;
 mod feed;
+mod gate;
+mod inbox;
 mod link;
+mod lookup;
 mod names;
 mod owner;
 mod publisher;

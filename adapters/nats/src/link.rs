@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -108,6 +108,8 @@ pub(crate) struct Board {
     slots: Mutex<HashMap<u64, Slot>>,
     on_their_way: AtomicUsize,
     room: Notify,
+    /// No answer comes any more.
+    is_ended: AtomicBool,
 }
 
 #[derive(PartialEq, Eq)]
@@ -137,8 +139,8 @@ impl Slot {
 
 impl Board {
     fn new(inbox: String) -> Self {
-        let (next, slots, on_their_way, room) = Default::default();
-        Self { inbox, next, slots, on_their_way, room }
+        let (next, slots, on_their_way, room, is_ended) = Default::default();
+        Self { inbox, next, slots, on_their_way, room, is_ended }
     }
 
     /// Room for the answers of a batch.
@@ -171,6 +173,16 @@ impl Board {
             }
         }
         true
+    }
+
+    /// The connection is closed: who still waits for an answer is told that there is none.
+    pub(crate) fn end(&self) {
+        self.is_ended.store(true, Ordering::Release);
+        for slot in self.slots.lock().values_mut() {
+            if let Some(waker) = slot.waker.take() {
+                waker.wake();
+            }
+        }
     }
 
     fn note(&self, answer: async_nats::Message) {
@@ -287,7 +299,7 @@ impl Future for Missing<'_> {
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
         let mut slots = self.0.board.slots.lock();
         match slots.get_mut(&self.0.id) {
-            Some(slot) if slot.missing > 0 => {
+            Some(slot) if slot.missing > 0 && !self.0.board.is_ended.load(Ordering::Acquire) => {
                 slot.waker = Some(context.waker().clone());
                 Poll::Pending
             }

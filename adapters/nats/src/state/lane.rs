@@ -1,0 +1,131 @@
+//! One destination of a subscription: how much is asked for, whose it is, what goes back to the server.
+
+use anybroker_core::{Destination, Group, Lane, SubscriptionEvent, Timestamp};
+use tokio::time::Instant;
+
+use super::Shared;
+use super::entry::{Entry, Phase, Surrendered};
+use crate::record::Record;
+
+impl Shared {
+    /// How many messages a feed may ask for now; counts them as asked for.
+    pub(crate) fn reserve(&self, feed: u32) -> usize {
+        if self.is_resting() {
+            return 0;
+        }
+        let mut state = self.lock();
+        let asked: usize = state.feeds.iter().map(|feed| feed.asked).sum();
+        let free = self.max_in_flight.saturating_sub(state.count + asked);
+        let share = self.max_in_flight.div_ceil(state.feeds.len()).max(1);
+        let is_stopped = state.is_closing || state.failure.is_some();
+        let own = &mut state.feeds[feed as usize];
+        if is_stopped || !own.is_active {
+            return 0;
+        }
+        let wanted = free.min(share.saturating_sub(own.asked));
+        // Few large requests rather than many small ones.
+        if wanted == 0 || (own.asked > 0 && wanted < share.div_ceil(2)) {
+            return 0;
+        }
+        own.asked += wanted;
+        wanted
+    }
+
+    /// The server will not send `count` of what it was asked for; all of it with `None`.
+    pub(crate) fn unasked(&self, feed: u32, count: Option<usize>) {
+        let mut state = self.lock();
+        let own = &mut state.feeds[feed as usize];
+        own.asked = count.map_or(0, |count| own.asked.saturating_sub(count));
+        drop(state);
+        self.room.notify_waiters();
+    }
+
+    /// The lane is another member's: nothing of it can be settled here any more.
+    pub(crate) fn lose(&self, feed: u32) {
+        let mut state = self.lock();
+        let own = &mut state.feeds[feed as usize];
+        (own.is_active, own.fence, own.asked) = (false, None, 0);
+        let lane = Lane { index: feed, epoch: own.epoch };
+        state.drop_feed(feed);
+        state.events.push_back(SubscriptionEvent::Lost { lane });
+        drop(state);
+        self.arrived.notify_one();
+        self.room.notify_waiters();
+    }
+
+    /// The lane is this member's.
+    pub(crate) fn gain(&self, feed: u32, name: String, fence: Instant) {
+        let mut state = self.lock();
+        let own = &mut state.feeds[feed as usize];
+        own.epoch += 1;
+        (own.is_active, own.fence) = (true, Some(fence));
+        let lane = Lane { index: feed, epoch: own.epoch };
+        state.events.push_back(SubscriptionEvent::Assigned { lane, name });
+        drop(state);
+        self.arrived.notify_one();
+        self.room.notify_waiters();
+    }
+
+    pub(crate) fn keep_fence(&self, feed: u32, fence: Instant) {
+        self.lock().feeds[feed as usize].fence = Some(fence);
+        self.arrived.notify_one();
+    }
+
+    /// Takes everything of a feed that is not being settled, in order, to be given back to the server; what is out only
+    /// with `all`.
+    pub(crate) fn surrender(&self, feed: u32, all: bool) -> Vec<Surrendered> {
+        let mut state = self.lock();
+        let slots: Vec<u32> = (0..)
+            .zip(&state.slots)
+            .filter(|(_, slot)| {
+                slot.entry.as_ref().is_some_and(|entry| {
+                    entry.feed == feed
+                        && match entry.phase {
+                            Phase::Settling { .. } => false,
+                            Phase::Out { .. } => all,
+                            Phase::Looking | Phase::Ready => true,
+                        }
+                })
+            })
+            .map(|(slot, _)| slot)
+            .collect();
+        let mut entries: Vec<_> = slots.into_iter().filter_map(|slot| state.remove(slot)).collect();
+        entries.sort_unstable_by_key(|entry| entry.sequence);
+        let surrendered = |entry: Entry| Surrendered {
+            sequence: entry.sequence,
+            // The server counts this delivery, which reached no handler. Of one whose record is not read yet nothing may
+            // be written. The first is not worth a record: the limit that it counts against is far away.
+            spared: (!entry.was_out && entry.delivered > 1 && entry.phase == Phase::Ready).then(|| Record {
+                spare: entry.record.spare + 1,
+                delivered: entry.delivered,
+                ..entry.record
+            }),
+            ack: entry.ack,
+        };
+        entries.into_iter().map(surrendered).collect()
+    }
+
+    /// Prefetched and delayed messages of this member that the server counts as in flight.
+    pub(crate) fn kept_back(&self, destination: &Destination, group: &Group) -> (u64, u64) {
+        let now = Timestamp::now().as_millis();
+        let state = self.lock();
+        let own = state.feeds.iter().position(|feed| feed.destination == *destination && feed.group == *group);
+        let Some(feed) = own.and_then(|own| u32::try_from(own).ok()) else { return (0, 0) };
+        let entries = state.slots.iter().filter_map(|slot| slot.entry.as_ref());
+        let is_waiting = |entry: &&Entry| entry.feed == feed && matches!(entry.phase, Phase::Looking | Phase::Ready);
+        let delayed = state.remembered.iter().filter(|((of, _), (record, _))| *of == feed && record.not_before > now);
+        (entries.filter(is_waiting).count() as u64, delayed.count() as u64)
+    }
+
+    /// Whether anything of the feed is being settled.
+    pub(crate) fn is_settling(&self, feed: u32) -> bool {
+        let state = self.lock();
+        let mut entries = state.slots.iter().filter_map(|slot| slot.entry.as_ref());
+        entries.any(|entry| entry.feed == feed && matches!(entry.phase, Phase::Settling { .. }))
+    }
+
+    /// Whether anything of the feed still looks its record up: given back like that, it would count as handed over.
+    pub(crate) fn is_looking(&self, feed: u32) -> bool {
+        !self.lock().feeds[feed as usize].looking.is_empty()
+    }
+}

@@ -1,0 +1,105 @@
+//! Leases: kept, extended, given up. A member that does not receive rests.
+
+use std::time::Duration;
+
+use anybroker_core::{Lane, Timestamp, Token};
+use tokio::time::Instant;
+
+use super::entry::Phase;
+use super::{REMEMBERED, Shared};
+
+impl Shared {
+    /// Gives a delivery back to be handed out again by this member, in its place. `counts` tells whether it was a
+    /// hand-over without an outcome.
+    pub(crate) fn give_back(&self, token: &Token, lane: Lane, counts: bool) -> bool {
+        let mut state = self.lock();
+        let Some(key) = state.out(token, lane) else { return false };
+        if let Some(entry) = state.entry(key) {
+            if !counts {
+                (entry.was_out, entry.again) = (entry.again > 0, entry.again.saturating_sub(1));
+            }
+            state.make_ready(key);
+        }
+        drop(state);
+        self.arrived.notify_one();
+        true
+    }
+
+    /// Keeps a delivery for `lease` from now.
+    pub(crate) fn extend(&self, token: &Token, lane: Lane, lease: Duration) -> bool {
+        let now = Instant::now();
+        let mut state = self.lock();
+        let Some(key) = state.out(token, lane) else { return false };
+        let Some(feed) = state.entry(key).map(|entry| entry.feed) else { return false };
+        let ack_wait = state.feeds[feed as usize].ack_wait;
+        let Some(entry) = state.entry(key) else { return false };
+        let until = now + lease;
+        entry.phase = Phase::Out { until };
+        let _ = self.renewals.send(entry.ack.clone());
+        entry.server_until = now + ack_wait;
+        true
+    }
+
+    /// Renews what needs it, forgets what is over; answers when to look again.
+    pub(crate) fn keep_leases(&self) -> Duration {
+        let now = Instant::now();
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let mut next = Duration::from_secs(1);
+        let mut over = Vec::new();
+        for (slot, entry) in state.slots.iter_mut().enumerate() {
+            let Some(entry) = entry.entry.as_mut() else { continue };
+            let ack_wait = state.feeds[entry.feed as usize].ack_wait;
+            next = next.min(ack_wait / 5);
+            match entry.phase {
+                Phase::Out { until } if until <= now => {
+                    over.push(u32::try_from(slot).expect("slots are numbered in 32 bits"));
+                    continue;
+                }
+                Phase::Out { until } if until <= entry.server_until => continue,
+                _ => {}
+            }
+            if entry.server_until < now + ack_wait / 2 {
+                let _ = self.renewals.send(entry.ack.clone());
+                entry.server_until = now + ack_wait;
+            }
+        }
+        if state.remembered.len() > REMEMBERED / 2 {
+            // Those whose next delivery went to another member.
+            let recently = Timestamp::now().as_millis() - 60_000;
+            state.remembered.retain(|_, (record, _)| record.not_before > recently);
+        }
+        let any_over = !over.is_empty();
+        for slot in over {
+            state.remove(slot);
+        }
+        drop(guard);
+        if any_over {
+            self.room.notify_waiters();
+        }
+        next.max(Duration::from_millis(50))
+    }
+
+    /// Whether nobody has received for so long that what is prefetched should rather go to others.
+    pub(crate) fn is_resting(&self) -> bool {
+        let state = self.lock();
+        state.is_paused || (!state.is_receiving && state.received.is_some_and(|at| at.elapsed() > self.lease / 2))
+    }
+
+    /// When a member that does not receive begins to rest.
+    pub(crate) fn rests_at(&self) -> Option<Instant> {
+        let state = self.lock();
+        if state.is_receiving { None } else { state.received.map(|at| at + self.lease / 2) }
+    }
+
+    /// A receive begins or ends.
+    pub(crate) fn receiving(&self, is_receiving: bool) {
+        let mut state = self.lock();
+        let was_late = state.received.is_none_or(|at| at.elapsed() > self.lease / 2);
+        (state.is_receiving, state.received) = (is_receiving, Some(Instant::now()));
+        drop(state);
+        if is_receiving && was_late {
+            self.room.notify_waiters();
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! The places of messages: which one is where, and which one is next.
+
+use anybroker_core::{Lane, Token};
+use tokio::time::Instant;
+
+use super::State;
+use super::entry::{Entry, Key, Phase};
+
+#[derive(Default)]
+pub(super) struct Slot {
+    pub(super) generation: u64,
+    pub(super) entry: Option<Entry>,
+}
+
+impl State {
+    pub(super) fn insert(&mut self, entry: Entry) -> Key {
+        let place = (entry.feed, entry.sequence);
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(Slot::default());
+            u32::try_from(self.slots.len() - 1).expect("memory ends before 2^32 entries")
+        });
+        let own = &mut self.slots[slot as usize];
+        own.generation += 1;
+        own.entry = Some(entry);
+        let generation = own.generation;
+        self.places.insert(place, slot);
+        self.count += 1;
+        (slot, generation)
+    }
+
+    pub(super) fn entry(&mut self, (slot, generation): Key) -> Option<&mut Entry> {
+        let slot = self.slots.get_mut(slot as usize).filter(|slot| slot.generation == generation)?;
+        slot.entry.as_mut()
+    }
+
+    pub(super) fn remove(&mut self, slot: u32) -> Option<Entry> {
+        let entry = self.slots[slot as usize].entry.take()?;
+        self.free.push(slot);
+        self.count -= 1;
+        let place = (entry.feed, entry.sequence);
+        if self.places.get(&place) == Some(&slot) {
+            self.places.remove(&place);
+        }
+        let feed = &mut self.feeds[entry.feed as usize];
+        if feed.ready.get(&entry.sequence) == Some(&slot) {
+            feed.ready.remove(&entry.sequence);
+        }
+        if entry.phase == Phase::Looking {
+            feed.looking.remove(&entry.sequence);
+        }
+        Some(entry)
+    }
+
+    pub(super) fn make_ready(&mut self, key: Key) {
+        let Some(entry) = self.entry(key) else { return };
+        entry.phase = Phase::Ready;
+        let (feed, sequence) = (entry.feed, entry.sequence);
+        let feed = &mut self.feeds[feed as usize];
+        feed.looking.remove(&sequence);
+        feed.ready.insert(sequence, key.0);
+    }
+
+    pub(super) fn next_ready(&mut self, feed: usize, now: Instant) -> Option<u32> {
+        loop {
+            let own = &mut self.feeds[feed];
+            if !own.may_deliver(now) {
+                return None;
+            }
+            let (sequence, slot) = own.ready.first_key_value().map(|(sequence, slot)| (*sequence, *slot))?;
+            // Under order nothing overtakes what still looks its record up.
+            if own.keeps_order && own.looking.first().is_some_and(|looking| *looking < sequence) {
+                return None;
+            }
+            own.ready.remove(&sequence);
+            let keeps_order = own.keeps_order;
+            let entry = self.slots[slot as usize].entry.as_ref().expect("what is ready is an entry");
+            // Kept waiting for so long that the server has given it to somebody else.
+            if !keeps_order && entry.server_until <= now {
+                self.remove(slot);
+                continue;
+            }
+            return Some(slot);
+        }
+    }
+
+    /// The entry that a delivery stands for, while it is out and its lease holds.
+    pub(super) fn out(&mut self, token: &Token, lane: Lane) -> Option<Key> {
+        let Token::Pair(slot, generation) = token else { return None };
+        let key = (u32::try_from(*slot).ok()?, *generation);
+        if self.feeds.get(lane.index as usize).is_none_or(|feed| feed.epoch != lane.epoch) {
+            return None;
+        }
+        let entry = self.entry(key)?;
+        matches!(entry.phase, Phase::Out { until } if Instant::now() < until).then_some(key)
+    }
+
+    pub(super) fn drop_feed(&mut self, feed: u32) {
+        for slot in 0..self.slots.len() {
+            if self.slots[slot].entry.as_ref().is_some_and(|entry| entry.feed == feed) {
+                self.remove(u32::try_from(slot).expect("slots are numbered in 32 bits"));
+            }
+        }
+        self.remembered.retain(|(other, _), _| *other != feed);
+    }
+}
