@@ -136,7 +136,7 @@ fn walk(
         }
         let failed = strict && waiting.attempt > 1;
         if !due {
-            barrier = barrier.or(failed.then_some(waiting.seq));
+            barrier = nearest(barrier, failed, waiting.seq);
             continue;
         }
         match first_letter.filter(|first| *first < waiting.seq) {
@@ -151,11 +151,16 @@ fn walk(
             }
             None => {
                 take_waiting(store, cursor, &waiting, fetched)?;
-                barrier = barrier.or(failed.then_some(waiting.seq));
+                barrier = nearest(barrier, failed, waiting.seq);
             }
         }
     }
     gate(store, member, cursor.source, lane)
+}
+
+/// The first message that failed, of those known so far and this one: what is out may stand further behind.
+fn nearest(barrier: Option<i64>, failed: bool, seq: i64) -> Option<i64> {
+    if failed { Some(barrier.map_or(seq, |barrier| barrier.min(seq))) } else { barrier }
 }
 
 /// What waits in a lane in the order of its sequence: with a time (due or not), and queued behind others.

@@ -112,6 +112,26 @@ async fn under_block_what_was_out_behind_a_failed_message_comes_back_behind_it()
 }
 
 #[tokio::test]
+async fn under_block_a_failed_message_that_is_out_further_back_opens_no_way_past_the_first() {
+    let (bus, clock, _place) = manual().await;
+    let mut subscriber = ordered(&bus, Order::Key, OnFailure::Block).await;
+    publish_keyed(&bus, "orders", &[("a", "a1"), ("a", "a2"), ("a", "a3")]).await;
+    let mut out = ready(&mut subscriber).await;
+    pick(&mut out, "a3").nack(secs(0)).await.unwrap();
+    let a3 = one(&mut subscriber).await;
+    pick(&mut out, "a1").nack(secs(5)).await.unwrap();
+    pick(&mut out, "a2").release().await.unwrap();
+    assert!(ready(&mut subscriber).await.is_empty(), "a1 comes first");
+    clock.advance(secs(5));
+    for expected in ["a1", "a2"] {
+        let delivery = subscriber.receive(1, NOW).await.unwrap().remove(0);
+        assert_eq!(text(&delivery), expected);
+        delivery.ack().await.unwrap();
+    }
+    a3.ack().await.unwrap();
+}
+
+#[tokio::test]
 async fn a_waiting_receive_wakes_when_a_blocked_key_may_go_on() {
     let (bus, clock, _place) = manual().await;
     let mut subscriber = ordered(&bus, Order::Key, OnFailure::Block).await;

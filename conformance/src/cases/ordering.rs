@@ -45,6 +45,12 @@ pub(super) const CASES: &[Case] = &[
         block
     ),
     case!(
+        "ordering/under-block-the-first-of-several-failed-ones-holds-the-others-back",
+        [need::KEY_ORDER, need::BLOCK, need::NACK_DELAY],
+        "OnFailure::Block: what waits behind the first failure stays behind it, whatever further back has failed and is out again.",
+        block_behind_the_first
+    ),
+    case!(
         "ordering/under-go-past-later-messages-of-a-key-pass-the-failed-one",
         [need::KEY_ORDER, need::NACK_DELAY],
         "OnFailure::GoPast: the failed one comes back later, the others go on.",
@@ -246,6 +252,38 @@ async fn block(env: &Env) -> Proof {
     let rest = consumer.take(3).await?;
     ensure_eq!(held_ids(&rest), ids(&sent[1..]), "what comes behind it, in order");
     ack_all(rest).await?;
+    consumer.silence_then_canary(&client, "all were acked").await
+}
+
+async fn block_behind_the_first(env: &Env) -> Proof {
+    let (destination, group) = (env.destination("d"), env.group("g"));
+    let client = env.client().await?;
+    let spec = env.spec(&destination, &group).with_order(Order::Key).with_on_failure(OnFailure::Block);
+    let mut consumer = client.subscribe(spec).await?;
+    let sent = client.fill(&destination, "a", 3).await?;
+    let mut came = consumer.take(3).await?.into_iter();
+    let (Some(first), Some(second), Some(third)) = (came.next(), came.next(), came.next()) else {
+        return Err(crate::case::Breach::Failed("three deliveries were taken".into()));
+    };
+    // The last one fails and may be out again, because nothing in front of it has failed yet.
+    third.nack(Duration::ZERO).await?;
+    let out = consumer.receive(1, env.quiet()).await?;
+    ensure!(out.iter().all(|held| held.id() == sent[2].id().to_string()), "only the last one was given back");
+    let delay = Duration::from_millis(700);
+    first.nack(delay).await?;
+    second.release().await?;
+    if env.harness.clock().is_some() {
+        consumer.silence("key a is blocked").await?;
+        env.pass(delay).await;
+    }
+    let mut expected = ids(&sent);
+    expected.truncate(3 - out.len());
+    for id in expected {
+        let next = consumer.one().await?;
+        ensure_eq!(next.id(), id, "what comes next of the blocked key");
+        next.ack().await?;
+    }
+    ack_all(out).await?;
     consumer.silence_then_canary(&client, "all were acked").await
 }
 
