@@ -10,30 +10,34 @@ use anybroker_core::{
     Subscription, TopologySpec,
 };
 use async_trait::async_trait;
-use aws_sdk_sqs::Client;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::sync::RwLock;
 
 use crate::capabilities::capabilities;
+use crate::clients::Clients;
 use crate::config::Settings;
-use crate::dead_letter;
+use crate::dead_letter::Letters;
 use crate::error::failed;
-use crate::leases::Forgiven;
+use crate::inbox::Inbox;
+use crate::leases::{Delays, Forgiven};
 use crate::publisher::Publisher;
-use crate::queues::Queues;
+use crate::retry;
 use crate::settle::SqsSettler;
-use crate::source::{Inbox, Source};
+use crate::source::Source;
 use crate::subscription::SqsSubscription;
+use crate::topology::Topology;
 
 pub(crate) struct SqsBroker {
     endpoint: Endpoint,
     capabilities: Capabilities,
     settings: Settings,
-    client: Client,
-    publisher: Arc<Publisher>,
-    queues: Arc<Queues>,
+    clients: Clients,
+    publisher: Publisher,
+    topology: Arc<Topology>,
+    letters: Letters,
     forgiven: Arc<Mutex<Forgiven>>,
+    delays: Arc<Mutex<Delays>>,
     subscriptions: Mutex<Vec<Weak<Inbox>>>,
     is_closed: AtomicBool,
 }
@@ -42,28 +46,59 @@ impl SqsBroker {
     pub(crate) async fn connect(settings: Settings) -> Result<Self> {
         let timeout = settings.connect_timeout;
         let connecting = async {
-            let (client, sender) = settings.clients().await;
+            let clients = Clients::new(&settings).await?;
+            let topology = Topology::new(&clients, &settings);
             // Without retries: whether somebody answers is what is asked.
-            sender.list_queues().max_results(1).send().await.map_err(|error| failed("connect", &error))?;
-            Ok::<_, Error>((client, sender))
+            let queues = async {
+                let listed = clients.sender.list_queues().max_results(1).send().await;
+                listed.map(|_| ()).map_err(|error| failed("connect", &error))
+            };
+            for probe in [queues.await, topology.probe().await] {
+                match probe {
+                    // Who answers that, answers; a service needs no permission to list. Its verbs tell what it lacks.
+                    Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+                        tracing::debug!(%error, "connected, without the permission to list");
+                    }
+                    probe => probe?,
+                }
+            }
+            Ok::<_, Error>((clients, topology))
         };
-        let (client, sender) = match tokio::time::timeout(timeout, connecting).await {
+        let (clients, topology) = match tokio::time::timeout(timeout, connecting).await {
             Ok(Err(error)) if error.kind() == ErrorKind::Timeout => Err(unreachable(error.message())),
             Ok(connected) => connected,
             Err(_) => Err(unreachable(&format!("no answer within {timeout:?}"))),
         }
         .map_err(|error| error.with("url", &settings.url))?;
-        let queues = Arc::new(Queues::new(&client, &settings));
-        let publisher = Arc::new(Publisher::new(sender, &queues, &settings));
+        let topology = Arc::new(topology);
+        let publisher = Publisher::new(&clients, &topology, &settings);
+        let letters = Letters {
+            clients: clients.clone(),
+            topology: Arc::clone(&topology),
+            is_total: settings.is_total,
+            readings: Arc::default(),
+        };
         let server = match &settings.endpoint {
             None => "Amazon SQS".to_owned(),
             Some(_) => "emulated: speaks the protocol of Amazon SQS, at an endpoint of its own".to_owned(),
         };
-        let endpoint = Endpoint { scheme: "sqs", mode: "standard".into(), url: settings.url.clone(), server };
+        let endpoint = Endpoint { scheme: "sqs", mode: settings.mode().into(), url: settings.url.clone(), server };
         let capabilities = capabilities(&settings);
-        let forgiven = Arc::default();
+        let (forgiven, delays) = (Arc::default(), Arc::default());
         let (subscriptions, is_closed) = (Mutex::default(), AtomicBool::new(false));
-        Ok(Self { endpoint, capabilities, settings, client, publisher, queues, forgiven, subscriptions, is_closed })
+        Ok(Self {
+            endpoint,
+            capabilities,
+            settings,
+            clients,
+            publisher,
+            topology,
+            letters,
+            forgiven,
+            delays,
+            subscriptions,
+            is_closed,
+        })
     }
 
     fn open(&self, operation: &'static str) -> Result<()> {
@@ -72,14 +107,32 @@ impl SqsBroker {
         }
         Ok(())
     }
+
+    async fn source(&self, spec: &SubscribeSpec, lane: usize, inbox: &Arc<Inbox>) -> Result<Arc<Source>> {
+        let destination = &spec.destinations[lane];
+        let prepared = self.topology.prepare(destination, &spec.group, spec.start, spec.topology, "subscribe").await?;
+        Ok(Arc::new(Source {
+            clients: self.clients.clone(),
+            destination: destination.clone(),
+            group: spec.group.clone(),
+            queues: prepared.0,
+            lane: u32::try_from(lane).expect("few destinations"),
+            lease: spec.lease,
+            on_failure: spec.on_failure,
+            is_total: self.settings.is_total,
+            leases: Mutex::default(),
+            forgiven: Arc::clone(&self.forgiven),
+            delays: Arc::clone(&self.delays),
+            inbox: Arc::clone(inbox),
+            asked: AtomicUsize::new(0),
+            open: AtomicUsize::new(0),
+            width: AtomicUsize::new(1),
+        }))
+    }
 }
 
 fn unreachable(text: &str) -> Error {
     Error::new(ErrorKind::Unavailable, "connect", text)
-}
-
-fn unwritten(operation: &'static str) -> Error {
-    Error::unsupported(operation, "not written yet in this adapter")
 }
 
 #[async_trait]
@@ -103,26 +156,10 @@ impl Broker for SqsBroker {
         self.open("subscribe")?;
         let inbox = Arc::new(Inbox::default());
         let mut sources = Vec::with_capacity(spec.destinations.len());
-        for destination in &spec.destinations {
-            let prepared =
-                self.queues.prepare(destination, &spec.group, spec.start, spec.topology, "subscribe").await?;
-            let (url, letters) = prepared.0;
-            sources.push(Arc::new(Source {
-                client: self.client.clone(),
-                publisher: Arc::clone(&self.publisher),
-                destination: destination.clone(),
-                url,
-                letters,
-                lane: u32::try_from(sources.len()).expect("few destinations"),
-                lease: spec.lease,
-                leases: Mutex::default(),
-                forgiven: Arc::clone(&self.forgiven),
-                inbox: Arc::clone(&inbox),
-                asked: AtomicUsize::new(0),
-                open: AtomicUsize::new(0),
-                width: AtomicUsize::new(1),
-            }));
+        for lane in 0..spec.destinations.len() {
+            sources.push(self.source(&spec, lane, &inbox).await?);
         }
+        sources.iter().for_each(retry::bring_back);
         let on_their_way = Arc::new(RwLock::new(()));
         let settler = SqsSettler {
             sources: sources.clone(),
@@ -140,43 +177,58 @@ impl Broker for SqsBroker {
     async fn dead_letters(
         &self,
         scope: &DeadLetterScope,
-        _from: Option<DeadLetterId>,
+        from: Option<DeadLetterId>,
         max: usize,
     ) -> Result<DeadLetterPage> {
         self.open("dead letters")?;
-        let url = self.queues.dead_letters(&scope.source, &scope.group).await?;
-        dead_letter::page(&self.client, &url, scope, max).await
+        self.letters.page(scope, from, max).await
     }
 
-    async fn redrive(&self, _scope: &DeadLetterScope, ids: &[DeadLetterId]) -> Vec<Result<()>> {
-        ids.iter().map(|_| Err(unwritten("redrive"))).collect()
+    async fn redrive(&self, scope: &DeadLetterScope, ids: &[DeadLetterId]) -> Vec<Result<()>> {
+        match self.open("redrive") {
+            Ok(()) => self.letters.redrive(scope, ids).await,
+            Err(error) => ids.iter().map(|_| Err(error.duplicate())).collect(),
+        }
     }
 
-    async fn purge(&self, _scope: &DeadLetterScope, ids: &[DeadLetterId]) -> Vec<Result<()>> {
-        ids.iter().map(|_| Err(unwritten("purge"))).collect()
+    async fn purge(&self, scope: &DeadLetterScope, ids: &[DeadLetterId]) -> Vec<Result<()>> {
+        match self.open("purge") {
+            Ok(()) => self.letters.purge(scope, ids).await,
+            Err(error) => ids.iter().map(|_| Err(error.duplicate())).collect(),
+        }
     }
 
     async fn declare(&self, spec: &TopologySpec) -> Result<Declared> {
         self.open("declare")?;
-        self.queues.declare(spec).await
+        self.topology.declare(spec).await
     }
 
     async fn verify(&self, spec: &TopologySpec) -> Result<()> {
         self.open("verify")?;
-        self.queues.verify(spec).await
+        self.topology.verify(spec).await
     }
 
-    async fn describe(&self, _destination: &Destination) -> Result<Description> {
-        Err(unwritten("describe"))
+    async fn describe(&self, destination: &Destination) -> Result<Description> {
+        self.open("describe")?;
+        self.topology.describe(destination).await
     }
 
     async fn delete(&self, destination: &Destination, group: Option<&Group>) -> Result<()> {
         self.open("delete")?;
-        self.queues.delete(destination, group).await
+        self.topology.delete(destination, group).await
     }
 
-    async fn lag(&self, _destination: &Destination, _group: &Group) -> Result<Lag> {
-        Err(unwritten("lag"))
+    async fn lag(&self, destination: &Destination, group: &Group) -> Result<Lag> {
+        self.open("lag")?;
+        let (queue, mut lag) = self.topology.lag(destination, group).await?;
+        let delayed = self.delays.lock().count(&queue);
+        if let (Some((in_flight, _)), Some((waiting, _))) = (&mut lag.in_flight, &mut lag.delayed) {
+            // SQS counts what waits under a visibility timeout as in flight; this connection's own is known better.
+            let moved = delayed.min(*in_flight);
+            *in_flight -= moved;
+            *waiting += moved;
+        }
+        Ok(lag)
     }
 
     async fn close(&self, grace: Duration) -> Result<()> {
@@ -185,8 +237,7 @@ impl Broker for SqsBroker {
         }
         for inbox in std::mem::take(&mut *self.subscriptions.lock()).iter().filter_map(Weak::upgrade) {
             // Its owner meets `Closed` at the next receive; what it holds comes back by lease.
-            *inbox.failure.lock() = Some(Error::closed("receive"));
-            inbox.arrived.notify_one();
+            inbox.disconnect();
         }
         self.publisher.flush(grace).await
     }

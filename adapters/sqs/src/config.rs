@@ -1,26 +1,46 @@
-//! Settings, and the clients made of them.
+//! The settings of section `sqs`.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anybroker_core::config::{EndpointUrl, Field, Problem, Section};
-use aws_sdk_sqs::Client;
-use aws_sdk_sqs::config::retry::RetryConfig;
-use aws_sdk_sqs::config::timeout::TimeoutConfig;
-use aws_sdk_sqs::config::{BehaviorVersion, Credentials, Region, StalledStreamProtectionConfig};
+use aws_sdk_sqs::config::Credentials;
 
-/// The longest that SQS holds a receive.
-pub(crate) const LONGEST_POLL: Duration = Duration::from_secs(20);
+use crate::names::Names;
+
+/// How long a receive is held at most. SQS holds one for 20 s; an answer that comes as late as that is cut off by servers and
+/// proxies with bounds of their own, and its messages are leased to nobody.
+pub(crate) const LONGEST_POLL: Duration = Duration::from_secs(15);
 
 /// The settings of section `sqs`.
 pub(crate) const FIELDS: &[Field] = &[
     Field::text("region", "The region. Default: the environment's."),
-    Field::choice("mode", "Which kind of queue.", &["standard"], "standard"),
+    Field::text("profile", "The profile of the AWS configuration files. Default: the environment's."),
+    Field::choice("mode", "Which kind of queue; fifo keeps order per key.", &["standard", "fifo"], "standard"),
+    Field::choice(
+        "fanout",
+        "Whether a destination is one queue, which has one group, or an SNS topic with a queue for each group.",
+        &["none", "sns"],
+        "none",
+    ),
+    Field::choice(
+        "message_group",
+        "What is in order in mode fifo: messages of a key, or all messages of a destination.",
+        &["key", "one"],
+        "key",
+    ),
+    Field::text("sns_endpoint", "The URL of SNS, where it is not at the same endpoint as SQS."),
+    Field::text(
+        "topic_arn_prefix",
+        "What the ARNs of topics begin with, such as arn:aws:sns:eu-west-1:123456789012. Default: asked of SNS.",
+    ),
     Field::choice(
         "tls",
         "Whether an endpoint that is named by host is spoken to over TLS; auto: unless it is this machine.",
         &["auto", "on", "off"],
         "auto",
     ),
+    Field::text("tls_ca", "A PEM file with the certificates that are trusted instead of the system's."),
     Field::secret("session_token", "The session token that belongs to the URL's key and secret."),
     Field::bool("create_destinations", "Whether publishing creates a destination that is missing.", "true"),
     Field::integer(
@@ -39,38 +59,53 @@ pub(crate) const FIELDS: &[Field] = &[
 pub(crate) struct Settings {
     pub(crate) url: String,
     pub(crate) connect_timeout: Duration,
+    pub(crate) names: Names,
+    /// All messages of a destination are in one message group.
+    pub(crate) is_total: bool,
     pub(crate) create_destinations: bool,
     pub(crate) message_max_bytes: usize,
     pub(crate) requests: usize,
     pub(crate) receivers: usize,
     /// `http://host:port`, where the URL names a host.
     pub(crate) endpoint: Option<String>,
-    region: Option<String>,
-    credentials: Option<Credentials>,
+    /// The same for SNS.
+    pub(crate) sns_endpoint: Option<String>,
+    pub(crate) topic_arn_prefix: Option<String>,
+    pub(crate) region: Option<String>,
+    pub(crate) profile: Option<String>,
+    pub(crate) credentials: Option<Credentials>,
+    pub(crate) tls_ca: Option<PathBuf>,
 }
 
 impl Settings {
     pub(crate) fn read(section: &Section) -> Self {
         let url = section.url();
         let size = |field: &str| usize::try_from(section.integer(field)).expect("the field's bounds are positive");
+        let text = |field: &str| section.optional_text(field).map(str::to_owned);
         let endpoint = url.hosts().first().map(|host| {
-            let is_here = is_loopback(host);
             let is_secure = match section.text("tls") {
                 "on" => true,
                 "off" => false,
-                _ => !is_here,
+                _ => !is_loopback(host),
             };
             format!("{}://{host}", if is_secure { "https" } else { "http" })
         });
+        let names = Names { is_fifo: section.text("mode") == "fifo", has_topics: section.text("fanout") == "sns" };
         Self {
             url: url.to_string(),
             connect_timeout: section.connect_timeout(),
+            names,
+            is_total: section.text("message_group") == "one",
             create_destinations: section.bool("create_destinations"),
             message_max_bytes: size("message_max_bytes"),
             requests: size("requests"),
             receivers: size("receivers"),
-            region: section.optional_text("region").map(str::to_owned),
+            region: text("region"),
+            profile: text("profile"),
             credentials: credentials(url, section),
+            sns_endpoint: text("sns_endpoint").or_else(|| endpoint.clone()),
+            topic_arn_prefix: text("topic_arn_prefix").map(|prefix| prefix.trim_end_matches(':').to_owned()),
+            tls_ca: text("tls_ca").map(PathBuf::from),
             endpoint,
         }
     }
@@ -79,46 +114,45 @@ impl Settings {
     pub(crate) fn check(section: &Section) -> Vec<Problem> {
         let mut problems = Vec::new();
         let url = section.url();
-        let mut wrong = |message: &str| {
-            problems.push(Problem { key: "url".into(), origin: "url".into(), message: message.into() });
+        let mut wrong = |key: &str, message: &str| {
+            problems.push(Problem { key: key.into(), origin: "url".into(), message: message.into() });
         };
         if url.hosts().len() > 1 {
-            wrong("expected one host (or none: Amazon's endpoint of the region)");
+            wrong("url", "expected one host (or none: Amazon's endpoint of the region)");
         }
         if url.username().is_some() != url.password().is_some() {
-            wrong("expected both an access key and its secret before the @, or neither");
+            wrong("url", "expected both an access key and its secret before the @, or neither");
         }
         if !matches!(url.path(), "" | "/") {
-            wrong("a path means nothing here; destinations are named by the messages");
+            wrong("url", "a path means nothing here; destinations are named by the messages");
+        }
+        if section.text("message_group") == "one" && section.text("mode") != "fifo" {
+            wrong("message_group", "standard queues have no order; expected mode = \"fifo\" with it");
+        }
+        if section.text("fanout") != "sns" {
+            for field in ["sns_endpoint", "topic_arn_prefix"] {
+                if section.optional_text(field).is_some() {
+                    wrong(field, "it means nothing without fanout = \"sns\"");
+                }
+            }
+        }
+        if section.optional_text("sns_endpoint").is_some_and(|url| !url.starts_with("http")) {
+            wrong("sns_endpoint", "expected a URL that begins with http:// or https://");
+        }
+        if section.optional_text("topic_arn_prefix").is_some_and(|prefix| !prefix.starts_with("arn:")) {
+            wrong("topic_arn_prefix", "expected a text such as arn:aws:sns:eu-west-1:123456789012");
         }
         problems
     }
 
-    /// The client for everything that may be done twice, and the one that sends: it does not retry by itself, because
-    /// then nobody could tell whether an earlier attempt is stored.
-    pub(crate) async fn clients(&self) -> (Client, Client) {
-        let mut loader = aws_config::defaults(BehaviorVersion::latest());
-        if let Some(region) = &self.region {
-            loader = loader.region(Region::new(region.clone()));
+    /// The mode as the endpoint is called by.
+    pub(crate) fn mode(&self) -> &'static str {
+        match (self.names.is_fifo, self.names.has_topics) {
+            (false, false) => "standard",
+            (false, true) => "standard+sns",
+            (true, false) => "fifo",
+            (true, true) => "fifo+sns",
         }
-        if let Some(credentials) = &self.credentials {
-            loader = loader.credentials_provider(credentials.clone());
-        }
-        if let Some(endpoint) = &self.endpoint {
-            loader = loader.endpoint_url(endpoint);
-        }
-        let shared = loader.load().await;
-        let timeouts = TimeoutConfig::builder()
-            .connect_timeout(self.connect_timeout.min(Duration::from_secs(5)))
-            // A receive can hang for ever otherwise (aws-sdk-rust #1094, vector #20017).
-            .operation_attempt_timeout(LONGEST_POLL + Duration::from_secs(10))
-            .build();
-        let config = aws_sdk_sqs::config::Builder::from(&shared)
-            .timeout_config(timeouts)
-            // It takes an idle long poll for a stalled stream (aws-sdk-rust #1148).
-            .stalled_stream_protection(StalledStreamProtectionConfig::disabled());
-        let sender = config.clone().retry_config(RetryConfig::disabled());
-        (Client::from_conf(config.build()), Client::from_conf(sender.build()))
     }
 }
 
@@ -129,7 +163,8 @@ fn credentials(url: &EndpointUrl, section: &Section) -> Option<Credentials> {
         return Some(Credentials::new(key, secret.reveal(), token, None, "url"));
     }
     // An emulator on this machine wants some, and looks at none; the default chain would ask the network for them.
-    let is_emulator = url.hosts().first().is_some_and(|host| is_loopback(host));
+    let is_emulator =
+        url.hosts().first().is_some_and(|host| is_loopback(host)) && section.optional_text("profile").is_none();
     is_emulator.then(|| Credentials::new("anybroker", "anybroker", None, None, "emulator"))
 }
 

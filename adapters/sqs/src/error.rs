@@ -3,6 +3,7 @@
 use std::error::Error as StdError;
 
 use anybroker_core::{Effect, Error, ErrorKind};
+use aws_sdk_sns::types::BatchResultErrorEntry as TopicErrorEntry;
 use aws_sdk_sqs::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
 use aws_sdk_sqs::types::BatchResultErrorEntry;
 
@@ -43,12 +44,21 @@ where
 
 /// One entry of a batch that was refused while the request as a whole was answered with success.
 pub(crate) fn failed_entry(operation: &'static str, entry: &BatchResultErrorEntry) -> Error {
-    let kind = match kind(entry.code()) {
-        ErrorKind::Unexpected if entry.sender_fault() => ErrorKind::InvalidMessage,
+    refused(operation, entry.code(), entry.sender_fault(), entry.message())
+}
+
+/// The same of SNS.
+pub(crate) fn failed_topic_entry(operation: &'static str, entry: &TopicErrorEntry) -> Error {
+    refused(operation, entry.code(), entry.sender_fault(), entry.message())
+}
+
+fn refused(operation: &'static str, code: &str, is_senders: bool, message: Option<&str>) -> Error {
+    let kind = match kind(code) {
+        ErrorKind::Unexpected if is_senders => ErrorKind::InvalidMessage,
         ErrorKind::Unexpected => ErrorKind::Unavailable,
         kind => kind,
     };
-    let text = format!("{}: {}", entry.code(), entry.message().unwrap_or("no message"));
+    let text = format!("{code}: {}", message.unwrap_or("no message"));
     Error::new(kind, operation, text).with_effect(Effect::NotDone)
 }
 
@@ -60,10 +70,19 @@ pub(crate) fn unmentioned(operation: &'static str) -> Error {
 fn kind(code: &str) -> ErrorKind {
     let code = code.rsplit(['.', '#']).next().unwrap_or(code);
     match code {
-        "NonExistentQueue" | "QueueDoesNotExist" => ErrorKind::NotFound,
+        "NonExistentQueue" | "QueueDoesNotExist" | "NotFound" | "NotFoundException" => ErrorKind::NotFound,
         "QueueNameExists" => ErrorKind::AlreadyExists,
-        "AccessDenied" | "AccessDeniedException" | "KmsAccessDenied" | "OptInRequired" => ErrorKind::PermissionDenied,
+        "AccessDenied"
+        | "AccessDeniedException"
+        | "AuthorizationError"
+        | "AuthorizationErrorException"
+        | "KmsAccessDenied"
+        | "KMSAccessDenied"
+        | "KMSAccessDeniedException"
+        | "OptInRequired" => ErrorKind::PermissionDenied,
         "InvalidClientTokenId"
+        | "InvalidAccessKeyId"
+        | "AuthFailure"
         | "SignatureDoesNotMatch"
         | "UnrecognizedClientException"
         | "MissingAuthenticationToken"
@@ -74,9 +93,13 @@ fn kind(code: &str) -> ErrorKind {
         "ReceiptHandleIsInvalid" | "MessageNotInflight" => ErrorKind::StaleDelivery,
         "BatchRequestTooLong" | "MessageTooLong" => ErrorKind::TooLarge,
         "InvalidMessageContents" | "InvalidAttributeValue" => ErrorKind::InvalidMessage,
-        "RequestThrottled" | "Throttling" | "ThrottlingException" | "OverLimit" | "TooManyRequestsException" => {
-            ErrorKind::RateLimited
-        }
+        "RequestThrottled"
+        | "Throttled"
+        | "ThrottledException"
+        | "Throttling"
+        | "ThrottlingException"
+        | "OverLimit"
+        | "TooManyRequestsException" => ErrorKind::RateLimited,
         "QueueDeletedRecently" | "ServiceUnavailable" | "InternalError" | "InternalFailure" | "InternalServerError" => {
             ErrorKind::Unavailable
         }

@@ -5,6 +5,8 @@ use std::collections::{HashMap, VecDeque};
 use anybroker_core::Bytes;
 use tokio::time::Instant;
 
+use crate::codec::Carried;
+
 /// How many messages' uncounted hand-overs are remembered.
 const REMEMBERED: usize = 10_000;
 
@@ -14,6 +16,10 @@ pub(crate) struct Lease {
     pub(crate) until: Instant,
     /// SQS's own id of the message.
     pub(crate) message_id: String,
+    /// Its message group, in a FIFO queue.
+    pub(crate) group: Option<String>,
+    /// What it brought along.
+    pub(crate) carried: Carried,
 }
 
 /// The messages that are out.
@@ -64,8 +70,8 @@ pub(crate) struct Forgiven {
 }
 
 impl Forgiven {
-    /// The attempt of a message that SQS has handed over that often.
-    pub(crate) fn attempt(&self, message_id: &str, receive_count: u32) -> u32 {
+    /// How often a message was handed over, this time included, of which SQS has counted so many.
+    pub(crate) fn handed_over(&self, message_id: &str, receive_count: u32) -> u32 {
         let forgiven = self.counts.get(message_id).copied().unwrap_or_default();
         receive_count.saturating_sub(forgiven).max(1)
     }
@@ -83,5 +89,41 @@ impl Forgiven {
         {
             self.counts.remove(&oldest);
         }
+    }
+}
+
+/// The delays that this connection has set by visibility timeouts, by queue: SQS counts such messages as in flight. Those
+/// that others have set are not known here.
+#[derive(Default)]
+pub(crate) struct Delays {
+    ends: HashMap<String, Vec<Instant>>,
+}
+
+impl Delays {
+    /// A message of that queue waits until then.
+    pub(crate) fn add(&mut self, url: &str, until: Instant) {
+        let now = Instant::now();
+        if until <= now {
+            return;
+        }
+        let ends = match self.ends.get_mut(url) {
+            Some(ends) => ends,
+            None => self.ends.entry(url.to_owned()).or_default(),
+        };
+        if ends.len() >= REMEMBERED {
+            ends.retain(|end| *end > now);
+        }
+        if ends.len() < REMEMBERED {
+            ends.push(until);
+        }
+    }
+
+    /// How many messages of that queue wait.
+    pub(crate) fn count(&mut self, url: &str) -> u64 {
+        let now = Instant::now();
+        self.ends.get_mut(url).map_or(0, |ends| {
+            ends.retain(|end| *end > now);
+            ends.len() as u64
+        })
     }
 }

@@ -1,22 +1,29 @@
 //! Amazon SQS adapter of AnyBroker.
 //!
-//! **Incomplete**: a thin slice that shows that the traits fit. What it does holds the contract; everything else is
-//! refused in its capability record. See the README beside this crate.
+//! Standard and FIFO queues, and fan-out by SNS. What each word of the contract means here, the modes, the permissions
+//! that are needed and what is not done: see the README beside this crate.
 
 mod broker;
 mod capabilities;
+mod clients;
 mod codec;
 mod config;
 mod dead_letter;
 mod error;
+mod inbox;
 mod leases;
+mod letters;
 mod names;
+mod parcel;
 mod publisher;
 mod queues;
 mod requests;
+mod retry;
 mod settle;
 mod source;
 mod subscription;
+mod topics;
+mod topology;
 
 use std::sync::Arc;
 

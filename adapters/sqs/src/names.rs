@@ -1,33 +1,75 @@
-//! Logical names and those of queues: letters, digits, dashes and underscores, at most 80 of them.
+//! Logical names and those of queues and topics: letters, digits, dashes and underscores, at most 80 of them; FIFO ones end
+//! in `.fifo`.
 
 use std::fmt::Write;
 
-use anybroker_core::Destination;
+use anybroker_core::{Destination, Group};
 
-/// SQS's limit, suffix included.
+/// A queue's limit, suffixes included; a topic's is larger.
 const LONGEST: usize = 80;
 /// What is kept readable of a name that is too long; the rest is a hash.
 const READABLE: usize = 36;
 const DEAD_LETTERS: &str = "_dlq";
+const RETRY: &str = "_retry";
+const FIFO: &str = ".fifo";
+/// The longest that comes behind a name: `_retry`, or `.fifo`.
+const SUFFIX: usize = 6;
 
-/// The queue of a destination. Injective: letters, digits and dashes stay, every other byte is written as `_` and two
-/// hexadecimal digits.
-pub(crate) fn queue(destination: &Destination) -> String {
-    let name = escaped(destination);
-    // Room for the suffix of the dead letters, so that both names are hashed or neither.
-    if name.len() + DEAD_LETTERS.len() <= LONGEST {
+/// The names of one endpoint.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Names {
+    /// Destinations, and the queues of their groups, are FIFO ones.
+    pub(crate) is_fifo: bool,
+    /// A destination is a topic, and each group has a queue of its own; otherwise it is a queue with one group.
+    pub(crate) has_topics: bool,
+}
+
+impl Names {
+    /// The queue or topic that messages of a destination are published to.
+    pub(crate) fn destination(self, destination: &Destination) -> String {
+        self.main(short(escaped(destination)))
+    }
+
+    /// The queue that a group of a destination reads.
+    pub(crate) fn queue(self, destination: &Destination, group: &Group) -> String {
+        self.main(self.base(destination, group))
+    }
+
+    /// The queue of a group's dead letters: a standard one, because letters of a FIFO queue hide those behind them while
+    /// they are read. `_dlq` cannot come out of a name: `l` is no hexadecimal digit.
+    pub(crate) fn dead_letters(self, destination: &Destination, group: &Group) -> String {
+        self.base(destination, group) + DEAD_LETTERS
+    }
+
+    /// The queue in which failed messages of a FIFO queue wait until their delay ends: a standard one.
+    pub(crate) fn retry(self, destination: &Destination, group: &Group) -> String {
+        self.base(destination, group) + RETRY
+    }
+
+    /// `_g` cannot come out of a name either.
+    fn base(self, destination: &Destination, group: &Group) -> String {
+        match self.has_topics {
+            true => short(format!("{}_g{}", escaped(destination), escaped(group))),
+            false => short(escaped(destination)),
+        }
+    }
+
+    fn main(self, base: String) -> String {
+        if self.is_fifo { base + FIFO } else { base }
+    }
+}
+
+/// Hashed where it is too long with its suffixes. Everything in it is ASCII. `h` is no hexadecimal digit: no escaped name
+/// looks like this.
+fn short(name: String) -> String {
+    if name.len() + SUFFIX <= LONGEST {
         return name;
     }
-    // Everything in it is ASCII. `h` is no hexadecimal digit: no escaped name looks like this.
     format!("{}_h{:032x}", &name[..READABLE], fnv1a(name.as_bytes()))
 }
 
-/// The queue of a destination's dead letters. `_dlq` cannot come out of [`queue`]: `l` is no hexadecimal digit.
-pub(crate) fn dead_letters(destination: &Destination) -> String {
-    queue(destination) + DEAD_LETTERS
-}
-
-/// A text of letters, digits, dashes and underscores; also for the values of tags.
+/// A text of letters, digits, dashes and underscores; also for the values of tags. Injective: letters, digits and dashes
+/// stay, every other byte is written as `_` and two hexadecimal digits.
 pub(crate) fn escaped(name: &str) -> String {
     let mut text = String::with_capacity(name.len() + 8);
     for byte in name.bytes() {
@@ -40,8 +82,45 @@ pub(crate) fn escaped(name: &str) -> String {
     text
 }
 
+/// The name that [`escaped`] made this text of; `None` where it made none.
+pub(crate) fn unescaped(text: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((first, after)) = rest.split_first() {
+        rest = after;
+        if *first == b'_' {
+            let (digits, after) = rest.split_first_chunk::<2>()?;
+            bytes.push(u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?);
+            rest = after;
+        } else {
+            bytes.push(*first);
+        }
+    }
+    String::from_utf8(bytes).ok()
+}
+
+/// The message group of a key. SQS takes up to 128 letters, digits and punctuation marks: keys that are such texts stay as
+/// they are, so that foreign readers see them; others are hashed, and two that shared a hash would only wait for
+/// one another.
+pub(crate) fn message_group(key: &[u8]) -> String {
+    let is_plain = !key.is_empty() && key.len() <= 128 && key.iter().all(u8::is_ascii_graphic);
+    match std::str::from_utf8(key) {
+        Ok(text) if is_plain && !text.starts_with(OWN_GROUP) => text.to_owned(),
+        _ => format!("{OWN_GROUP}h{:032x}", fnv1a(key)),
+    }
+}
+
+/// The message group of a message without a key, which has no order: one of its own.
+pub(crate) fn lone_group(id: &[u8]) -> String {
+    format!("{OWN_GROUP}i{:032x}", fnv1a(id))
+}
+
+/// The message group of everything, where a destination is in total order.
+pub(crate) const ONE_GROUP: &str = "anybroker.all";
+const OWN_GROUP: &str = "anybroker.";
+
 /// FNV-1a of 128 bits: not against an adversary, but far beyond chance for names.
-fn fnv1a(bytes: &[u8]) -> u128 {
+pub(crate) fn fnv1a(bytes: &[u8]) -> u128 {
     bytes.iter().fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d, |hash: u128, byte| {
         (hash ^ u128::from(*byte)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b)
     })
@@ -59,15 +138,40 @@ mod tests {
         let names = ["orders", "orders.created", "orders_created", "orders-created", "orders_2ecreated", "ключ", "a b"]
             .map(str::to_owned)
             .into_iter()
-            .chain([long.clone(), format!("{long}y"), format!("{}_dlq", "orders")]);
+            .chain([long.clone(), format!("{long}y"), "orders_dlq".to_owned(), "orders_retry".to_owned()]);
         let names: Vec<String> = names.collect();
-        let queue = |name: &String| queue(&Destination::from(name.clone()));
-        let letters = |name: &String| dead_letters(&Destination::from(name.clone()));
-        let queues: HashSet<String> = names.iter().map(queue).chain(names.iter().map(letters)).collect();
-        assert_eq!(queues.len(), 2 * names.len());
-        for queue in queues {
-            assert!(queue.len() <= LONGEST, "{queue}");
-            assert!(queue.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-".contains(&byte)), "{queue}");
+        for has_topics in [false, true] {
+            for is_fifo in [false, true] {
+                let all = Names { is_fifo, has_topics };
+                let mut queues = HashSet::new();
+                let groups: &[&str] = if has_topics { &["g", "x_gg", "g.h", &long] } else { &["g"] };
+                for name in &names {
+                    let destination = Destination::from(name.clone());
+                    assert_eq!(unescaped(&escaped(name)).as_ref(), Some(name));
+                    for group in groups {
+                        let group = Group::from(*group);
+                        assert!(queues.insert(all.queue(&destination, &group)), "{name} {group}");
+                        assert!(queues.insert(all.dead_letters(&destination, &group)), "{name} {group}");
+                        assert!(queues.insert(all.retry(&destination, &group)), "{name} {group}");
+                    }
+                }
+                for queue in queues {
+                    assert!(queue.len() <= LONGEST, "{queue}");
+                    let stem = queue.strip_suffix(FIFO).unwrap_or(&queue);
+                    assert!(stem.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-".contains(&byte)), "{queue}");
+                }
+            }
         }
+    }
+
+    #[test]
+    fn message_groups_are_legal_and_keys_that_fit_stay_readable() {
+        assert_eq!(message_group(b"order-17"), "order-17");
+        let long = [b'x'; 129];
+        let keys: [&[u8]; 7] = [b"", b"a b", b"\xff", "ключ".as_bytes(), &long, b"anybroker.all", b"anybroker.x"];
+        let groups: HashSet<String> = keys.iter().map(|key| message_group(key)).collect();
+        assert_eq!(groups.len(), keys.len());
+        assert!(groups.iter().all(|group| group.len() <= 128 && group.bytes().all(|byte| byte.is_ascii_graphic())));
+        assert!(!groups.contains(ONE_GROUP));
     }
 }

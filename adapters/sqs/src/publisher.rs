@@ -1,89 +1,126 @@
 //! Publishing: requests of up to ten messages, several on their way at a time. A task for a request, not for a message.
+//!
+//! In mode `fifo` the messages of a key go one request after the other: keys are spread over lanes, and the requests of a
+//! lane follow one another in call order.
 
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use anybroker_core::{Confirms, Effect, Error, ErrorKind, Message, PublishOutcome, PublishTerms, Receipt, Result};
-use aws_sdk_sqs::Client;
-use aws_sdk_sqs::types::SendMessageBatchRequestEntry;
-use tokio::sync::Semaphore;
+use anybroker_core::{
+    Confirms, Effect, Error, ErrorKind, Message, PublishOrder, PublishOutcome, PublishTerms, Result, Timestamp,
+};
+use parking_lot::Mutex;
+use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
-use crate::codec::{self, Encoded};
+use crate::clients::Clients;
+use crate::codec::{self, Carried};
 use crate::config::Settings;
-use crate::error::{failed, failed_entry, unmentioned};
-use crate::queues::Queues;
+use crate::names::fnv1a;
+use crate::parcel::{self, BATCH, LONGEST_DELAY, Parcel, Route, group_of};
+use crate::topology::Topology;
 
-/// SQS's limit of a batch.
-pub(crate) const BATCH: usize = 10;
+/// How many requests to one FIFO queue may be on their way.
+const LANES: u128 = 8;
 
-/// Sends to queues.
+/// Sends to queues and topics.
 pub(crate) struct Publisher {
-    /// Does not retry by itself.
-    sender: Client,
-    queues: Arc<Queues>,
+    clients: Clients,
+    topology: Arc<Topology>,
     /// Bounds the requests on their way, and thereby what is buffered.
     requests: Arc<Semaphore>,
     request_count: u32,
-    request_bytes: usize,
+    is_fifo: bool,
+    is_total: bool,
+    /// Begins the deduplication ids of this publisher.
+    nonce: String,
+    sent: AtomicU64,
+    /// The last request of each lane: the next one waits until it is done.
+    lanes: Mutex<HashMap<(Route, u8), oneshot::Receiver<()>>>,
 }
 
 /// A request that is being filled.
-#[derive(Default)]
 struct Request {
-    url: String,
-    entries: Vec<SendMessageBatchRequestEntry>,
-    /// Where in the batch each entry stood.
+    parcels: Vec<Parcel>,
+    /// Where in the batch each stood.
     places: Vec<usize>,
     bytes: usize,
 }
 
+/// A request on its way.
+type Sent = (Vec<usize>, JoinHandle<Vec<PublishOutcome>>);
+
+/// Message groups of which an earlier message of the batch failed.
+type Failed = Arc<Mutex<HashSet<String>>>;
+
 impl Publisher {
-    pub(crate) fn new(sender: Client, queues: &Arc<Queues>, settings: &Settings) -> Self {
+    pub(crate) fn new(clients: &Clients, topology: &Arc<Topology>, settings: &Settings) -> Self {
         Self {
-            sender,
-            queues: Arc::clone(queues),
+            clients: clients.clone(),
+            topology: Arc::clone(topology),
             requests: Arc::new(Semaphore::new(settings.requests)),
             request_count: u32::try_from(settings.requests).expect("the field's bounds are within u32"),
-            request_bytes: settings.message_max_bytes,
+            is_fifo: settings.names.is_fifo,
+            is_total: settings.is_total,
+            nonce: uuid::Uuid::new_v4().simple().to_string(),
+            sent: AtomicU64::new(0),
+            lanes: Mutex::default(),
         }
     }
 
     /// Hands a batch over, in order; waits only while as many requests as allowed are on their way.
     pub(crate) async fn publish(&self, batch: &[Message], terms: &PublishTerms) -> Confirms {
         let deadline = Instant::now() + terms.timeout;
+        let failed = (self.is_fifo && terms.order == PublishOrder::Key).then(Failed::default);
         let mut outcomes: Vec<Option<PublishOutcome>> = Vec::new();
         outcomes.resize_with(batch.len(), || None);
-        let mut sent: Vec<(Vec<usize>, JoinHandle<Vec<PublishOutcome>>)> = Vec::new();
-        let mut request = Request::default();
+        let mut sent: Vec<Sent> = Vec::new();
+        let mut open: HashMap<(Route, u8), Request> = HashMap::new();
         for (place, message) in batch.iter().enumerate() {
-            let encoded = codec::encode(message, None);
-            let url = match self.accept(message, &encoded, deadline).await {
-                Ok(url) => url,
+            let (route, parcel) = match self.accept(message, deadline).await {
+                Ok(accepted) => accepted,
                 Err(error) => {
+                    if let Some(failed) = &failed {
+                        failed.lock().insert(group_of(message, self.is_total));
+                    }
                     let error = error.with("id", message.id()).with("destination", message.destination());
                     outcomes[place] = Some(Err(error));
                     continue;
                 }
             };
-            let is_full = request.entries.len() == BATCH || request.bytes + encoded.size > self.request_bytes;
-            if !request.entries.is_empty() && (is_full || request.url != url) {
-                self.send(std::mem::take(&mut request), deadline, &mut sent, &mut outcomes).await;
+            let lane = parcel
+                .lane
+                .as_ref()
+                .map_or(0, |(group, _)| u8::try_from(fnv1a(group.as_bytes()) % LANES).expect("few lanes"));
+            let request = open.entry((route.clone(), lane)).or_insert_with(Request::new);
+            let is_full =
+                request.parcels.len() == BATCH || request.bytes + parcel.encoded.size > self.clients.request_bytes;
+            if is_full && !request.parcels.is_empty() {
+                let full = std::mem::replace(request, Request::new());
+                request.push(place, parcel);
+                self.send((route, lane), full, deadline, failed.as_ref(), &mut sent, &mut outcomes).await;
+            } else {
+                request.push(place, parcel);
             }
-            request.url = url;
-            request.push(place, encoded);
         }
-        if !request.entries.is_empty() {
-            self.send(request, deadline, &mut sent, &mut outcomes).await;
+        for (way, request) in open {
+            self.send(way, request, deadline, failed.as_ref(), &mut sent, &mut outcomes).await;
         }
         if sent.is_empty() {
             return Confirms::ready(outcomes.into_iter().flatten().collect());
         }
+        let places: Vec<_> = batch.iter().map(|message| message.destination().clone()).collect();
+        let topology = Arc::clone(&self.topology);
         Confirms::waiting(async move {
-            for (places, answer) in sent {
+            for (entries, answer) in sent {
                 let answers = answer.await.expect("sending cannot panic, and nobody aborts it");
-                for (place, answer) in places.into_iter().zip(answers) {
+                for (place, answer) in entries.into_iter().zip(answers) {
+                    if answer.as_ref().is_err_and(|error| error.kind() == ErrorKind::NotFound) {
+                        topology.forget(&places[place]);
+                    }
                     outcomes[place] = Some(answer);
                 }
             }
@@ -91,51 +128,82 @@ impl Publisher {
         })
     }
 
-    /// The queue's URL, unless the message is too large or the queue cannot be found in time.
-    async fn accept(&self, message: &Message, encoded: &Encoded, deadline: Instant) -> Result<String> {
-        if encoded.size > self.request_bytes {
-            let text = format!("encoded it has {} bytes; this endpoint carries {}", encoded.size, self.request_bytes);
-            return Err(Error::new(ErrorKind::TooLarge, "publish", text));
+    /// Where the message goes and in what form, unless it is too large or the queue cannot be found in time.
+    async fn accept(&self, message: &Message, deadline: Instant) -> Result<(Route, Parcel)> {
+        let refused = |kind, text: String| Err(Error::new(kind, "publish", text).with_effect(Effect::NotDone));
+        let route = match tokio::time::timeout_at(deadline, self.topology.route(message.destination())).await {
+            Ok(routed) => routed.map_err(|error| error.with_effect(Effect::NotDone))?,
+            Err(_) => return refused(ErrorKind::Unavailable, "the queue could not be looked up in time".into()),
+        };
+        let delay = message.delay().unwrap_or_default();
+        let mut carried = Carried::default();
+        if let Some(ttl) = message.ttl() {
+            carried.expires_at = Some(Timestamp::now().after(ttl));
         }
-        match tokio::time::timeout_at(deadline, self.queues.route(message.destination())).await {
-            Ok(routed) => routed.map_err(|error| error.with_effect(Effect::NotDone)),
-            Err(_) => {
-                let text = "the queue could not be looked up in time";
-                Err(Error::new(ErrorKind::Unavailable, "publish", text))
-            }
+        let held = match &route {
+            Route::Queue(_) => delay.min(LONGEST_DELAY),
+            Route::Topic(_) => Duration::ZERO,
+        };
+        if held < delay {
+            carried.not_before = Some(Timestamp::now().after(delay));
         }
+        let mut parcel = Parcel::new(codec::encode(message, &carried, None));
+        parcel.delay = held;
+        let (size, most) = (parcel.encoded.size, self.clients.request_bytes);
+        if size > most {
+            return refused(ErrorKind::TooLarge, format!("encoded it has {size} bytes; this endpoint carries {most}"));
+        }
+        if self.is_fifo {
+            // Of this call: SQS would swallow a second publish of an id within five minutes without telling so.
+            let dedup = format!("{}-{}", self.nonce, self.sent.fetch_add(1, Ordering::Relaxed));
+            parcel.lane = Some((group_of(message, self.is_total), dedup));
+        }
+        Ok((route, parcel))
     }
 
     async fn send(
         &self,
+        way: (Route, u8),
         request: Request,
         deadline: Instant,
-        sent: &mut Vec<(Vec<usize>, JoinHandle<Vec<PublishOutcome>>)>,
+        failed: Option<&Failed>,
+        sent: &mut Vec<Sent>,
         outcomes: &mut [Option<PublishOutcome>],
     ) {
         let waiting = Arc::clone(&self.requests).acquire_owned();
-        let permit = match tokio::time::timeout_at(deadline, waiting).await {
-            Ok(Ok(permit)) => permit,
-            _ => {
-                let refused = || {
-                    let text = "the requests before it took until the deadline";
-                    Error::new(ErrorKind::RateLimited, "publish", text)
-                };
-                request.places.iter().for_each(|place| outcomes[*place] = Some(Err(refused())));
-                return;
+        let Ok(Ok(permit)) = tokio::time::timeout_at(deadline, waiting).await else {
+            for (place, parcel) in request.places.iter().zip(&request.parcels) {
+                note_failed(failed, parcel.lane.as_ref().map(|(group, _)| group));
+                let text = "the requests before it took until the deadline";
+                outcomes[*place] = Some(Err(Error::new(ErrorKind::RateLimited, "publish", text)));
             }
+            return;
         };
-        let Request { url, entries, places, .. } = request;
-        let client = self.sender.clone();
+        let Request { parcels, places, .. } = request;
+        // In call order: the lane's next request waits for this one.
+        let (done, turn) = match self.is_fifo {
+            true => {
+                let (done, next) = oneshot::channel();
+                (Some(done), self.lanes.lock().insert(way.clone(), next))
+            }
+            false => (None, None),
+        };
+        let (clients, failed) = (self.clients.clone(), failed.cloned());
         // Not of the caller's future: dropping that must not cut a request off in the middle.
         let work = async move {
-            let count = entries.len();
-            let answers = tokio::time::timeout_at(deadline, send_batch(&client, &url, entries)).await;
+            let is_late = match turn {
+                Some(turn) => tokio::time::timeout_at(deadline, turn).await.is_err(),
+                None => false,
+            };
+            let answers = if is_late {
+                let text = "the requests before it took until the deadline";
+                parcels.iter().map(|_| Err(Error::new(ErrorKind::RateLimited, "publish", text))).collect()
+            } else {
+                attempt(&clients, &way.0, parcels, deadline, failed.as_ref()).await
+            };
+            drop(done);
             drop(permit);
-            answers.unwrap_or_else(|_| {
-                let late = || Err(Error::new(ErrorKind::Timeout, "publish", "no answer from SQS in time"));
-                (0..count).map(|_| late()).collect()
-            })
+            answers
         };
         sent.push((places, tokio::spawn(work)));
     }
@@ -147,59 +215,66 @@ impl Publisher {
             Err(_) => Err(Error::new(ErrorKind::Timeout, "close", "requests are still on their way")),
         }
     }
+}
 
-    /// Sends one dead letter and waits for the answer.
-    pub(crate) async fn send_letter(
-        &self,
-        url: &str,
-        message: &Message,
-        letter: &str,
-        timeout: Duration,
-    ) -> PublishOutcome {
-        let encoded = codec::encode(message, Some(letter));
-        let mut request = Request::default();
-        request.push(0, encoded);
-        match tokio::time::timeout(timeout, send_batch(&self.sender, url, request.entries)).await {
-            Ok(mut outcomes) => outcomes.pop().expect("one outcome per entry"),
-            Err(_) => Err(Error::new(ErrorKind::Timeout, "dead_letter", "no answer from SQS in time")),
+/// Sends a request, without those whose key failed before.
+async fn attempt(
+    clients: &Clients,
+    route: &Route,
+    parcels: Vec<Parcel>,
+    deadline: Instant,
+    failed: Option<&Failed>,
+) -> Vec<PublishOutcome> {
+    let groups: Vec<Option<String>> =
+        parcels.iter().map(|parcel| failed.and(parcel.lane.as_ref()).map(|(group, _)| group.clone())).collect();
+    let is_held = |group: &Option<String>| {
+        group.as_ref().is_some_and(|group| failed.is_some_and(|failed| failed.lock().contains(group)))
+    };
+    let held: Vec<bool> = groups.iter().map(is_held).collect();
+    let attempted: Vec<Parcel> =
+        parcels.into_iter().zip(&held).filter(|(_, held)| !**held).map(|(parcel, _)| parcel).collect();
+    let count = attempted.len();
+    let answers = match count {
+        0 => Vec::new(),
+        _ => match tokio::time::timeout_at(deadline, parcel::send(clients, route, attempted, "publish")).await {
+            Ok(answers) => answers,
+            Err(_) => (0..count).map(|_| Err(Error::new(ErrorKind::Timeout, "publish", "no answer in time"))).collect(),
+        },
+    };
+    let mut answers = answers.into_iter();
+    let mut outcomes = Vec::with_capacity(groups.len());
+    for (group, held) in groups.iter().zip(held) {
+        let outcome = match held {
+            true => Err(held_back()),
+            false => answers.next().expect("one outcome per parcel"),
+        };
+        if outcome.is_err() {
+            note_failed(failed, group.as_ref());
         }
+        outcomes.push(outcome);
     }
+    outcomes
+}
+
+fn note_failed(failed: Option<&Failed>, group: Option<&String>) {
+    if let (Some(failed), Some(group)) = (failed, group) {
+        failed.lock().insert(group.clone());
+    }
+}
+
+fn held_back() -> Error {
+    let text = "order: not attempted, because an earlier message of this key in the batch failed";
+    Error::new(ErrorKind::Unavailable, "publish", text).with_effect(Effect::NotDone)
 }
 
 impl Request {
-    fn push(&mut self, place: usize, encoded: Encoded) {
-        self.bytes += encoded.size;
-        self.places.push(place);
-        let entry = SendMessageBatchRequestEntry::builder()
-            .id(self.entries.len().to_string())
-            .message_body(encoded.body)
-            .set_message_attributes(Some(encoded.attributes))
-            .build()
-            .expect("id and body are set");
-        self.entries.push(entry);
+    fn new() -> Self {
+        Self { parcels: Vec::with_capacity(BATCH), places: Vec::with_capacity(BATCH), bytes: 0 }
     }
-}
 
-/// One request; success of the whole says nothing of the entries.
-async fn send_batch(client: &Client, url: &str, entries: Vec<SendMessageBatchRequestEntry>) -> Vec<PublishOutcome> {
-    let count = entries.len();
-    let answer = match client.send_message_batch().queue_url(url).set_entries(Some(entries)).send().await {
-        Ok(answer) => answer,
-        Err(error) => {
-            let error = failed("publish", &error);
-            return (0..count).map(|_| Err(error.duplicate())).collect();
-        }
-    };
-    let mut outcomes: Vec<PublishOutcome> = (0..count).map(|_| Err(unmentioned("publish"))).collect();
-    for entry in answer.successful() {
-        if let Some(outcome) = entry.id().parse::<usize>().ok().and_then(|index| outcomes.get_mut(index)) {
-            *outcome = Ok(Receipt { position: None, duplicate: false });
-        }
+    fn push(&mut self, place: usize, parcel: Parcel) {
+        self.bytes += parcel.encoded.size;
+        self.places.push(place);
+        self.parcels.push(parcel);
     }
-    for entry in answer.failed() {
-        if let Some(outcome) = entry.id().parse::<usize>().ok().and_then(|index| outcomes.get_mut(index)) {
-            *outcome = Err(failed_entry("publish", entry));
-        }
-    }
-    outcomes
 }

@@ -10,7 +10,7 @@ use aws_sdk_sqs::types::{
 use futures_util::future::join_all;
 
 use crate::error::{failed, failed_entry, unmentioned};
-use crate::publisher::BATCH;
+use crate::parcel::BATCH;
 
 /// Deletes; one outcome per handle, in order.
 pub(crate) async fn delete(client: &Client, url: &str, handles: &[Bytes]) -> Vec<Result<()>> {

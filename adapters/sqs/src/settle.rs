@@ -5,21 +5,23 @@ use std::time::Duration;
 
 use anybroker_core::{
     AckLevel, Bytes, Delivery, Error, ErrorKind, Lane, Result, SettleError, SettleOutcome, Settlement, Settler,
-    Settling, Timestamp, Token, Verdict,
+    Settling, Token, Verdict,
 };
 use async_trait::async_trait;
 use futures_util::future::join_all;
-use serde_json::json;
 use tokio::runtime::Handle;
 use tokio::sync::RwLock;
 use tokio::time::Instant;
 
+use crate::inbox::Arrival;
 use crate::leases::Lease;
+use crate::letters::bury;
 use crate::requests;
+use crate::retry::send_copies;
 use crate::source::Source;
 
-/// How long a dead letter may take to be stored.
-const LETTER: Duration = Duration::from_secs(30);
+/// How long a copy or a dead letter may take to be stored.
+pub(crate) const REQUEST: Duration = Duration::from_secs(30);
 
 pub(crate) struct SqsSettler {
     /// By lane.
@@ -30,11 +32,11 @@ pub(crate) struct SqsSettler {
 }
 
 /// A delivery on its way to being settled.
-struct Entry {
-    place: usize,
-    delivery: Delivery,
-    handle: Bytes,
-    lease: Lease,
+pub(crate) struct Entry {
+    pub(crate) place: usize,
+    pub(crate) delivery: Delivery,
+    pub(crate) handle: Bytes,
+    pub(crate) lease: Lease,
 }
 
 /// Entries of one source, by what becomes of them.
@@ -42,7 +44,11 @@ struct Entry {
 struct Share {
     acks: Vec<Entry>,
     changes: Vec<(Entry, Duration)>,
+    /// Failures of which a copy comes back.
+    copies: Vec<(Entry, Duration)>,
     letters: Vec<(Entry, Box<Verdict>)>,
+    /// Message groups of which something goes back to its place.
+    returning: Vec<String>,
 }
 
 #[async_trait]
@@ -62,21 +68,16 @@ impl Settler for SqsSettler {
                 continue;
             };
             outcomes.push(None);
-            if matches!(settlement, Settlement::Release) {
-                self.sources[lane].forgiven.lock().forgive(lease.message_id.clone());
-            }
-            let entry = Entry { place, delivery, handle, lease };
-            match settlement {
-                Settlement::Ack => shares[lane].acks.push(entry),
-                Settlement::Nack(nack) => shares[lane].changes.push((entry, nack.delay)),
-                Settlement::Release => shares[lane].changes.push((entry, Duration::ZERO)),
-                Settlement::DeadLetter(verdict) => shares[lane].letters.push((entry, verdict)),
-            }
+            shares[lane].add(Entry { place, delivery, handle, lease }, settlement, &self.sources[lane]);
         }
         if outcomes.iter().all(Option::is_some) {
             return Settling::ready(outcomes.into_iter().flatten().collect());
         }
-        let work = self.sources.iter().zip(shares).map(|(source, share)| share.settle(Arc::clone(source)));
+        let work = self.sources.iter().zip(shares).map(|(source, share)| {
+            // Held back from this moment on, not from when the request is answered.
+            let behind = source.take_behind(&share.returning);
+            share.settle(Arc::clone(source), behind)
+        });
         let work: Vec<_> = work.collect();
         // Not of the caller's future: the requests go out whether or not somebody waits for them.
         let on_its_way = Arc::clone(&self.on_their_way).try_read_owned();
@@ -110,7 +111,7 @@ impl Settler for SqsSettler {
         }
         for (source, (places, entries)) in self.sources.iter().zip(shares) {
             let until = Instant::now() + lease;
-            let answers = requests::change(&source.client, &source.url, &entries, "extend").await;
+            let answers = source.change(&entries, "extend").await;
             for ((place, answer), (handle, _)) in places.into_iter().zip(answers).zip(&entries) {
                 if answer.is_ok() {
                     source.leases.lock().extend(handle, until);
@@ -125,73 +126,70 @@ impl Settler for SqsSettler {
         let Some(handle) = handle(token) else { return };
         let Some(source) = self.sources.get(lane.index as usize).map(Arc::clone) else { return };
         let Some(lease) = source.leases.lock().take(&handle) else { return };
-        source.forgiven.lock().forgive(lease.message_id);
+        // A hand-over without an outcome, for the crash limit; where SQS's count is the attempt, it is no failure.
+        if source.is_blocking() {
+            source.forgiven.lock().forgive(lease.message_id);
+        }
+        let behind = source.take_behind(lease.group.as_slice());
         self.runtime.spawn(async move {
             // Should it fail, the message comes back when its lease ends.
-            let _ = requests::change(&source.client, &source.url, &[(handle, Duration::ZERO)], "release").await;
+            let _ = source.change(&[(handle, Duration::ZERO)], "release").await;
+            source.give_back(behind).await;
         });
     }
 }
 
 impl Share {
-    async fn settle(self, source: Arc<Source>) -> Vec<(usize, SettleOutcome)> {
-        let (acks, changes, letters) =
-            tokio::join!(delete(self.acks, &source), change(self.changes, &source), bury(self.letters, &source));
-        acks.into_iter().chain(changes).chain(letters).collect()
+    fn add(&mut self, entry: Entry, settlement: Settlement, source: &Source) {
+        match settlement {
+            Settlement::Ack => self.acks.push(entry),
+            Settlement::DeadLetter(verdict) => self.letters.push((entry, verdict)),
+            Settlement::Release => {
+                source.forgiven.lock().forgive(entry.lease.message_id.clone());
+                self.returning.extend(entry.lease.group.clone());
+                self.changes.push((entry, Duration::ZERO));
+            }
+            Settlement::Nack(nack) if source.is_blocking() => {
+                self.returning.extend(entry.lease.group.clone());
+                self.changes.push((entry, nack.delay));
+            }
+            Settlement::Nack(nack) => self.copies.push((entry, nack.delay)),
+        }
+    }
+
+    async fn settle(self, source: Arc<Source>, behind: Vec<Arrival>) -> Vec<(usize, SettleOutcome)> {
+        let (acks, changes, copies, letters) = tokio::join!(
+            delete(self.acks, &source),
+            change(self.changes, &source),
+            send_copies(self.copies, &source),
+            bury(self.letters, &source)
+        );
+        source.give_back(behind).await;
+        acks.into_iter().chain(changes).chain(copies).chain(letters).collect()
     }
 }
 
-async fn delete(entries: Vec<Entry>, source: &Source) -> Vec<(usize, SettleOutcome)> {
+/// Deletes, and tells what became of each.
+pub(crate) async fn delete(entries: Vec<Entry>, source: &Source) -> Vec<(usize, SettleOutcome)> {
     let handles: Vec<Bytes> = entries.iter().map(|entry| entry.handle.clone()).collect();
-    let answers = requests::delete(&source.client, &source.url, &handles).await;
+    let answers = requests::delete(&source.clients.queues, &source.queues.queue, &handles).await;
     entries.into_iter().zip(answers).map(|(entry, answer)| entry.outcome(answer, source)).collect()
 }
 
 async fn change(entries: Vec<(Entry, Duration)>, source: &Source) -> Vec<(usize, SettleOutcome)> {
     let changes: Vec<_> = entries.iter().map(|(entry, delay)| (entry.handle.clone(), *delay)).collect();
-    let answers = requests::change(&source.client, &source.url, &changes, "settle").await;
-    entries.into_iter().zip(answers).map(|((entry, _), answer)| entry.outcome(answer, source)).collect()
-}
-
-/// Stores the letters, and deletes the sources of those that are stored.
-async fn bury(letters: Vec<(Entry, Box<Verdict>)>, source: &Source) -> Vec<(usize, SettleOutcome)> {
-    let stored = join_all(letters.into_iter().map(|(entry, verdict)| async move {
-        let letter = letter(&entry.delivery, &verdict);
-        let message = entry.delivery.message();
-        let answer = source.publisher.send_letter(&source.letters, message, &letter, LETTER).await;
-        (entry, answer)
-    }));
-    let mut outcomes = Vec::new();
-    let mut buried = Vec::new();
-    for (entry, answer) in stored.await {
-        match answer {
-            Ok(_) => buried.push(entry),
-            Err(error) => {
-                let text = format!("the dead letter could not be stored: {}", error.message());
-                let error = Error::new(error.kind(), "dead_letter", text).with_effect(error.effect());
-                outcomes.push(entry.outcome(Err(error), source));
-            }
+    let answers = source.change(&changes, "settle").await;
+    let done = entries.into_iter().zip(answers).map(|((entry, delay), answer)| {
+        if answer.is_ok() {
+            source.delays.lock().add(&source.queues.queue, Instant::now() + delay);
         }
-    }
-    outcomes.extend(delete(buried, source).await);
-    outcomes
-}
-
-fn letter(delivery: &Delivery, verdict: &Verdict) -> String {
-    json!({
-        "group": delivery.group(),
-        "reason": verdict.reason.as_str(),
-        "error_type": verdict.error_type.as_deref(),
-        "detail": verdict.detail.as_deref(),
-        "attempts": delivery.attempt(),
-        "last_at": Timestamp::now(),
-        "redrives": 0,
-    })
-    .to_string()
+        entry.outcome(answer, source)
+    });
+    done.collect()
 }
 
 impl Entry {
-    fn outcome(self, answer: Result<()>, source: &Source) -> (usize, SettleOutcome) {
+    pub(crate) fn outcome(self, answer: Result<()>, source: &Source) -> (usize, SettleOutcome) {
         let Self { place, delivery, handle, lease } = self;
         let outcome = answer.map(|()| AckLevel::Confirmed).map_err(|error| {
             if error.kind() != ErrorKind::StaleDelivery {

@@ -3,42 +3,48 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anybroker_core::{
-    Bytes, Delivery, DeliveryContext, DeliveryFacts, Destination, Error, ErrorKind, Lane, SubscriptionEvent, Timestamp,
-    Token,
+    Bytes, Delivery, DeliveryContext, DeliveryFacts, Destination, Error, ErrorKind, Group, Lane, Message, OnFailure,
+    Timestamp, Token,
 };
-use aws_sdk_sqs::Client;
-use aws_sdk_sqs::types::{Message as Received, MessageSystemAttributeName};
+use aws_sdk_sqs::types::{Message as Received, MessageSystemAttributeName as System};
 use parking_lot::Mutex;
-use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use crate::codec;
+use crate::clients::Clients;
+use crate::codec::{self, Carried, Raw};
 use crate::config::LONGEST_POLL;
 use crate::error::failed;
-use crate::leases::{Forgiven, Lease, Leases};
-use crate::publisher::{BATCH, Publisher};
+use crate::inbox::{Arrival, Inbox};
+use crate::leases::{Delays, Forgiven, Lease, Leases};
+use crate::letters;
+use crate::parcel::BATCH;
 use crate::requests;
+use crate::topology::Prepared;
 
 /// How long an answer is taken to travel, at most.
 const TRAVEL: Duration = Duration::from_millis(250);
 /// How long a message waits for somebody to take it.
 const UNTAKEN: Duration = Duration::from_secs(1);
+/// The longest that SQS keeps a message invisible.
+const LONGEST_LEASE: Duration = Duration::from_secs(12 * 3600);
 
 /// See the module's documentation.
 pub(crate) struct Source {
-    pub(crate) client: Client,
-    pub(crate) publisher: Arc<Publisher>,
+    pub(crate) clients: Clients,
     pub(crate) destination: Destination,
-    pub(crate) url: String,
-    pub(crate) letters: String,
+    pub(crate) group: Group,
+    pub(crate) queues: Prepared,
     pub(crate) lane: u32,
     pub(crate) lease: Duration,
+    pub(crate) on_failure: OnFailure,
+    pub(crate) is_total: bool,
     pub(crate) leases: Mutex<Leases>,
     pub(crate) forgiven: Arc<Mutex<Forgiven>>,
+    pub(crate) delays: Arc<Mutex<Delays>>,
     pub(crate) inbox: Arc<Inbox>,
     /// How many messages the open receives may bring.
     pub(crate) asked: AtomicUsize,
@@ -47,37 +53,17 @@ pub(crate) struct Source {
     pub(crate) width: AtomicUsize,
 }
 
-/// What has arrived, of all sources of a subscription.
-#[derive(Default)]
-pub(crate) struct Inbox {
-    pub(crate) ready: Mutex<VecDeque<Arrival>>,
-    pub(crate) events: Mutex<VecDeque<SubscriptionEvent>>,
-    pub(crate) failure: Mutex<Option<Error>>,
-    pub(crate) arrived: Notify,
-    pub(crate) is_closed: AtomicBool,
-    is_degraded: AtomicBool,
-}
-
-/// A message that is leased and not handed out.
-pub(crate) struct Arrival {
-    lane: u32,
-    since: Instant,
-    until: Instant,
-    message: Received,
-}
-
-impl Inbox {
-    fn degraded(&self, cause: Option<String>) {
-        if self.is_degraded.swap(cause.is_some(), Ordering::AcqRel) == cause.is_some() {
-            return;
-        }
-        let event = cause.map_or(SubscriptionEvent::Recovered, |cause| SubscriptionEvent::Degraded { cause });
-        self.events.lock().push_back(event);
-        self.arrived.notify_one();
-    }
-}
-
 impl Source {
+    /// Whether it reads a FIFO queue.
+    pub(crate) fn is_fifo(&self) -> bool {
+        self.queues.retry.is_some()
+    }
+
+    /// Whether a failed message stays in its place, and its key waits for it.
+    pub(crate) fn is_blocking(&self) -> bool {
+        self.is_fifo() && self.on_failure == OnFailure::Block
+    }
+
     /// Opens receives for `wanted` more messages, as far as `receivers` allows. The first waits as long as the caller does;
     /// those beside it do not wait, because what they brought later might find nobody.
     pub(crate) fn ask(self: &Arc<Self>, wanted: usize, wait: Duration, receivers: usize) {
@@ -111,15 +97,11 @@ impl Source {
     async fn receive(&self, count: usize, wait: Duration) -> usize {
         let wait = requests::seconds(wait.min(LONGEST_POLL));
         let since = Instant::now();
-        let request = self
-            .client
-            .receive_message()
-            .queue_url(&self.url)
-            .max_number_of_messages(i32::try_from(count).expect("ten at most"))
-            .wait_time_seconds(wait)
-            .visibility_timeout(requests::seconds(self.lease))
-            .message_attribute_names("All")
-            .message_system_attribute_names(MessageSystemAttributeName::ApproximateReceiveCount);
+        let mut request = receiving(&self.clients.queues, &self.queues.queue, count, wait, self.lease);
+        if self.is_fifo() {
+            // The client's own retry of a lost answer then brings the same messages, instead of waiting for their lease.
+            request = request.receive_request_attempt_id(uuid::Uuid::new_v4().simple().to_string());
+        }
         let messages = match request.send().await {
             Ok(answer) => answer.messages.unwrap_or_default(),
             Err(error) => {
@@ -128,42 +110,92 @@ impl Source {
             }
         };
         self.inbox.degraded(None);
-        if self.inbox.is_closed.load(Ordering::Acquire) {
-            self.give_back(messages).await;
-            return 0;
-        }
         // The lease began when SQS answered: after the request was sent, and hardly longer ago than an answer travels.
         let now = Instant::now();
         let until = now - (now - since).min(TRAVEL) + self.lease;
-        let brought = messages.len();
-        let arrival = |message| Arrival { lane: self.lane, since: now, until, message };
-        self.inbox.ready.lock().extend(messages.into_iter().map(arrival));
+        let arrivals: Vec<Arrival> =
+            messages.into_iter().filter_map(|message| self.arrival(message, now, until)).collect();
+        if self.inbox.is_closed() {
+            self.give_back(arrivals).await;
+            return 0;
+        }
+        let time = Timestamp::now();
+        let (early, ready): (Vec<_>, Vec<_>) =
+            arrivals.into_iter().partition(|arrival| arrival.carried.not_before.is_some_and(|due| due > time));
+        let (expired, ready): (Vec<_>, Vec<_>) =
+            ready.into_iter().partition(|arrival| arrival.carried.expires_at.is_some_and(|end| end <= time));
+        let brought = ready.len();
+        if brought > 0 {
+            self.inbox.ready.lock().extend(ready);
+            self.inbox.arrived.notify_one();
+        }
+        self.put_off(early, time).await;
+        letters::bury_expired(self, expired).await;
         brought
+    }
+
+    fn arrival(&self, mut message: Received, since: Instant, until: Instant) -> Option<Arrival> {
+        let handle = Bytes::from(message.receipt_handle.take()?);
+        let number = |name: &System| message.attributes.as_ref()?.get(name)?.parse::<i64>().ok();
+        let count = number(&System::ApproximateReceiveCount).and_then(|count| u32::try_from(count).ok()).unwrap_or(1);
+        let first_at = number(&System::ApproximateFirstReceiveTimestamp).map(Timestamp::from_millis);
+        let raw = raw(message);
+        let (message_id, group) = (raw.id.clone(), raw.group.clone());
+        let decoded = codec::decode(raw, &self.destination);
+        let mut carried = decoded.carried;
+        carried.first_at = carried.first_at.or(first_at);
+        let (lane, message) = (self.lane, decoded.message);
+        Some(Arrival { lane, since, until, handle, message_id, group, count, carried, message })
+    }
+
+    /// Puts back what is not due yet, until it is. SQS counts the hand-over; this connection does not.
+    async fn put_off(&self, early: Vec<Arrival>, now: Timestamp) {
+        if early.is_empty() {
+            return;
+        }
+        let changes = early.into_iter().map(|arrival| {
+            self.forgiven.lock().forgive(arrival.message_id);
+            let millis = arrival.carried.not_before.map_or(0, |due| due.as_millis() - now.as_millis());
+            let left = Duration::from_millis(u64::try_from(millis).unwrap_or(0)).min(LONGEST_LEASE);
+            self.delays.lock().add(&self.queues.queue, Instant::now() + left);
+            (arrival.handle, left)
+        });
+        let changes: Vec<_> = changes.collect();
+        for error in self.change(&changes, "receive").await.into_iter().filter_map(Result::err) {
+            tracing::warn!(%error, "a delayed message could not be put back; it is looked at again when its lease ends");
+        }
+    }
+
+    /// Changes visibility timeouts.
+    pub(crate) async fn change(
+        &self,
+        entries: &[(Bytes, Duration)],
+        operation: &'static str,
+    ) -> Vec<Result<(), Error>> {
+        requests::change(&self.clients.queues, &self.queues.queue, entries, operation).await
     }
 
     /// Gives back what nobody has taken for a while: its caller was cancelled, and other members could have it.
     async fn expect_taker(&self) {
         tokio::time::sleep(UNTAKEN).await;
-        let messages = self.remove(|arrival| arrival.since.elapsed() >= UNTAKEN);
-        self.give_back(messages).await;
+        let arrivals = self.inbox.remove(|arrival| arrival.lane == self.lane && arrival.since.elapsed() >= UNTAKEN);
+        self.give_back(arrivals).await;
     }
 
-    /// Takes arrivals of this source out of the inbox.
-    fn remove(&self, chosen: impl Fn(&Arrival) -> bool) -> Vec<Received> {
-        let mut ready = self.inbox.ready.lock();
-        if !ready.iter().any(|arrival| arrival.lane == self.lane && chosen(arrival)) {
+    /// Takes what has arrived of message groups, because something before it goes back.
+    pub(crate) fn take_behind(&self, groups: &[String]) -> Vec<Arrival> {
+        if groups.is_empty() {
             return Vec::new();
         }
-        let (removed, kept) =
-            ready.drain(..).partition::<VecDeque<_>, _>(|arrival| arrival.lane == self.lane && chosen(arrival));
-        *ready = kept;
-        removed.into_iter().map(|arrival| arrival.message).collect()
+        self.inbox.remove(|arrival| {
+            arrival.lane == self.lane && arrival.group.as_ref().is_some_and(|group| groups.contains(group))
+        })
     }
 
     async fn trouble(&self, error: Error) {
         match error.kind() {
             ErrorKind::NotFound | ErrorKind::PermissionDenied | ErrorKind::Unauthenticated => {
-                self.inbox.failure.lock().get_or_insert(error.with("destination", &self.destination));
+                self.inbox.fail(error.with("destination", &self.destination));
             }
             _ => {
                 self.inbox.degraded(Some(error.to_string()));
@@ -174,26 +206,25 @@ impl Source {
     }
 
     /// Ends the leases of messages that nobody gets.
-    async fn give_back(&self, messages: Vec<Received>) {
-        if messages.is_empty() {
+    pub(crate) async fn give_back(&self, arrivals: Vec<Arrival>) {
+        if arrivals.is_empty() {
             return;
         }
-        let entries: Vec<(Bytes, Duration)> = messages
+        let entries: Vec<(Bytes, Duration)> = arrivals
             .into_iter()
-            .filter_map(|message| {
-                self.forgiven.lock().forgive(message.message_id.unwrap_or_default());
-                Some((Bytes::from(message.receipt_handle?), Duration::ZERO))
+            .map(|arrival| {
+                self.forgiven.lock().forgive(arrival.message_id);
+                (arrival.handle, Duration::ZERO)
             })
             .collect();
-        let outcomes = requests::change(&self.client, &self.url, &entries, "release").await;
-        for error in outcomes.into_iter().filter_map(Result::err) {
+        for error in self.change(&entries, "release").await.into_iter().filter_map(Result::err) {
             tracing::warn!(%error, "a message could not be given back; it comes back when its lease ends");
         }
     }
 
     /// Gives back what has arrived for nobody, and what is out.
     pub(crate) async fn close(&self) {
-        let mine = self.remove(|_| true);
+        let mine = self.inbox.remove(|arrival| arrival.lane == self.lane);
         let out = self.leases.lock().drain();
         let entries: Vec<_> = out
             .into_iter()
@@ -202,7 +233,7 @@ impl Source {
                 (handle, Duration::ZERO)
             })
             .collect();
-        let (..) = tokio::join!(self.give_back(mine), requests::change(&self.client, &self.url, &entries, "release"));
+        let (..) = tokio::join!(self.give_back(mine), self.change(&entries, "release"));
     }
 
     /// The delivery of an arrival, unless its lease ended while it lay here.
@@ -211,26 +242,71 @@ impl Source {
         if arrival.until <= now {
             return None;
         }
-        let mut message = arrival.message;
-        let handle = Bytes::from(message.receipt_handle.take()?);
-        let message_id = message.message_id.clone().unwrap_or_default();
-        let count = message
-            .attributes()
-            .and_then(|attributes| attributes.get(&MessageSystemAttributeName::ApproximateReceiveCount))
-            .and_then(|count| count.parse().ok())
-            .unwrap_or(1);
+        let Arrival { until, handle, message_id, group, count, carried, message, .. } = arrival;
+        let attempt = self.attempt(&message_id, count, &carried);
+        let handed_over = self.forgiven.lock().handed_over(&message_id, count);
         let facts = DeliveryFacts {
-            attempt: self.forgiven.lock().attempt(&message_id, count),
+            attempt,
+            deliveries: (!self.is_fifo()).then(|| carried.failed.saturating_add(handed_over)),
             lane: Lane { index: self.lane, epoch: 0 },
-            lease_until: Some(Timestamp::now().after(arrival.until - now)),
+            lease_until: Some(Timestamp::now().after(until - now)),
             ..DeliveryFacts::new(Token::Bytes(handle.clone()))
         };
-        self.leases.lock().hand_out(handle, Lease { until: arrival.until, message_id });
-        Some(Delivery::new(codec::decode(message, &self.destination).message, facts, context))
+        self.leases.lock().hand_out(handle, Lease { until, message_id, group, carried });
+        Some(Delivery::new(message, facts, context))
+    }
+
+    /// 1 + the failures that its copies have counted; where failures make no copies, SQS's count of hand-overs, less those
+    /// that this connection has given back.
+    pub(crate) fn attempt(&self, message_id: &str, count: u32, carried: &Carried) -> u32 {
+        let hand_overs = if self.is_blocking() { self.forgiven.lock().handed_over(message_id, count) } else { 1 };
+        carried.failed.saturating_add(hand_overs)
     }
 
     /// Which source an arrival belongs to.
     pub(crate) fn of(sources: &[Arc<Self>], arrival: &Arrival) -> Arc<Self> {
         Arc::clone(&sources[arrival.lane as usize])
     }
+
+    /// The message group of a message of this source.
+    pub(crate) fn group_of(&self, message: &Message) -> String {
+        crate::parcel::group_of(message, self.is_total)
+    }
 }
+
+/// A request for messages, with everything that this library reads of them.
+pub(crate) fn receiving(
+    client: &aws_sdk_sqs::Client,
+    url: &str,
+    count: usize,
+    wait: i32,
+    lease: Duration,
+) -> aws_sdk_sqs::operation::receive_message::builders::ReceiveMessageFluentBuilder {
+    client
+        .receive_message()
+        .queue_url(url)
+        .max_number_of_messages(i32::try_from(count.min(BATCH)).expect("ten at most"))
+        .wait_time_seconds(wait)
+        .visibility_timeout(requests::seconds(lease))
+        .message_attribute_names("All")
+        .message_system_attribute_names(System::ApproximateReceiveCount)
+        .message_system_attribute_names(System::ApproximateFirstReceiveTimestamp)
+        .message_system_attribute_names(System::SentTimestamp)
+        .message_system_attribute_names(System::MessageGroupId)
+}
+
+/// A received message without its handle.
+pub(crate) fn raw(message: Received) -> Raw {
+    let mut system = message.attributes.unwrap_or_default();
+    let sent = system.get(&System::SentTimestamp).and_then(|millis| millis.parse().ok()).map(Timestamp::from_millis);
+    Raw {
+        body: message.body.unwrap_or_default(),
+        attributes: message.message_attributes.unwrap_or_default(),
+        id: message.message_id.unwrap_or_default(),
+        sent,
+        group: system.remove(&System::MessageGroupId),
+    }
+}
+
+/// What has come for a source, as a queue of arrivals.
+pub(crate) type Arrivals = VecDeque<Arrival>;

@@ -1,7 +1,6 @@
 //! The receiving side: one member of a group, over one queue for each destination.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anybroker_core::{Delivery, DeliveryContext, Error, ErrorKind, Received, Result, Subscription};
@@ -11,7 +10,8 @@ use tokio::sync::RwLock;
 use tokio::time::Instant;
 
 use crate::config::LONGEST_POLL;
-use crate::source::{Inbox, Source};
+use crate::inbox::Inbox;
+use crate::source::Source;
 
 pub(crate) struct SqsSubscription {
     pub(crate) sources: Vec<Arc<Source>>,
@@ -57,7 +57,7 @@ impl Subscription for SqsSubscription {
     async fn receive(&mut self, max: usize, wait: Duration) -> Result<Received> {
         let deadline = Instant::now() + wait;
         loop {
-            if self.inbox.is_closed.load(Ordering::Acquire) {
+            if self.inbox.is_closed() {
                 return Err(Error::closed("receive"));
             }
             let inbox = Arc::clone(&self.inbox);
@@ -67,8 +67,8 @@ impl Subscription for SqsSubscription {
             if !events.is_empty() || !deliveries.is_empty() {
                 return Ok(Received { deliveries, events });
             }
-            if let Some(error) = &*self.inbox.failure.lock() {
-                return Err(error.duplicate());
+            if let Some(error) = self.inbox.failure() {
+                return Err(error);
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -87,7 +87,7 @@ impl Subscription for SqsSubscription {
     }
 
     async fn close(self: Box<Self>, grace: Duration) -> Result<()> {
-        self.inbox.is_closed.store(true, Ordering::Release);
+        self.inbox.close();
         // From here on nothing is settled any more, so that nothing is given back and deleted at once.
         self.context.close();
         let closing = async {
@@ -106,7 +106,7 @@ impl Subscription for SqsSubscription {
 
 impl Drop for SqsSubscription {
     fn drop(&mut self) {
-        if self.inbox.is_closed.swap(true, Ordering::AcqRel) {
+        if self.inbox.close() {
             return;
         }
         self.context.close();

@@ -1,4 +1,4 @@
-//! The conformance suite on a running server: what the record claims holds, what it refuses is refused.
+//! The conformance suite on running servers, in every mode: what the record claims holds, what it refuses is refused.
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "test code")]
 
 mod common;
@@ -7,32 +7,44 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_conformance::{Options, UrlHarness, run};
-use common::{try_connect, url};
-
-/// What the slice does not hold yet, and why.
-const KNOWN: &[(&str, &str)] = &[];
+use common::{moto_url, try_connect, url};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn what_the_record_claims_holds_and_what_it_refuses_is_refused() {
+async fn standard_queues_hold_what_their_record_claims() {
     let Some(url) = url() else { return };
-    let strict = url.clone();
-    let name = url.clone();
+    conform(url, 8).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn fifo_queues_hold_what_their_record_claims() {
+    let Some(url) = url() else { return };
+    conform(format!("{url}&mode=fifo"), 8).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn fifo_queues_in_total_order_hold_what_their_record_claims() {
+    let Some(url) = url() else { return };
+    conform(format!("{url}&mode=fifo&message_group=one"), 8).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn topics_with_standard_queues_hold_what_their_record_claims() {
+    let Some(url) = moto_url() else { return };
+    conform(url, 4).await;
+}
+
+async fn conform(url: String, parallelism: usize) {
+    let (strict, name) = (url.clone(), url.clone());
     let harness = UrlHarness::new(name, move || Box::pin(try_connect(url.clone(), "")))
         .with_strict(move || Box::pin(try_connect(strict.clone(), "create_destinations=false")))
         .with_lease(Duration::from_secs(2))
         .with_patience(Duration::from_secs(60));
-    let mut options = Options::default().with_parallelism(8);
+    let mut options = Options::default().with_parallelism(parallelism);
     if let Ok(filter) = std::env::var("ANYBROKER_CONFORM_FILTER") {
         options = options.with_filter(filter);
     }
     let report = run(Arc::new(harness), options).await.unwrap();
     println!("{}", report.text());
     let failed: Vec<&str> = report.failures().map(|case| case.name).collect();
-    let known: Vec<&str> = KNOWN.iter().map(|(name, _)| *name).collect();
-    let unknown: Vec<_> = failed.iter().filter(|name| !known.contains(name)).collect();
-    assert!(unknown.is_empty(), "{unknown:?}: {}", report.summary());
-    // One that passes by now comes off the list.
-    let ran = |name: &str| report.case(name).is_some();
-    let healed: Vec<_> = known.iter().filter(|name| ran(name) && !failed.contains(name)).collect();
-    assert!(healed.is_empty(), "{healed:?} pass: take them off the list");
+    assert!(failed.is_empty(), "{failed:?}: {}", report.summary());
 }

@@ -145,7 +145,10 @@ async fn subscribe_verify(env: &Env) -> Proof {
 
 async fn describe(env: &Env) -> Proof {
     let destination = env.destination("d.with.dots");
-    let groups = [env.group("a"), env.group("b.c")];
+    let mut groups = vec![env.group("a"), env.group("b.c")];
+    if !env.record.groups.is_given() {
+        groups.remove(0);
+    }
     let client = env.client().await?;
     for group in &groups {
         client.declare(&TopologySpec::group(&destination, group)).await?;
@@ -156,7 +159,7 @@ async fn describe(env: &Env) -> Proof {
     ensure!(!description.physical.is_empty(), "the physical name is empty");
     let mut found: Vec<_> = description.groups.iter().map(|group| group.group.clone()).collect();
     found.sort();
-    ensure_eq!(found, groups.to_vec(), "the groups");
+    ensure_eq!(found, groups, "the groups");
     for group in &description.groups {
         ensure!(!group.physical.is_empty() && !group.dead_letters.is_empty(), "a physical name is empty: {group:?}");
     }

@@ -12,14 +12,22 @@ pub(crate) const LONG: Duration = Duration::from_secs(30);
 /// An absence is shown by nothing coming for that long, and something coming afterwards.
 pub(crate) const QUIET: Duration = Duration::from_secs(2);
 
-/// The URL of the broker, or `None` after saying why the test does not run.
+/// The URL of a server with queues only, or `None` after saying why the test does not run.
 pub(crate) fn url() -> Option<String> {
-    const VARIABLE: &str = "ANYBROKER_TEST_SQS_URL";
-    let url = std::env::var(VARIABLE).ok().filter(|url| !url.is_empty());
+    named("ANYBROKER_TEST_SQS_URL", "sqs")
+}
+
+/// The URL of a server with queues and topics.
+pub(crate) fn moto_url() -> Option<String> {
+    named("ANYBROKER_TEST_MOTO_URL", "moto")
+}
+
+fn named(variable: &str, broker: &str) -> Option<String> {
+    let url = std::env::var(variable).ok().filter(|url| !url.is_empty());
     if url.is_none() {
-        println!("not run: {VARIABLE} is not set (cargo xtask brokers up sqs)");
+        println!("not run: {variable} is not set (cargo xtask brokers up {broker})");
         let is_required = std::env::var("ANYBROKER_TEST_REQUIRE_BROKERS").is_ok_and(|value| value == "1");
-        assert!(!is_required, "{VARIABLE} is not set, and ANYBROKER_TEST_REQUIRE_BROKERS demands it");
+        assert!(!is_required, "{variable} is not set, and ANYBROKER_TEST_REQUIRE_BROKERS demands it");
     }
     url
 }

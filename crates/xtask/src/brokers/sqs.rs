@@ -40,7 +40,7 @@ impl Recipe for ElasticMq {
     }
 
     fn prepare(&self, site: &Site<'_>) -> Result<()> {
-        fs::write(configuration_file(site), configuration(site.ports[0], site.folder))?;
+        fs::write(configuration_file(site), configuration(site.ports[0]))?;
         Ok(())
     }
 
@@ -66,23 +66,15 @@ fn configuration_file(site: &Site<'_>) -> PathBuf {
     site.folder.join("elasticmq.conf")
 }
 
-/// `node-address` is what ElasticMQ puts into the queue URLs that it answers. Queues and messages go to an H2 file, written
-/// before the answer is (`WRITE_DELAY=0`), so that they outlive a killed server as they do at Amazon.
-fn configuration(port: u16, folder: &Path) -> String {
+/// `node-address` is what ElasticMQ puts into the queue URLs that it answers. Everything is in memory: with its storage in a
+/// file each request waits for the disk, and under load a long poll outlasts ElasticMQ's own bound of 21 s, which leases
+/// its messages to nobody.
+fn configuration(port: u16) -> String {
     format!(
         r#"include classpath("application.conf")
 node-address {{ protocol = http, host = "127.0.0.1", port = {port}, context-path = "" }}
 rest-sqs {{ enabled = true, bind-port = {port}, bind-hostname = "127.0.0.1", sqs-limits = strict }}
 rest-stats {{ enabled = false }}
-messages-storage {{
-  enabled = true
-  driver-class = "org.h2.Driver"
-  uri = "jdbc:h2:{folder}/messages;WRITE_DELAY=0"
-  username = ""
-  password = ""
-  prune-data-on-init = false
-}}
-"#,
-        folder = folder.display()
+"#
     )
 }

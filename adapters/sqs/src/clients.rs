@@ -1,0 +1,108 @@
+//! The SDK's clients, made of the settings.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anybroker_core::{Error, ErrorKind, Result};
+use aws_sdk_sqs::config::retry::RetryConfig;
+use aws_sdk_sqs::config::timeout::TimeoutConfig;
+use aws_sdk_sqs::config::{BehaviorVersion, Region, StalledStreamProtectionConfig};
+use aws_smithy_http_client::Builder as HttpBuilder;
+use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
+use aws_smithy_http_client::tls::{Provider, TlsContext, TrustStore};
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject;
+
+use crate::config::{LONGEST_POLL, Settings};
+
+/// The clients of one connection. Those that send do not retry by themselves, because then nobody could tell whether an
+/// earlier attempt is stored; the others do, for what they ask may be done twice.
+#[derive(Debug, Clone)]
+pub(crate) struct Clients {
+    pub(crate) queues: aws_sdk_sqs::Client,
+    pub(crate) sender: aws_sdk_sqs::Client,
+    pub(crate) topics: Option<Topics>,
+    /// The largest request that carries messages.
+    pub(crate) request_bytes: usize,
+}
+
+/// Those of SNS.
+#[derive(Debug, Clone)]
+pub(crate) struct Topics {
+    pub(crate) topics: aws_sdk_sns::Client,
+    pub(crate) sender: aws_sdk_sns::Client,
+}
+
+impl Clients {
+    pub(crate) async fn new(settings: &Settings) -> Result<Self> {
+        let timeouts = TimeoutConfig::builder()
+            .connect_timeout(settings.connect_timeout.min(Duration::from_secs(5)))
+            // A receive can hang for ever otherwise (aws-sdk-rust #1094, vector #20017).
+            .operation_attempt_timeout(LONGEST_POLL + Duration::from_secs(10))
+            .build();
+        let mut loader = aws_config::defaults(BehaviorVersion::latest())
+            .timeout_config(timeouts)
+            // It takes an idle long poll for a stalled stream (aws-sdk-rust #1148).
+            .stalled_stream_protection(StalledStreamProtectionConfig::disabled());
+        if let Some(region) = &settings.region {
+            loader = loader.region(Region::new(region.clone()));
+        }
+        if let Some(profile) = &settings.profile {
+            loader = loader.profile_name(profile);
+        }
+        if let Some(credentials) = &settings.credentials {
+            loader = loader.credentials_provider(credentials.clone());
+        }
+        if let Some(file) = &settings.tls_ca {
+            let context = TlsContext::builder().with_trust_store(trusted(file)?).build();
+            let context = context.map_err(|error| wrong_ca(file, &error.to_string()))?;
+            let client =
+                HttpBuilder::new().tls_provider(Provider::Rustls(CryptoMode::AwsLc)).tls_context(context).build_https();
+            loader = loader.http_client(client);
+        }
+        let shared = loader.load().await;
+        let mut queues = aws_sdk_sqs::config::Builder::from(&shared);
+        if let Some(endpoint) = &settings.endpoint {
+            queues = queues.endpoint_url(endpoint);
+        }
+        let sender = queues.clone().retry_config(RetryConfig::disabled());
+        let topics = settings.names.has_topics.then(|| {
+            let mut topics = aws_sdk_sns::config::Builder::from(&shared);
+            if let Some(endpoint) = &settings.sns_endpoint {
+                topics = topics.endpoint_url(endpoint);
+            }
+            let sender = topics.clone().retry_config(RetryConfig::disabled());
+            Topics {
+                topics: aws_sdk_sns::Client::from_conf(topics.build()),
+                sender: aws_sdk_sns::Client::from_conf(sender.build()),
+            }
+        });
+        Ok(Self {
+            queues: aws_sdk_sqs::Client::from_conf(queues.build()),
+            sender: aws_sdk_sqs::Client::from_conf(sender.build()),
+            topics,
+            request_bytes: settings.message_max_bytes,
+        })
+    }
+}
+
+/// Read and parsed here, because the client's own reading panics on what is no certificate.
+fn trusted(file: &Path) -> Result<TrustStore> {
+    let pem = std::fs::read(file).map_err(|error| wrong_ca(file, &error.to_string()))?;
+    let found: Vec<_> = CertificateDer::pem_slice_iter(&pem)
+        .collect::<std::result::Result<_, _>>()
+        .map_err(|error| wrong_ca(file, &error.to_string()))?;
+    if found.is_empty() {
+        return Err(wrong_ca(file, "it holds no certificate"));
+    }
+    let mut roots = rustls::RootCertStore::empty();
+    for certificate in found {
+        roots.add(certificate).map_err(|error| wrong_ca(file, &error.to_string()))?;
+    }
+    Ok(TrustStore::empty().with_pem_certificate(pem))
+}
+
+fn wrong_ca(file: &Path, problem: &str) -> Error {
+    let text = format!("tls_ca: expected a PEM file of certificates: {problem}");
+    Error::new(ErrorKind::ConfigInvalid, "connect", text).with("file", file.display())
+}
