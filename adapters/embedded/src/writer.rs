@@ -158,16 +158,21 @@ impl Writer {
                 asks.iter().for_each(|seat| self.trouble(*seat, &error));
             }
             Err(_) => {
+                // By name: a member that leaves moves the seats of the others.
+                let asks: Vec<_> = asks.iter().map(|seat| Arc::clone(&self.seats[*seat].member)).collect();
                 for command in work {
                     let mut single = vec![command];
                     let done = self.transact(&mut single, &[]).map(|brought| self.bring(brought));
                     let done = done.map_err(|broken| broken.error);
                     single.into_iter().for_each(|command| self.finish(command, done.as_ref().copied()));
                 }
-                for seat in asks {
-                    match self.transact(&mut [], &[*seat]) {
+                for member in asks {
+                    let Some(seat) = self.seats.iter().position(|seat| Arc::ptr_eq(&seat.member, &member)) else {
+                        continue;
+                    };
+                    match self.transact(&mut [], &[seat]) {
                         Ok(brought) => self.bring(brought),
-                        Err(broken) => self.trouble(*seat, &broken.error),
+                        Err(broken) => self.trouble(seat, &broken.error),
                     }
                 }
             }
