@@ -1,6 +1,7 @@
 //! The JetStream API: requests in JSON, as the server's `JetStream wire API` reference has them.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::{Error, ErrorKind, Result};
@@ -13,7 +14,9 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
+use crate::denials::Denials;
 use crate::error::{ApiError, CONSUMER_NOT_FOUND, NO_MESSAGE_FOUND, STREAM_NOT_FOUND, unanswered};
+use crate::link::Link;
 
 /// How long one request may take.
 const REQUEST: Duration = Duration::from_secs(10);
@@ -97,11 +100,12 @@ fn none<T>() -> Option<Vec<T>> {
 #[derive(Clone)]
 pub(crate) struct Api {
     client: Client,
+    denials: Arc<Denials>,
 }
 
 impl Api {
-    pub(crate) fn new(client: Client) -> Self {
-        Self { client }
+    pub(crate) fn new(link: &Link) -> Self {
+        Self { client: link.client.clone(), denials: Arc::clone(&link.denials) }
     }
 
     /// One request; the answer may be the server's own refusal.
@@ -116,7 +120,13 @@ impl Api {
         let patience = Instant::now() + SECOND_LOOK;
         let answer = loop {
             let request = async_nats::Request::new().payload(payload.clone().into()).timeout(Some(REQUEST));
-            match self.client.send_request(subject.clone(), request).await {
+            let begun = Instant::now();
+            let answer = tokio::select! {
+                answer = self.client.send_request(subject.clone(), request) => answer,
+                // Nothing else would come.
+                denied = self.denials.of(operation, &subject, begun) => return Err(denied),
+            };
+            match answer {
                 Ok(answer) => break answer,
                 Err(error) if error.kind() == RequestErrorKind::NoResponders && Instant::now() < patience => {
                     // There is no event for "JetStream serves again".

@@ -26,6 +26,9 @@ use crate::topology::Topology;
 /// Since 2.10 consumers filter several subjects and carry metadata.
 const OLDEST: (i64, i64, i64) = (2, 10, 0);
 
+/// Since 2.12 messages are scheduled (ADR-51).
+const SCHEDULES: (i64, i64, i64) = (2, 12, 0);
+
 pub(crate) struct NatsBroker {
     endpoint: Endpoint,
     capabilities: Capabilities,
@@ -48,18 +51,25 @@ impl NatsBroker {
             let text = "the server is too old; NATS 2.10 or later is needed";
             return Err(named(Error::unsupported("connect", text)));
         }
-        let api = Api::new(link.client.clone());
+        let api = Api::new(&link);
         // Answered only where JetStream is enabled, and permitted, for this account.
-        api.call::<Value>("connect", "INFO", &Value::Null).await.map_err(named)?;
+        let asked = tokio::time::timeout(settings.connect_timeout, api.call::<Value>("connect", "INFO", &Value::Null));
+        asked
+            .await
+            .unwrap_or_else(|_| Err(Error::new(ErrorKind::Timeout, "connect", "JetStream does not answer")))
+            .map_err(named)?;
         let max_payload = info.max_payload as u64;
         if max_payload < 2 * ENVELOPE {
             let text = format!("the server's max_payload is {max_payload}; at least {} is needed", 2 * ENVELOPE);
             return Err(named(Error::unsupported("connect", text)));
         }
-        let topology = Arc::new(Topology::new(api, &settings));
+        // The server takes no bound that refuses together with scheduled messages.
+        let is_new = link.client.is_server_compatible(SCHEDULES.0, SCHEDULES.1, SCHEDULES.2);
+        let schedules = is_new && settings.max_bytes == 0;
+        let topology = Arc::new(Topology::new(api, &settings, schedules));
         let server = format!("NATS {}", info.version);
         let endpoint = Endpoint { scheme: "nats", mode: "jetstream".into(), url: settings.url.clone(), server };
-        let capabilities = capabilities(&settings, max_payload);
+        let capabilities = capabilities(&settings, max_payload, is_new);
         let dedups = !settings.dedup_window.is_zero();
         let publisher = Publisher::new(Arc::clone(&link), Arc::clone(&topology), dedups);
         let letters = Letters { link: Arc::clone(&link), topology: Arc::clone(&topology) };

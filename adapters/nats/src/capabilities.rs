@@ -18,7 +18,7 @@ const MOST_HEADERS: u64 = 512;
 /// The server keeps delays in nanoseconds; a year is far from their end.
 const LONGEST_DELAY: Duration = Duration::from_secs(365 * 24 * 3600);
 
-pub(crate) fn capabilities(settings: &Settings, max_payload: u64) -> Capabilities {
+pub(crate) fn capabilities(settings: &Settings, max_payload: u64, schedules: bool) -> Capabilities {
     let unwritten = || Support::refused("not written yet in this adapter");
     let absent = |text: &str| Support::refused(text);
     let approximate = Some(Precision::Approximate);
@@ -30,7 +30,9 @@ pub(crate) fn capabilities(settings: &Settings, max_payload: u64) -> Capabilitie
         at_least_once: Support::Native,
         key_order: ordered(),
         total_order: ordered(),
-        block_on_failure: unwritten(),
+        block_on_failure: Support::emulated(
+            "what waits for a failed message waits in this member, within max_in_flight",
+        ),
         park_on_failure: unwritten(),
         parallelism: Parallelism::Any,
         ack_granularity: AckGranularity::Individual,
@@ -53,8 +55,14 @@ pub(crate) fn capabilities(settings: &Settings, max_payload: u64) -> Capabilitie
         replay: Support::Native,
         start_latest: Support::Native,
         patterns: unwritten(),
-        delayed_publish: unwritten(),
-        ttl: unwritten(),
+        delayed_publish: match (schedules, settings.max_bytes) {
+            (true, 0) => Support::Native,
+            (true, _) => {
+                absent("the server schedules no messages in streams that refuse when full; leave max_mib at 0")
+            }
+            (false, _) => absent("needs NATS 2.12 or later"),
+        },
+        ttl: Support::emulated("looked at when a member receives it; until then an expired message lies where it is"),
         publish_confirm: Support::Native,
         unroutable_detected: Support::Native,
         publish_dedup: if dedups { Support::Native } else { absent("set dedup_window, such as 2m") },
@@ -74,7 +82,7 @@ pub(crate) fn capabilities(settings: &Settings, max_payload: u64) -> Capabilitie
             header_count: Some(MOST_HEADERS),
             lease_min_ms: Some(250),
             delay_max_ms: Some(millis(LONGEST_DELAY)),
-            delay_precision_ms: Some(100),
+            delay_precision_ms: Some(500),
             dedup_window_ms: dedups.then(|| millis(settings.dedup_window)),
             ..Limits::default()
         },

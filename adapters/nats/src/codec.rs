@@ -17,6 +17,11 @@ use uuid::Uuid;
 pub(crate) const META: &str = "anybroker-meta";
 /// How often a message that came back by redrive was redriven.
 pub(crate) const REDRIVES: &str = "anybroker-redrives";
+/// When the time to live of a message ends, in milliseconds of Unix time.
+pub(crate) const EXPIRES: &str = "anybroker-expires";
+/// When the server is to publish a message, and where to (2.12, ADR-51).
+pub(crate) const SCHEDULE: &str = "Nats-Schedule";
+pub(crate) const SCHEDULE_TARGET: &str = "Nats-Schedule-Target";
 /// Why a message is a dead letter.
 pub(crate) const LETTER: &str = "anybroker-letter";
 /// What JetStream dedups by.

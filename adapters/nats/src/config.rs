@@ -7,6 +7,8 @@ use anybroker_core::config::{Field, Problem, Section};
 use anybroker_core::{Error, ErrorKind, Result, Secret};
 use async_nats::ConnectOptions;
 
+use crate::tls;
+
 /// The settings of section `nats`.
 pub(crate) const FIELDS: &[Field] = &[
     Field::bool("create_destinations", "Whether publishing creates a destination that is missing.", "true"),
@@ -29,7 +31,7 @@ pub(crate) const FIELDS: &[Field] = &[
     ),
     Field::duration("settle_timeout", "How long a settle waits for the server's confirmation.", "10s"),
     Field::bool("tls", "Whether the connection must be encrypted; a URL nats+tls:// says the same.", "false"),
-    Field::text("tls_ca", "A file of the certificate authorities (PEM) to trust beside the system's."),
+    Field::text("tls_ca", "A file of the certificate authorities (PEM) to trust instead of the system's."),
     Field::text("tls_certificate", "A file of this client's certificate (PEM)."),
     Field::text("tls_key", "A file of this client's private key (PEM)."),
     Field::secret("token", "The token to authenticate with."),
@@ -56,8 +58,8 @@ pub(crate) struct Settings {
     nkey: Option<Secret>,
     credentials: Option<PathBuf>,
     tls: bool,
-    tls_ca: Option<PathBuf>,
-    tls_client: Option<(PathBuf, PathBuf)>,
+    pub(crate) tls_ca: Option<PathBuf>,
+    pub(crate) tls_client: Option<(PathBuf, PathBuf)>,
 }
 
 impl Settings {
@@ -152,12 +154,9 @@ impl Settings {
                 Error::new(ErrorKind::ConfigInvalid, "connect", text).with("credentials", path.display())
             })?;
         }
-        if let Some(path) = &self.tls_ca {
-            options = options.add_root_certificates(path.clone());
-        }
-        if let Some((certificate, key)) = &self.tls_client {
-            options = options.add_client_certificate(certificate.clone(), key.clone());
-        }
-        Ok(options)
+        // Always: the server may ask for it.
+        let settings = self.clone();
+        let config = tokio::task::spawn_blocking(move || tls::config(&settings)).await;
+        Ok(options.tls_client_config(config.expect("reading files cannot panic, and nobody aborts it")?))
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::{
-    ByteString, Bytes, DeadLetter, DeadLetterId, DeadLetterPage, DeadLetterScope, Delivery, Error, ErrorKind, Position,
+    ByteString, Bytes, DeadLetter, DeadLetterId, DeadLetterPage, DeadLetterScope, Error, ErrorKind, Message, Position,
     Reason, Result, Timestamp, Verdict,
 };
 use async_nats::{HeaderMap, Subject};
@@ -42,7 +42,7 @@ struct Note {
 }
 
 /// The headers of a letter: those of the message, and why it died.
-pub(crate) fn encode(delivery: &Delivery, verdict: &Verdict, taken: &Taken) -> HeaderMap {
+pub(crate) fn encode(message: &Message, attempts: u32, verdict: &Verdict, taken: &Taken) -> HeaderMap {
     let cut = |text: &ByteString| {
         let end = (0..=text.len().min(LONGEST_DETAIL)).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
         text[..end].to_owned()
@@ -51,13 +51,13 @@ pub(crate) fn encode(delivery: &Delivery, verdict: &Verdict, taken: &Taken) -> H
         reason: verdict.reason.as_str().to_owned(),
         error_type: verdict.error_type.as_ref().map(cut),
         detail: verdict.detail.as_ref().map(cut),
-        attempts: delivery.attempt(),
+        attempts,
         first_at: taken.first_at.map(Timestamp::as_millis),
         last_at: Timestamp::now().as_millis(),
         redrives: taken.redrives,
         position: taken.sequence,
     };
-    let mut headers = codec::encode(delivery.message(), &mut Vec::new());
+    let mut headers = codec::encode(message, &mut Vec::new());
     let note = serde_json::to_string(&note).expect("texts and numbers become JSON");
     headers.insert(LETTER, note.as_str());
     headers
@@ -215,7 +215,7 @@ impl Letters {
             let payload = letter.message.payload().cloned().unwrap_or_default();
             let sending = self.link.client.publish_with_reply_and_headers(
                 subject.clone(),
-                answers.reply(index),
+                answers.reply(index, &subject),
                 headers,
                 payload,
             );

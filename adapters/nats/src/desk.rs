@@ -7,6 +7,8 @@ use anybroker_core::{Bytes, Effect, Error, ErrorKind, Result};
 use async_nats::{HeaderMap, Subject};
 use tokio::time::Instant;
 
+use crate::board::Reply;
+use crate::denials::refused;
 use crate::link::Link;
 use crate::publisher::confirmed;
 use crate::record::Record;
@@ -90,7 +92,8 @@ impl Desk {
                 let telling = &tellings[*index];
                 let ack = telling.key.and_then(|key| self.shared.ack_subject(key));
                 let ack = ack.unwrap_or_else(|| telling.ack.clone());
-                let sending = self.link.client.publish_with_reply(ack, answers.reply(place), telling.payload.clone());
+                let reply = answers.reply(place, &ack);
+                let sending = self.link.client.publish_with_reply(ack, reply, telling.payload.clone());
                 if !matches!(tokio::time::timeout_at(deadline, sending).await, Ok(Ok(()))) {
                     answers.skip(place);
                 }
@@ -100,6 +103,9 @@ impl Desk {
             for (place, index) in open.iter().enumerate() {
                 match answers.take(place) {
                     Some(reply) if reply.is_unserved => unserved.push(*index),
+                    Some(Reply { denied: Some(subject), .. }) => {
+                        outcomes[*index] = Some(Err(refused("settle", true, &subject)));
+                    }
                     Some(_) => outcomes[*index] = Some(Ok(())),
                     None => {}
                 }
@@ -131,7 +137,8 @@ impl Desk {
             let Writing { subject, headers, payload } = writing;
             let subject = Subject::from(subject);
             let client = &self.link.client;
-            let sending = client.publish_with_reply_and_headers(subject, answers.reply(index), headers, payload);
+            let reply = answers.reply(index, &subject);
+            let sending = client.publish_with_reply_and_headers(subject, reply, headers, payload);
             outcomes.push(match tokio::time::timeout_at(deadline, sending).await {
                 Ok(Ok(())) => Ok(0),
                 Ok(Err(error)) => {

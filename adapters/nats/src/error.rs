@@ -1,8 +1,10 @@
 //! What the server's and the client's failures mean in the terms of the contract.
 
+use std::error::Error as _;
+
 use anybroker_core::{Effect, Error, ErrorKind};
 use async_nats::client::RequestErrorKind;
-use async_nats::{ConnectError, ConnectErrorKind};
+use async_nats::{ConnectError, ConnectErrorKind, rustls};
 use serde::Deserialize;
 
 /// An error of the JetStream API (nats-server `errors.json`).
@@ -34,6 +36,8 @@ const CONSUMER_EXISTS: [u32; 3] = [10105, 10148, 10013];
 const MESSAGE_TOO_LARGE: u32 = 10054;
 /// `JSNotEnabledErr`, `JSNotEnabledForAccountErr`.
 const NOT_ENABLED: [u32; 2] = [10076, 10039];
+/// `JSMessageSchedulesDisabledErr`: the stream was made without them.
+const SCHEDULES_DISABLED: u32 = 10188;
 /// `JSStreamStoreFailedF`, `JSInsufficientResourcesErr`, `JSStorageResourcesExceededErr`, `JSMemoryResourcesExceededErr`.
 const NO_ROOM: [u32; 4] = [10077, 10023, 10047, 10028];
 
@@ -48,6 +52,7 @@ impl ApiError {
             STREAM_NOT_FOUND | CONSUMER_NOT_FOUND | NO_MESSAGE_FOUND => ErrorKind::NotFound,
             STREAM_EXISTS | SUBJECTS_OVERLAP => ErrorKind::AlreadyExists,
             code if CONSUMER_EXISTS.contains(&code) => ErrorKind::AlreadyExists,
+            SCHEDULES_DISABLED => ErrorKind::Unsupported,
             MESSAGE_TOO_LARGE => ErrorKind::TooLarge,
             code if NOT_ENABLED.contains(&code) => ErrorKind::Unsupported,
             code if NO_ROOM.contains(&code) => ErrorKind::Unavailable,
@@ -81,11 +86,54 @@ pub(crate) fn unanswered(operation: &'static str, error: &async_nats::client::Re
 
 /// A connection that could not be made.
 pub(crate) fn unconnected(error: &ConnectError) -> Error {
-    let kind = match error.kind() {
-        ConnectErrorKind::ServerParse => ErrorKind::ConfigInvalid,
-        ConnectErrorKind::Authentication | ConnectErrorKind::AuthorizationViolation => ErrorKind::Unauthenticated,
-        ConnectErrorKind::TimedOut => ErrorKind::Timeout,
-        _ => ErrorKind::Unavailable,
+    let (kind, text) = match error.kind() {
+        ConnectErrorKind::ServerParse => (ErrorKind::ConfigInvalid, error.to_string()),
+        ConnectErrorKind::Authentication | ConnectErrorKind::AuthorizationViolation => {
+            (ErrorKind::Unauthenticated, error.to_string())
+        }
+        ConnectErrorKind::TimedOut => (ErrorKind::Timeout, error.to_string()),
+        _ => match tls_failure(error) {
+            Some(failure) if is_about_certificates(failure) => (ErrorKind::Unauthenticated, format!("TLS: {failure}")),
+            Some(failure) => {
+                (ErrorKind::ConfigInvalid, format!("TLS: {failure}; is the server set up for it at this port?"))
+            }
+            None => (ErrorKind::Unavailable, error.to_string()),
+        },
     };
-    Error::new(kind, "connect", error.to_string()).with_effect(Effect::NotDone)
+    Error::new(kind, "connect", text).with_effect(Effect::NotDone)
+}
+
+/// What of TLS failed.
+fn tls_failure(error: &ConnectError) -> Option<&rustls::Error> {
+    let mut cause = error.source();
+    while let Some(found) = cause {
+        let inner = found.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+        let found: &(dyn std::error::Error + 'static) = inner.map_or(found, |inner| inner);
+        if let Some(failure) = found.downcast_ref::<rustls::Error>() {
+            return Some(failure);
+        }
+        cause = found.source();
+    }
+    None
+}
+
+/// A certificate that is not trusted, not for this host, expired or missing, on either side.
+fn is_about_certificates(failure: &rustls::Error) -> bool {
+    use rustls::AlertDescription as Alert;
+    match failure {
+        rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented => true,
+        rustls::Error::AlertReceived(alert) => matches!(
+            alert,
+            Alert::NoCertificate
+                | Alert::BadCertificate
+                | Alert::UnsupportedCertificate
+                | Alert::CertificateRevoked
+                | Alert::CertificateExpired
+                | Alert::CertificateUnknown
+                | Alert::UnknownCA
+                | Alert::AccessDenied
+                | Alert::CertificateRequired
+        ),
+        _ => false,
+    }
 }

@@ -76,6 +76,10 @@ impl Feed {
         let shared = Arc::clone(&self.desk.shared);
         let mut closing = shared.closing.subscribe();
         let mut look = Instant::now();
+        let asking = self.asking();
+        let (denials, begun) = (Arc::clone(&self.desk.link.denials), Instant::now());
+        let denied = denials.of("receive", &asking, begun);
+        tokio::pin!(denied);
         while closing.borrow().is_none() {
             let room = shared.room.notified();
             tokio::pin!(room);
@@ -90,6 +94,10 @@ impl Feed {
             tokio::select! {
                 biased;
                 _ = closing.changed() => {}
+                error = &mut denied => {
+                    shared.fail(error);
+                    break;
+                }
                 message = self.inbox.next() => {
                     if let Some(message) = message {
                         self.heard = Instant::now();
@@ -112,6 +120,12 @@ impl Feed {
         let deadline = closing.borrow().unwrap_or_else(Instant::now);
         self.close(deadline).await;
         shared.working.send_modify(|working| *working -= 1);
+    }
+
+    /// Where the server is asked for messages.
+    fn asking(&self) -> String {
+        let scope = &self.desk.scopes[self.index as usize];
+        format!("$JS.API.CONSUMER.MSG.NEXT.{}.{}", scope.stream, scope.consumer)
     }
 
     /// Asks for as much as there is room for, once it is this member's turn.
@@ -142,8 +156,7 @@ impl Feed {
             if batch == 0 {
                 return Ok(());
             }
-            let scope = &self.desk.scopes[self.index as usize];
-            let subject = format!("$JS.API.CONSUMER.MSG.NEXT.{}.{}", scope.stream, scope.consumer);
+            let subject = self.asking();
             let body = if self.desk.scopes.len() > self.desk.shared.max_in_flight {
                 // More destinations than room: they take turns.
                 format!("{{\"batch\":{batch},\"expires\":250000000}}")
@@ -239,10 +252,20 @@ impl Feed {
             .and_then(|headers| headers.get(codec::REDRIVES))
             .and_then(|value| value.as_str().parse().ok())
             .unwrap_or(0);
+        let expires =
+            headers.and_then(|headers| headers.get(codec::EXPIRES)).and_then(|value| value.as_str().parse().ok());
         let decoded = codec::decode(&self.destination, stored, headers, message.payload);
         let must_look = sequence <= self.look_below;
-        let arrival =
-            Arrival { feed: self.index, sequence, ack: ack.clone(), message: decoded, delivered, redrives, must_look };
+        let arrival = Arrival {
+            feed: self.index,
+            sequence,
+            ack: ack.clone(),
+            message: decoded,
+            delivered,
+            redrives,
+            expires,
+            must_look,
+        };
         match self.desk.shared.arrive(arrival) {
             Arrived::Done => {}
             Arrived::Known(key, record, place) => {

@@ -5,11 +5,13 @@
 
 mod ack;
 mod api;
+mod board;
 mod broker;
 mod capabilities;
 mod codec;
 mod config;
 mod dead_letter;
+mod denials;
 mod desk;
 mod error;
 mod feed;
@@ -24,6 +26,7 @@ mod record;
 mod settle;
 mod state;
 mod subscription;
+mod tls;
 mod topology;
 
 use std::sync::Arc;

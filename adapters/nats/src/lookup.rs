@@ -40,6 +40,9 @@ pub(crate) async fn apply(desk: Arc<Desk>, feed: u32, key: Key, found: Option<(R
         }
         return desk.shared.ready(key, record, Some(place));
     }
+    if desk.shared.keeps_failed(feed) {
+        return desk.shared.wait(key, record, place, Instant::now() + early);
+    }
     let Some((sequence, delivered)) = desk.shared.place_of(key) else { return };
     (record.spare, record.delivered) = (record.spare + 1, delivered);
     let deadline = Instant::now() + desk.settle_timeout;

@@ -36,6 +36,11 @@ impl Names {
         format!("{}.d.{}.b.{}", self.prefix, token(destination), token(group))
     }
 
+    /// The subject where a message of the destination waits for its time: one for each, no group reads it.
+    pub(crate) fn scheduled(&self, destination: &Destination) -> String {
+        format!("{}.d.{}.s.{}", self.prefix, token(destination), uuid::Uuid::now_v7().simple())
+    }
+
     /// The subjects of a destination's stream.
     pub(crate) fn subjects(&self, destination: &Destination) -> String {
         format!("{}.d.{}.>", self.prefix, token(destination))

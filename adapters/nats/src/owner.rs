@@ -127,7 +127,8 @@ impl Owner {
         headers.insert(EXPECTED, expected.to_string().as_str());
         let subject = Subject::from(self.subject.as_str());
         let payload = Bytes::copy_from_slice(self.member.as_bytes());
-        let sending = self.link.client.publish_with_reply_and_headers(subject, answers.reply(0), headers, payload);
+        let reply = answers.reply(0, &subject);
+        let sending = self.link.client.publish_with_reply_and_headers(subject, reply, headers, payload);
         sending.await.map_err(|error| {
             anybroker_core::Error::new(anybroker_core::ErrorKind::Closed, "receive", error.to_string())
         })?;

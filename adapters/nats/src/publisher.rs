@@ -2,19 +2,22 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anybroker_core::{
     Bytes, Confirms, Destination, Effect, Error, ErrorKind, Message, Position, PublishOrder, PublishOutcome,
-    PublishTerms, Receipt, Result,
+    PublishTerms, Receipt, Result, Timestamp,
 };
 use async_nats::client::PublishErrorKind;
 use async_nats::{HeaderMap, Subject};
 use serde::Deserialize;
 use tokio::time::Instant;
 
+use crate::board::{Answers, Reply};
 use crate::codec;
+use crate::denials;
 use crate::error::ApiError;
-use crate::link::{Answers, Link, Reply};
+use crate::link::Link;
 use crate::topology::{Route, Topology};
 
 /// What the server answers to a publish.
@@ -44,6 +47,9 @@ pub(crate) fn refused(
         // It may be stored, or even be sent later: the client keeps it for the next connection.
         return Err(Error::new(ErrorKind::Timeout, operation, "no confirmation from the server in time"));
     };
+    if let Some(subject) = reply.denied {
+        return Err(denials::refused(operation, true, &subject));
+    }
     if reply.is_unserved {
         let text = "no stream takes it: it does not exist, or JetStream does not serve it at the moment";
         return Err(Error::new(ErrorKind::Unavailable, operation, text).with_effect(Effect::NotDone));
@@ -88,8 +94,9 @@ impl Publisher {
                         if self.dedups {
                             headers.insert(codec::MESSAGE_ID, codec::dedup_key(message.id()).as_str());
                         }
+                        let subject = self.instruct(message, &route.subject, &mut headers);
                         let payload = message.payload().cloned().unwrap_or_default();
-                        self.hand_over(&route.subject, &answers, index, headers, payload, deadline).await
+                        self.hand_over(&subject, &answers, index, headers, payload, deadline).await
                     }
                 }
             };
@@ -101,20 +108,42 @@ impl Publisher {
             }
             refused.push(outcome.err());
         }
-        let named: Vec<_> = batch.iter().map(|message| (message.id().clone(), message.destination().clone())).collect();
+        let named: Vec<_> = batch
+            .iter()
+            .map(|message| (message.id().clone(), message.destination().clone(), delay_of(message).is_some()))
+            .collect();
         let topology = Arc::clone(&self.topology);
         Confirms::waiting(async move {
             answers.wait(deadline).await;
             let mut outcomes: Vec<PublishOutcome> = Vec::with_capacity(named.len());
-            for (index, (refusal, (id, destination))) in refused.into_iter().zip(named).enumerate() {
-                let outcome = match refusal {
+            for (index, (refusal, (id, destination, is_delayed))) in refused.into_iter().zip(named).enumerate() {
+                let mut outcome = match refusal {
                     Some(error) => Err(error),
                     None => receipt(answers.take(index), &topology, &destination).await,
                 };
+                if let Ok(receipt) = &mut outcome
+                    && is_delayed
+                {
+                    // Its place is only known when its time has come.
+                    receipt.position = None;
+                }
                 outcomes.push(outcome.map_err(|error| error.with("id", id).with("destination", destination)));
             }
             outcomes
         })
+    }
+
+    /// Writes the instructions of a publish into its headers; answers where it is published.
+    fn instruct(&self, message: &Message, subject: &Subject, headers: &mut HeaderMap) -> Subject {
+        // A moment's milliseconds are cut off: one more, so that nothing is early.
+        let end_of = |duration: Duration| Timestamp::now().after(duration + Duration::from_millis(1));
+        if let Some(ttl) = message.ttl() {
+            headers.insert(codec::EXPIRES, end_of(ttl).as_millis().to_string().as_str());
+        }
+        let Some(delay) = delay_of(message) else { return subject.clone() };
+        headers.insert(codec::SCHEDULE, format!("@at {}", end_of(delay)).as_str());
+        headers.insert(codec::SCHEDULE_TARGET, subject.as_str());
+        Subject::from(self.topology.names.scheduled(message.destination()))
     }
 
     async fn routes(&self, batch: &[Message], deadline: Instant) -> Routes {
@@ -150,7 +179,8 @@ impl Publisher {
             return Err(full());
         }
         let client = &self.link.client;
-        let sending = client.publish_with_reply_and_headers(subject.clone(), answers.reply(index), headers, payload);
+        let sending =
+            client.publish_with_reply_and_headers(subject.clone(), answers.reply(index, subject), headers, payload);
         match tokio::time::timeout_at(deadline, sending).await {
             Err(_) => Err(full()),
             Ok(Ok(())) => Ok(()),
@@ -164,6 +194,10 @@ impl Publisher {
             }
         }
     }
+}
+
+fn delay_of(message: &Message) -> Option<Duration> {
+    message.delay().filter(|delay| !delay.is_zero())
 }
 
 fn route<'r>(routes: &'r Routes, destination: &Destination) -> &'r Result<Arc<Route>> {

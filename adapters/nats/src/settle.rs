@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::{
-    AckLevel, Delivery, Error, ErrorKind, Lane, Nack, Result, SettleError, SettleOutcome, Settlement, Settler,
+    AckLevel, Delivery, Error, ErrorKind, Lane, Nack, Reason, Result, SettleError, SettleOutcome, Settlement, Settler,
     Settling, Timestamp, Token, Verdict,
 };
 use async_trait::async_trait;
@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use crate::dead_letter;
 use crate::desk::{ACK, Desk, Telling, Writing, nak};
 use crate::record::Record;
-use crate::state::Taken;
+use crate::state::{Expired, Taken};
 
 pub(crate) struct NatsSettler {
     pub(crate) desk: Arc<Desk>,
@@ -56,6 +56,7 @@ impl Settler for NatsSettler {
             match settlement {
                 Settlement::Nack(nack) => {
                     let (record, delay) = failed(&taken, &nack);
+                    self.desk.shared.failing(taken.key);
                     stored_first.push(Job { index, delivery, taken, then: Then::Nack(record, delay) });
                 }
                 Settlement::DeadLetter(verdict) => {
@@ -101,7 +102,7 @@ fn failed(taken: &Taken, nack: &Nack) -> (Record, Duration) {
         failures: taken.record.failures + 1,
         spare: taken.record.spare,
         delivered: taken.delivered,
-        not_before: if nack.delay.is_zero() { 0 } else { now.after(nack.delay).as_millis() },
+        not_before: if nack.delay.is_zero() { 0 } else { now.after(nack.delay).as_millis() + 1 },
         first: taken.first_at.map_or(0, Timestamp::as_millis),
     };
     (record, nack.delay)
@@ -118,7 +119,7 @@ async fn store(desk: &Arc<Desk>, jobs: Vec<Job>, deadline: Instant) -> Vec<(usiz
             Then::Nack(record, _) => desk.record_of(job.taken.feed, job.taken.sequence, record),
             Then::Letter(verdict) => {
                 let subject = desk.scopes[job.taken.feed as usize].letter(job.taken.sequence);
-                let headers = dead_letter::encode(&job.delivery, verdict, &job.taken);
+                let headers = dead_letter::encode(job.delivery.message(), job.delivery.attempt(), verdict, &job.taken);
                 let payload = job.delivery.message().payload().cloned().unwrap_or_default();
                 Writing { subject, headers, payload }
             }
@@ -129,7 +130,12 @@ async fn store(desk: &Arc<Desk>, jobs: Vec<Job>, deadline: Instant) -> Vec<(usiz
     for (mut job, written) in jobs.into_iter().zip(desk.write(writings, deadline).await) {
         match written {
             Ok(place) => {
-                if let Then::Nack(record, _) = job.then {
+                if let Then::Nack(record, delay) = job.then {
+                    if desk.shared.keeps_failed(job.taken.feed) {
+                        desk.shared.wait(job.taken.key, record, place, Instant::now() + delay);
+                        outcomes.push((job.index, Ok(AckLevel::Confirmed)));
+                        continue;
+                    }
                     job.taken.record_at = Some(place);
                     desk.shared.leaving(job.taken.key, (record, place));
                 }
@@ -183,6 +189,37 @@ async fn tell(desk: &Arc<Desk>, jobs: Vec<Job>, deadline: Instant) -> Vec<(usize
         outcomes.push((job.index, outcome));
     }
     outcomes
+}
+
+/// Makes dead letters of messages whose time to live has ended. What fails comes back when its lease ends.
+pub(crate) async fn expire(desk: &Arc<Desk>, expired: Vec<Expired>) {
+    let deadline = Instant::now() + desk.settle_timeout;
+    let verdict = Verdict::new(Reason::Expired);
+    let writings = expired
+        .iter()
+        .map(|(taken, message)| Writing {
+            subject: desk.scopes[taken.feed as usize].letter(taken.sequence),
+            headers: dead_letter::encode(message, taken.record.failures, &verdict, taken),
+            payload: message.payload().cloned().unwrap_or_default(),
+        })
+        .collect();
+    let written = desk.write(writings, deadline).await;
+    let (mut stored, mut tellings) = (Vec::new(), Vec::new());
+    for ((taken, _), outcome) in expired.into_iter().zip(written) {
+        match (outcome, desk.shared.ack_subject(taken.key)) {
+            (Ok(_), Some(ack)) => {
+                tellings.push(Telling { feed: taken.feed, key: Some(taken.key), ack, payload: ACK });
+                stored.push(taken);
+            }
+            _ => desk.shared.settled(taken.key),
+        }
+    }
+    for (taken, told) in stored.into_iter().zip(desk.tell(&tellings, deadline).await) {
+        if let (Ok(()), Some(place)) = (told, taken.record_at) {
+            desk.forget_record(taken.feed, place).await;
+        }
+        desk.shared.settled(taken.key);
+    }
 }
 
 fn stale(delivery: Delivery) -> SettleError {

@@ -4,13 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::{
-    DeliveryContext, Error, ErrorKind, Order, Received, Result, SubscribeSpec, Subscription, TopologyMode,
+    DeliveryContext, Error, ErrorKind, OnFailure, Order, Received, Result, SubscribeSpec, Subscription, TopologyMode,
 };
-use async_nats::Subject;
 use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::runtime::Handle;
-use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
@@ -20,8 +18,8 @@ use crate::feed::Feed;
 use crate::link::Link;
 use crate::names::Names;
 use crate::owner::Owner;
-use crate::settle::NatsSettler;
-use crate::state::{FeedState, Shared};
+use crate::settle::{self, NatsSettler};
+use crate::state::{FeedState, Shared, Tasks};
 use crate::topology::Topology;
 
 /// How long a subscription that is dropped takes to give back what it holds.
@@ -65,10 +63,11 @@ impl NatsSubscription {
                 records: names.records(destination, group),
                 record: names.record(destination, group),
             });
-            feeds.push(FeedState::new(destination.clone(), group.clone(), keeps_order, ack_wait));
+            let feed = FeedState::new(destination.clone(), group.clone(), keeps_order, ack_wait);
+            feeds.push(if spec.on_failure == OnFailure::Block { feed.blocking(spec.order) } else { feed });
         }
         let waits: Vec<Duration> = feeds.iter().map(|feed| feed.ack_wait).collect();
-        let (shared, renewed) = Shared::new(spec.lease, spec.max_in_flight, feeds);
+        let (shared, tasks) = Shared::new(spec.lease, spec.max_in_flight, feeds);
         let shared = Arc::new(shared);
         let desk = Arc::new(Desk {
             link: Arc::clone(link),
@@ -92,7 +91,7 @@ impl NatsSubscription {
         for feed in working {
             tokio::spawn(feed.run());
         }
-        let keeper = tokio::spawn(keep(Arc::clone(&shared), Arc::clone(link), renewed));
+        let keeper = tokio::spawn(keep(Arc::clone(&desk), tasks));
         Ok(Self { shared, context, keeper })
     }
 
@@ -102,8 +101,9 @@ impl NatsSubscription {
     }
 }
 
-/// Renews leases until the subscription is gone.
-async fn keep(shared: Arc<Shared>, link: Arc<Link>, mut renewed: mpsc::UnboundedReceiver<Subject>) {
+/// Renews leases, and settles what has expired, until the subscription is gone.
+async fn keep(desk: Arc<Desk>, Tasks { mut renewed, mut expired }: Tasks) {
+    let (shared, link) = (Arc::clone(&desk.shared), Arc::clone(&desk.link));
     let mut next = Instant::now();
     loop {
         tokio::select! {
@@ -111,6 +111,15 @@ async fn keep(shared: Arc<Shared>, link: Arc<Link>, mut renewed: mpsc::Unbounded
                 let Some(ack) = ack else { return };
                 // In progress. Not confirmed: one that is lost brings the message back, and its settle is told so.
                 let _ = link.client.publish(ack, Bytes::from_static(b"+WPI")).await;
+            }
+            first = expired.recv() => {
+                let Some(first) = first else { return };
+                let mut all = vec![first];
+                while let Ok(more) = expired.try_recv() {
+                    all.push(more);
+                }
+                let desk = Arc::clone(&desk);
+                tokio::spawn(async move { settle::expire(&desk, all).await });
             }
             () = tokio::time::sleep_until(next) => next = Instant::now() + shared.keep_leases(),
         }

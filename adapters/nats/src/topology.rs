@@ -33,12 +33,15 @@ pub(crate) struct Topology {
     pub(crate) api: Api,
     pub(crate) names: Names,
     settings: Settings,
+    /// Whether streams are made for scheduled messages.
+    schedules: bool,
     known: RwLock<HashMap<Destination, Arc<Route>>>,
 }
 
 impl Topology {
-    pub(crate) fn new(api: Api, settings: &Settings) -> Self {
-        Self { api, names: Names::new(&settings.prefix), settings: settings.clone(), known: RwLock::default() }
+    pub(crate) fn new(api: Api, settings: &Settings, schedules: bool) -> Self {
+        let (names, settings, known) = (Names::new(&settings.prefix), settings.clone(), RwLock::default());
+        Self { api, names, settings, schedules, known }
     }
 
     /// Where to publish; looked up, and created where the configuration says so, the first time.
@@ -104,7 +107,7 @@ impl Topology {
         if !settings.max_age.is_zero() {
             window = window.min(settings.max_age);
         }
-        let config = json!({
+        let mut config = json!({
             "name": self.names.stream(destination),
             "subjects": [self.names.subjects(destination)],
             "retention": "limits",
@@ -115,12 +118,16 @@ impl Topology {
             "max_bytes": if settings.max_bytes == 0 { -1 } else { settings.max_bytes },
             "max_age": nanos(settings.max_age),
             "max_msg_size": -1,
-            // What is full refuses; the default drops the oldest, whether somebody has read it or not.
-            "discard": "new",
+            // What is full refuses; the default drops the oldest, whether somebody has read it or not. Without a bound
+            // there is nothing to drop, and the server wants the default for scheduled messages.
+            "discard": if self.schedules { "old" } else { "new" },
             "duplicate_window": nanos(window),
             "allow_direct": true,
             "metadata": { NAME: destination },
         });
+        if self.schedules {
+            config["allow_msg_schedules"] = json!(true);
+        }
         self.ensure_stream(config, operation).await.map_err(|error| error.with("destination", destination))
     }
 

@@ -6,7 +6,8 @@ mod common;
 use std::time::Duration;
 
 use anybroker_core::{
-    AckLevel, Effect, ErrorKind, Group, Message, Order, PublishOptions, Reason, Timestamp, TopologySpec, Verdict, ack,
+    AckLevel, Effect, ErrorKind, Group, Message, OnFailure, Order, PublishOptions, Reason, Timestamp, TopologySpec,
+    Verdict, ack,
 };
 use common::{LONG, connect, nothing, number, numbered, publish, receive, try_connect, unique, url};
 use tokio::time::Instant;
@@ -217,6 +218,68 @@ async fn a_batch_larger_than_what_may_be_on_its_way_is_stored_whole() {
     let name = unique("large");
     publish(&bus, numbered(&name, 0..40_000)).await;
     assert_eq!(bus.describe(name.as_str()).await.unwrap().messages, Some(40_000));
+    bus.delete(name.as_str(), None).await.unwrap();
+    bus.close(LONG).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn delayed_messages_need_a_stream_that_is_made_for_them() {
+    let Some(url) = url() else { return };
+    let (bus, bounded) = (connect(&url, "").await, connect(&url, "max_mib=1").await);
+    let delayed = |name: &str| Message::new(name, "x").with_delay(Duration::from_millis(300));
+    let name = unique("bounded");
+    let error = bounded.send(delayed(&name)).await.unwrap_err();
+    assert_eq!((error.kind(), error.effect()), (ErrorKind::Unsupported, Effect::NotDone));
+    // Made by somebody who did not want them, and told by the server.
+    bounded.declare(&TopologySpec::group(name.as_str(), "g")).await.unwrap();
+    let error = bus.send(delayed(&name)).await.unwrap_err();
+    assert_eq!((error.kind(), error.effect()), (ErrorKind::Unsupported, Effect::NotDone));
+    bus.delete(name.as_str(), None).await.unwrap();
+
+    let name = unique("delayed");
+    let mut subscriber = bus.subscribe(bus.subscription(name.as_str(), "g")).await.unwrap();
+    let message = delayed(&name).with_key("k").with_header("a", "1").with_ttl(Duration::from_secs(60));
+    let begun = Instant::now();
+    let first = bus.send(message.clone()).await.unwrap();
+    let second = bus.send(message.clone()).await.unwrap();
+    assert_eq!((first.position, first.duplicate, second.duplicate), (None, false, true));
+    let came = receive(&mut subscriber, 1).await.remove(0);
+    assert!(begun.elapsed() >= Duration::from_millis(300), "{:?}", begun.elapsed());
+    assert_eq!((came.message().id(), came.message().key(), came.message().headers().len()), (message.id(), message.key(), 1));
+    came.ack().await.unwrap();
+    nothing(&mut subscriber).await;
+    subscriber.close(LONG).await.unwrap();
+    bus.delete(name.as_str(), None).await.unwrap();
+    bus.close(LONG).await.unwrap();
+    bounded.close(LONG).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn behind_a_failed_message_its_key_waits_through_lost_leases_and_members() {
+    let Some(url) = url() else { return };
+    let bus = connect(&url, "member_timeout=1s").await;
+    let name = unique("blocked");
+    let spec = bus.subscription(name.as_str(), "g").with_order(Order::Key).with_on_failure(OnFailure::Block);
+    let spec = spec.with_lease(Duration::from_secs(1)).with_max_attempts(None);
+    let mut first = bus.subscribe(spec.clone()).await.unwrap();
+    publish(&bus, numbered(&name, 0..3)).await;
+    receive(&mut first, 1).await.remove(0).nack(Duration::from_millis(300)).await.unwrap();
+    // Its second attempt outlives its lease: it stays in front, and its third hand-over is still the second attempt.
+    let late = receive(&mut first, 1).await.remove(0);
+    let again = receive(&mut first, 1).await.remove(0);
+    assert_eq!((number(&late), late.attempt(), number(&again), again.attempt()), (0, 2, 0, 2));
+    assert_eq!(late.ack().await.unwrap_err().error().kind(), ErrorKind::StaleDelivery);
+    again.nack(Duration::from_secs(2)).await.unwrap();
+    let nacked = Instant::now();
+    first.close(LONG).await.unwrap();
+    let mut second = bus.subscribe(spec).await.unwrap();
+    for expected in [(0, 3), (1, 1), (2, 1)] {
+        let came = receive(&mut second, 1).await.remove(0);
+        assert_eq!((number(&came), came.attempt()), expected);
+        assert!(nacked.elapsed() >= Duration::from_secs(2), "{:?}", nacked.elapsed());
+        came.ack().await.unwrap();
+    }
+    second.close(LONG).await.unwrap();
     bus.delete(name.as_str(), None).await.unwrap();
     bus.close(LONG).await.unwrap();
 }

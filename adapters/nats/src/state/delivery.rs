@@ -42,6 +42,7 @@ impl Shared {
             record: Record::default(),
             record_at: None,
             redrives: arrival.redrives,
+            expires: arrival.expires,
             arrived_at: Timestamp::now(),
             again: 0,
             was_out: false,
@@ -87,6 +88,10 @@ impl Shared {
                 let feed = (state.next_feed + offset) % feeds;
                 while received.deliveries.len() < max {
                     let Some(slot) = state.next_ready(feed, now) else { break };
+                    if let Some(expired) = state.expire(slot, now + self.lease) {
+                        let _ = self.expiries.send(expired);
+                        continue;
+                    }
                     received.deliveries.push(self.hand_out(state, slot, now, lease_until, context));
                 }
             }
@@ -130,16 +135,7 @@ impl Shared {
         let entry = state.entry(key)?;
         let Phase::Out { until } = entry.phase else { return None };
         entry.phase = Phase::Settling { until };
-        Some(Taken {
-            key,
-            feed: entry.feed,
-            sequence: entry.sequence,
-            delivered: entry.delivered,
-            record: entry.record,
-            record_at: entry.record_at,
-            redrives: entry.redrives,
-            first_at: entry.record.first_at().or((entry.delivered == 1).then_some(entry.arrived_at)),
-        })
+        Some(entry.taken(key))
     }
 
     /// Where to send what settles an entry, as long as it is here.
@@ -172,11 +168,55 @@ impl Shared {
 
     /// It could not be settled: it is the application's again.
     pub(crate) fn unsettled(&self, key: Key) {
-        if let Some(entry) = self.lock().entry(key)
-            && let Phase::Settling { until } = entry.phase
-        {
-            entry.phase = Phase::Out { until };
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let Some(entry) = state.entry(key) else { return };
+        let Phase::Settling { until } = entry.phase else { return };
+        entry.phase = Phase::Out { until };
+        if entry.record.failures == 0 {
+            let (feed, message, sequence) = (entry.feed, Arc::clone(&entry.message), entry.sequence);
+            state.feeds[feed as usize].unblock(&message, sequence);
         }
+    }
+
+    /// It is being nacked: from here on later messages wait for it, where they do at all.
+    pub(crate) fn failing(&self, key: Key) {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let Some(entry) = state.entry(key) else { return };
+        let (feed, message, sequence) = (entry.feed, Arc::clone(&entry.message), entry.sequence);
+        state.feeds[feed as usize].block(&message, sequence);
+    }
+
+    /// Whether a message that failed waits here, with what is behind it, instead of at the server.
+    pub(crate) fn keeps_failed(&self, feed: u32) -> bool {
+        self.lock().feeds[feed as usize].blocks.is_some()
+    }
+
+    /// It failed, and that is stored: it waits here until `until`.
+    pub(crate) fn wait(self: &Arc<Self>, key: Key, record: Record, record_at: u64, until: Instant) {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let Some(entry) = state.entry(key) else { return };
+        (entry.record, entry.record_at, entry.phase) = (record, Some(record_at), Phase::Waiting);
+        let (feed, message, sequence) = (entry.feed, Arc::clone(&entry.message), entry.sequence);
+        let feed = &mut state.feeds[feed as usize];
+        feed.looking.remove(&sequence);
+        feed.block(&message, sequence);
+        drop(guard);
+        let shared = Arc::downgrade(self);
+        tokio::spawn(async move {
+            tokio::time::sleep_until(until).await;
+            let Some(shared) = shared.upgrade() else { return };
+            let mut state = shared.lock();
+            if state.entry(key).is_some_and(|entry| entry.phase == Phase::Waiting) {
+                state.make_ready(key);
+            }
+            drop(state);
+            shared.arrived.notify_one();
+        });
+        // What it no longer stands in the way of: others that only waited for its record.
+        self.arrived.notify_one();
     }
 
     /// The entry, for looking up its record.

@@ -1,10 +1,10 @@
 //! What is known of one message, and of one destination.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anybroker_core::{DeliveryFacts, Destination, Group, Lane, Message, Position, Timestamp, Token};
+use anybroker_core::{Bytes, DeliveryFacts, Destination, Group, Lane, Message, Order, Position, Timestamp, Token};
 use async_nats::Subject;
 use tokio::time::Instant;
 
@@ -23,14 +23,72 @@ pub(crate) struct FeedState {
     pub(crate) ack_wait: Duration,
     /// Messages that the server was asked for and has not sent.
     pub(crate) asked: usize,
+    /// Later messages of a key wait for one that failed.
+    pub(super) blocks: Option<Order>,
+    /// The failed messages of each key (of everything, under total order) that are not settled for good.
+    pub(super) blocked: HashMap<Bytes, BTreeSet<u64>>,
     pub(super) ready: BTreeMap<u64, u32>,
     pub(super) looking: BTreeSet<u64>,
 }
 
 impl FeedState {
     pub(crate) fn new(destination: Destination, group: Group, keeps_order: bool, ack_wait: Duration) -> Self {
-        let (fence, epoch, asked, ready, looking) = Default::default();
-        Self { destination, group, keeps_order, is_active: !keeps_order, fence, epoch, ack_wait, asked, ready, looking }
+        let (fence, epoch, asked, blocks, blocked) = Default::default();
+        let (ready, looking) = Default::default();
+        Self {
+            destination,
+            group,
+            keeps_order,
+            is_active: !keeps_order,
+            fence,
+            epoch,
+            ack_wait,
+            asked,
+            blocks,
+            blocked,
+            ready,
+            looking,
+        }
+    }
+
+    /// With later messages of a key waiting for one that failed.
+    pub(crate) fn blocking(mut self, order: Order) -> Self {
+        self.blocks = Some(order);
+        self
+    }
+
+    /// What waits for a failure of this message: the others of its key, all others, or nothing.
+    fn scope_of(&self, message: &Message) -> Option<Bytes> {
+        match self.blocks? {
+            Order::Total => Some(Bytes::new()),
+            _ => message.key_bytes().cloned(),
+        }
+    }
+
+    /// From here on later messages wait for this one.
+    pub(super) fn block(&mut self, message: &Message, sequence: u64) {
+        if let Some(scope) = self.scope_of(message) {
+            self.blocked.entry(scope).or_default().insert(sequence);
+        }
+    }
+
+    pub(super) fn unblock(&mut self, message: &Message, sequence: u64) {
+        let Some(scope) = self.scope_of(message).filter(|_| !self.blocked.is_empty()) else { return };
+        if let Some(waiting) = self.blocked.get_mut(&scope) {
+            waiting.remove(&sequence);
+            if waiting.is_empty() {
+                self.blocked.remove(&scope);
+            }
+        }
+    }
+
+    /// Whether it waits for an earlier one.
+    pub(super) fn is_held_back(&self, message: &Message, sequence: u64) -> bool {
+        if self.blocked.is_empty() {
+            return false;
+        }
+        let waiting = self.scope_of(message).and_then(|scope| self.blocked.get(&scope)?.first().copied());
+        waiting.is_some_and(|failed| failed < sequence)
     }
 
     pub(super) fn may_deliver(&self, now: Instant) -> bool {
@@ -42,8 +100,14 @@ impl FeedState {
 pub(super) enum Phase {
     Looking,
     Ready,
-    Out { until: Instant },
-    Settling { until: Instant },
+    /// It failed, and its delay ends here, because later messages wait for it.
+    Waiting,
+    Out {
+        until: Instant,
+    },
+    Settling {
+        until: Instant,
+    },
 }
 
 /// A message that is with this member.
@@ -59,6 +123,8 @@ pub(crate) struct Entry {
     /// Where its record is stored, when it has one.
     pub(crate) record_at: Option<u64>,
     pub(crate) redrives: u32,
+    /// When its time to live ends, in milliseconds of Unix time.
+    pub(super) expires: Option<i64>,
     pub(crate) arrived_at: Timestamp,
     /// Hand-overs by this member beyond the first.
     pub(super) again: u32,
@@ -69,6 +135,23 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
+    pub(super) fn taken(&self, key: Key) -> Taken {
+        Taken {
+            key,
+            feed: self.feed,
+            sequence: self.sequence,
+            delivered: self.delivered,
+            record: self.record,
+            record_at: self.record_at,
+            redrives: self.redrives,
+            first_at: self.record.first_at().or((self.delivered == 1).then_some(self.arrived_at)),
+        }
+    }
+
+    pub(super) fn is_expired(&self) -> bool {
+        self.expires.is_some_and(|expires| expires <= Timestamp::now().as_millis())
+    }
+
     pub(super) fn facts(&self, token: Token, lane: Lane, lease_until: Timestamp) -> DeliveryFacts {
         let attempt = self.record.failures + 1;
         let deliveries = (self.delivered + self.again).saturating_sub(self.record.spare).max(attempt);
@@ -87,6 +170,8 @@ pub(crate) struct Arrival {
     pub(crate) message: Message,
     pub(crate) delivered: u32,
     pub(crate) redrives: u32,
+    /// When its time to live ends, in milliseconds of Unix time.
+    pub(crate) expires: Option<i64>,
     /// Its record must be read even if the server says that this is its first delivery.
     pub(crate) must_look: bool,
 }

@@ -83,7 +83,7 @@ impl Shared {
                         && match entry.phase {
                             Phase::Settling { .. } => false,
                             Phase::Out { .. } => all,
-                            Phase::Looking | Phase::Ready => true,
+                            Phase::Looking | Phase::Ready | Phase::Waiting => true,
                         }
                 })
             })
@@ -113,8 +113,9 @@ impl Shared {
         let Some(feed) = own.and_then(|own| u32::try_from(own).ok()) else { return (0, 0) };
         let entries = state.slots.iter().filter_map(|slot| slot.entry.as_ref());
         let is_waiting = |entry: &&Entry| entry.feed == feed && matches!(entry.phase, Phase::Looking | Phase::Ready);
+        let here = entries.clone().filter(|entry| entry.feed == feed && entry.phase == Phase::Waiting).count();
         let delayed = state.remembered.iter().filter(|((of, _), (record, _))| *of == feed && record.not_before > now);
-        (entries.filter(is_waiting).count() as u64, delayed.count() as u64)
+        (entries.filter(is_waiting).count() as u64, (delayed.count() + here) as u64)
     }
 
     /// Whether anything of the feed is being settled.

@@ -71,10 +71,20 @@ impl Shared {
         }
         let any_over = !over.is_empty();
         for slot in over {
-            state.remove(slot);
+            let Some(mut entry) = state.remove(slot) else { continue };
+            let feed = &state.feeds[entry.feed as usize];
+            if feed.blocks.is_some() && entry.record.failures > 0 {
+                // Later ones wait for it: it stays, as a new delivery, and keeps its place at the server.
+                let _ = self.renewals.send(entry.ack.clone());
+                entry.server_until = now + feed.ack_wait;
+                entry.phase = Phase::Looking;
+                let key = state.insert(entry);
+                state.make_ready(key);
+            }
         }
         drop(guard);
         if any_over {
+            self.arrived.notify_one();
             self.room.notify_waiters();
         }
         next.max(Duration::from_millis(50))

@@ -9,9 +9,10 @@ mod lease;
 mod slots;
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
 
-use anybroker_core::{Error, SubscriptionEvent};
+use anybroker_core::{Error, Message, SubscriptionEvent};
 use async_nats::Subject;
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Notify, mpsc, watch};
@@ -25,6 +26,16 @@ use crate::record::Record;
 /// Failures that this member remembers so that it need not read them back.
 const REMEMBERED: usize = 10_000;
 
+/// A message whose time to live has ended.
+pub(crate) type Expired = (Taken, Arc<Message>);
+
+/// What a subscription does beside receiving and settling.
+pub(crate) struct Tasks {
+    /// Acks of deliveries whose lease is to be renewed.
+    pub(crate) renewed: mpsc::UnboundedReceiver<Subject>,
+    pub(crate) expired: mpsc::UnboundedReceiver<Expired>,
+}
+
 /// Shared by the subscription, its feeds and its settler.
 pub(crate) struct Shared {
     state: Mutex<State>,
@@ -36,6 +47,8 @@ pub(crate) struct Shared {
     pub(crate) room: Notify,
     /// Where leases are renewed.
     renewals: mpsc::UnboundedSender<Subject>,
+    /// Where messages go whose time to live has ended.
+    expiries: mpsc::UnboundedSender<Expired>,
     /// Set when the subscription closes: until when it may take.
     pub(crate) closing: watch::Sender<Option<Instant>>,
     /// How many feeds work.
@@ -60,16 +73,14 @@ pub(crate) struct State {
 }
 
 impl Shared {
-    pub(crate) fn new(
-        lease: Duration,
-        max_in_flight: usize,
-        feeds: Vec<FeedState>,
-    ) -> (Self, mpsc::UnboundedReceiver<Subject>) {
+    pub(crate) fn new(lease: Duration, max_in_flight: usize, feeds: Vec<FeedState>) -> (Self, Tasks) {
         let (renewals, renewed) = mpsc::unbounded_channel();
+        let (expiries, expired) = mpsc::unbounded_channel();
         let working = watch::Sender::new(feeds.len());
         let state = Mutex::new(State { feeds, received: Some(Instant::now()), ..State::default() });
         let (arrived, room, closing) = (Notify::new(), Notify::new(), watch::Sender::new(None));
-        (Self { state, lease, max_in_flight, arrived, room, renewals, closing, working }, renewed)
+        let shared = Self { state, lease, max_in_flight, arrived, room, renewals, expiries, closing, working };
+        (shared, Tasks { renewed, expired })
     }
 
     /// Stops pulling and receiving; what is here goes back until `deadline`. Idempotent.

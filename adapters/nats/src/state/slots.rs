@@ -1,10 +1,12 @@
 //! The places of messages: which one is where, and which one is next.
 
+use std::sync::Arc;
+
 use anybroker_core::{Lane, Token};
 use tokio::time::Instant;
 
-use super::State;
 use super::entry::{Entry, Key, Phase};
+use super::{Expired, State};
 
 #[derive(Default)]
 pub(super) struct Slot {
@@ -48,6 +50,7 @@ impl State {
         if entry.phase == Phase::Looking {
             feed.looking.remove(&entry.sequence);
         }
+        feed.unblock(&entry.message, entry.sequence);
         Some(entry)
     }
 
@@ -55,9 +58,13 @@ impl State {
         let Some(entry) = self.entry(key) else { return };
         entry.phase = Phase::Ready;
         let (feed, sequence) = (entry.feed, entry.sequence);
+        let failed = (entry.record.failures > 0).then(|| Arc::clone(&entry.message));
         let feed = &mut self.feeds[feed as usize];
         feed.looking.remove(&sequence);
         feed.ready.insert(sequence, key.0);
+        if let Some(message) = failed {
+            feed.block(&message, sequence);
+        }
     }
 
     pub(super) fn next_ready(&mut self, feed: usize, now: Instant) -> Option<u32> {
@@ -66,7 +73,12 @@ impl State {
             if !own.may_deliver(now) {
                 return None;
             }
-            let (sequence, slot) = own.ready.first_key_value().map(|(sequence, slot)| (*sequence, *slot))?;
+            let slots = &self.slots;
+            let is_free = |(sequence, slot): &(&u64, &u32)| {
+                let entry = slots[**slot as usize].entry.as_ref().expect("what is ready is an entry");
+                !own.is_held_back(&entry.message, **sequence)
+            };
+            let (sequence, slot) = own.ready.iter().find(is_free).map(|(sequence, slot)| (*sequence, *slot))?;
             // Under order nothing overtakes what still looks its record up.
             if own.keeps_order && own.looking.first().is_some_and(|looking| *looking < sequence) {
                 return None;
@@ -81,6 +93,14 @@ impl State {
             }
             return Some(slot);
         }
+    }
+
+    /// Takes a message whose time to live has ended out of the way of the others, to be settled as a dead letter.
+    pub(super) fn expire(&mut self, slot: u32, until: Instant) -> Option<Expired> {
+        let own = &mut self.slots[slot as usize];
+        let entry = own.entry.as_mut().filter(|entry| entry.is_expired())?;
+        entry.phase = Phase::Settling { until };
+        Some((entry.taken((slot, own.generation)), Arc::clone(&entry.message)))
     }
 
     /// The entry that a delivery stands for, while it is out and its lease holds.
