@@ -6,8 +6,7 @@ use std::time::Duration;
 
 use anybroker_core::{
     Broker, Capabilities, Confirms, DeadLetterId, DeadLetterPage, DeadLetterScope, Declared, Description, Destination,
-    Endpoint, Error, ErrorKind, Group, Lag, Message, PublishTerms, Result, SubscribeSpec, Subscription, TopologyMode,
-    TopologySpec,
+    Endpoint, Error, ErrorKind, Group, Lag, Message, PublishTerms, Result, SubscribeSpec, Subscription, TopologySpec,
 };
 use async_trait::async_trait;
 use parking_lot::Mutex;
@@ -16,18 +15,20 @@ use tokio::time::Instant;
 
 use crate::capabilities::capabilities;
 use crate::config::Settings;
+use crate::dead_letter::Letters;
 use crate::publisher::{Publisher, unavailable};
 use crate::state::Shared;
 use crate::subscription::KafkaSubscription;
 use crate::topology::Topology;
-use crate::{dead_letter, names};
+use crate::{describe, lag};
 
 pub(crate) struct KafkaBroker {
     endpoint: Endpoint,
     capabilities: Capabilities,
     settings: Settings,
     publisher: Arc<Publisher>,
-    topology: Topology,
+    topology: Arc<Topology>,
+    letters: Letters,
     turn: tokio::sync::Mutex<()>,
     subscriptions: Mutex<Vec<Weak<Shared>>>,
     is_closed: AtomicBool,
@@ -36,20 +37,15 @@ pub(crate) struct KafkaBroker {
 impl KafkaBroker {
     pub(crate) async fn connect(settings: Settings) -> Result<Self> {
         let publisher = Arc::new(Publisher::new(&settings)?);
-        let server = {
-            let (publisher, timeout) = (Arc::clone(&publisher), settings.connect_timeout);
-            let asked = tokio::task::spawn_blocking(move || -> Result<String> {
-                let client = publisher.client().client();
-                let metadata = client.fetch_metadata(None, timeout).map_err(|error| unavailable(&error))?;
-                Ok(format!("Kafka, {} broker(s); its version is not told to clients", metadata.brokers().len()))
-            });
-            asked.await.expect("asking for metadata cannot panic").map_err(|error| error.with("url", &settings.url))?
-        };
-        let topology = Topology::new(&settings, &publisher)?;
-        let endpoint = Endpoint { scheme: "kafka", mode: "classic".into(), url: settings.url.clone(), server };
+        let brokers =
+            reach(&publisher, settings.connect_timeout).await.map_err(|error| error.with("url", &settings.url))?;
+        let server = format!("Kafka, {brokers} broker(s); its version is not told to clients");
+        let topology = Arc::new(Topology::new(&settings, &publisher)?);
+        let letters = Letters::new(&publisher, &topology);
+        let endpoint = Endpoint { scheme: "kafka", mode: settings.mode().into(), url: settings.url.clone(), server };
         let capabilities = capabilities(&settings);
         let (turn, subscriptions, is_closed) = Default::default();
-        Ok(Self { endpoint, capabilities, settings, publisher, topology, turn, subscriptions, is_closed })
+        Ok(Self { endpoint, capabilities, settings, publisher, topology, letters, turn, subscriptions, is_closed })
     }
 
     fn open(&self, operation: &'static str) -> Result<()> {
@@ -60,8 +56,32 @@ impl KafkaBroker {
     }
 }
 
-fn unwritten(operation: &'static str) -> Error {
-    Error::unsupported(operation, "not written yet in this adapter")
+/// Waits for the cluster's answer; tells how many brokers it has. Being refused is told at once: the client would try for
+/// ever, and say only that it timed out.
+async fn reach(publisher: &Arc<Publisher>, timeout: Duration) -> Result<usize> {
+    let publisher = Arc::clone(publisher);
+    let asked = tokio::task::spawn_blocking(move || -> Result<usize> {
+        let deadline = std::time::Instant::now() + timeout;
+        loop {
+            let left = deadline.saturating_duration_since(std::time::Instant::now());
+            let client = publisher.client();
+            let answer = client.client().fetch_metadata(None, left.min(Duration::from_millis(250)));
+            match answer {
+                Ok(metadata) => return Ok(metadata.brokers().len()),
+                Err(error) => {
+                    if let Some(refusal) = publisher.refusal() {
+                        return Err(refusal);
+                    }
+                    if std::time::Instant::now() >= deadline {
+                        return Err(unavailable(&error));
+                    }
+                    // Without a single connection it answers at once.
+                    std::thread::sleep(Duration::from_millis(20).min(left));
+                }
+            }
+        }
+    });
+    asked.await.expect("asking for metadata cannot panic")
 }
 
 #[async_trait]
@@ -97,10 +117,7 @@ impl Broker for KafkaBroker {
 
     async fn subscribe(&self, spec: SubscribeSpec) -> Result<Box<dyn Subscription>> {
         self.open("subscribe")?;
-        if spec.topology == TopologyMode::Leave {
-            return Err(Error::unsupported("subscribe", "topology left alone: not written yet in this adapter"));
-        }
-        let subscription = KafkaSubscription::open(&spec, &self.settings, &self.topology, &self.publisher).await?;
+        let subscription = KafkaSubscription::open(&spec, &self.settings, &self.topology).await?;
         let mut subscriptions = self.subscriptions.lock();
         subscriptions.retain(|other| other.strong_count() > 0);
         subscriptions.push(Arc::downgrade(subscription.shared()));
@@ -114,21 +131,21 @@ impl Broker for KafkaBroker {
         max: usize,
     ) -> Result<DeadLetterPage> {
         self.open("dead letters")?;
-        let topic = names::dead_letters(&scope.source, &scope.group);
-        let partitions = self.topology.expect(&topic, "dead letters").await?;
-        let (settings, scope) = (self.settings.clone(), scope.clone());
-        let read = tokio::task::spawn_blocking(move || {
-            dead_letter::page(&settings, &topic, partitions, &scope, from.as_ref(), max)
-        });
-        read.await.expect("reading letters cannot panic")
+        self.letters.page(scope, from.as_ref(), max).await
     }
 
-    async fn redrive(&self, _scope: &DeadLetterScope, ids: &[DeadLetterId]) -> Vec<Result<()>> {
-        ids.iter().map(|_| Err(unwritten("redrive"))).collect()
+    async fn redrive(&self, scope: &DeadLetterScope, ids: &[DeadLetterId]) -> Vec<Result<()>> {
+        match self.open("redrive") {
+            Ok(()) => self.letters.redrive(scope, ids).await,
+            Err(error) => ids.iter().map(|_| Err(error.duplicate())).collect(),
+        }
     }
 
-    async fn purge(&self, _scope: &DeadLetterScope, ids: &[DeadLetterId]) -> Vec<Result<()>> {
-        ids.iter().map(|_| Err(unwritten("purge"))).collect()
+    async fn purge(&self, scope: &DeadLetterScope, ids: &[DeadLetterId]) -> Vec<Result<()>> {
+        match self.open("purge") {
+            Ok(()) => self.letters.purge(scope, ids).await,
+            Err(error) => ids.iter().map(|_| Err(error.duplicate())).collect(),
+        }
     }
 
     async fn declare(&self, spec: &TopologySpec) -> Result<Declared> {
@@ -141,8 +158,9 @@ impl Broker for KafkaBroker {
         self.topology.verify(spec).await
     }
 
-    async fn describe(&self, _destination: &Destination) -> Result<Description> {
-        Err(unwritten("describe"))
+    async fn describe(&self, destination: &Destination) -> Result<Description> {
+        self.open("describe")?;
+        describe::describe(&self.topology, &self.letters, destination).await
     }
 
     async fn delete(&self, destination: &Destination, group: Option<&Group>) -> Result<()> {
@@ -150,8 +168,9 @@ impl Broker for KafkaBroker {
         self.topology.delete(destination, group).await
     }
 
-    async fn lag(&self, _destination: &Destination, _group: &Group) -> Result<Lag> {
-        Err(unwritten("lag"))
+    async fn lag(&self, destination: &Destination, group: &Group) -> Result<Lag> {
+        self.open("lag")?;
+        lag::lag(&self.topology, destination, group).await
     }
 
     async fn close(&self, grace: Duration) -> Result<()> {

@@ -6,13 +6,17 @@
 
 use std::panic::AssertUnwindSafe;
 
-use anybroker_core::{ByteString, Bytes, Destination, Headers, Message, MessageId, Timestamp};
+use anybroker_core::{ByteString, Bytes, Destination, Message, MessageId, RESERVED_HEADER_PREFIX, Timestamp};
 use bytes::BytesMut;
-use rdkafka::message::{BorrowedHeaders, BorrowedMessage, Header, Headers as _, Message as _, OwnedHeaders};
+use rdkafka::message::{BorrowedHeaders, BorrowedMessage, Header, Headers, Message as _, OwnedHeaders};
 use uuid::Uuid;
 
 /// This library's header: flags, then what they announce.
 pub(crate) const META: &str = "anybroker-meta";
+/// What a record of a group's own topics says beside the message: why it died, or when it comes back.
+pub(crate) const NOTE: &str = "anybroker-note";
+/// The message's key, on records of a group's own topics; the record's key is this library's there.
+pub(crate) const KEY: &str = "anybroker-key";
 /// The media type of the payload.
 const CONTENT_TYPE: &str = "content-type";
 
@@ -99,6 +103,7 @@ struct Record {
     key: Option<Range>,
     headers: Range,
     content_type: Option<Range>,
+    note: Option<Range>,
 }
 
 #[derive(Debug)]
@@ -122,10 +127,30 @@ impl Chunk {
         self.records[index].offset
     }
 
+    /// The key of a record.
+    pub(crate) fn key(&self, index: usize) -> Option<Bytes> {
+        self.records[index].key.map(|range| self.slice(range))
+    }
+
+    /// What the record says beside the message, on a group's own topics.
+    pub(crate) fn note(&self, index: usize) -> Option<Bytes> {
+        self.records[index].note.map(|range| self.slice(range))
+    }
+
+    /// Bytes that a record keeps in memory.
+    pub(crate) fn weight(&self, index: usize) -> usize {
+        let payload = self.records[index].payload.map_or(0, |range| range.1 - range.0) as usize;
+        payload + 512
+    }
+
+    fn slice(&self, range: Range) -> Bytes {
+        self.arena.slice(range.0 as usize..range.1 as usize)
+    }
+
     /// The message of a record; shares the chunk's buffer.
     pub(crate) fn message(&self, index: usize) -> Message {
         let record = &self.records[index];
-        let slice = |range: Range| self.arena.slice(range.0 as usize..range.1 as usize);
+        let slice = |range: Range| self.slice(range);
         let text = |range| ByteString::try_from(slice(range)).unwrap_or_default();
         let id = match &record.id {
             Id::Uuid(uuid) => MessageId::from(*uuid),
@@ -138,7 +163,8 @@ impl Chunk {
             message = message.with_key(slice(key));
         }
         if record.headers.0 < record.headers.1 {
-            message = message.with_headers(Headers::from_packed(slice(record.headers)).unwrap_or_default());
+            message =
+                message.with_headers(anybroker_core::Headers::from_packed(slice(record.headers)).unwrap_or_default());
         }
         if let Some(content_type) = record.content_type {
             message = message.with_content_type(text(content_type));
@@ -151,16 +177,18 @@ impl Chunk {
 pub(crate) struct Filling {
     arena: BytesMut,
     records: Vec<Record>,
+    /// The topic is a group's own: notes count. Elsewhere anybody could forge one.
+    is_own: bool,
 }
 
 impl Filling {
-    pub(crate) fn with_capacity(bytes: usize, records: usize) -> Self {
-        Self { arena: BytesMut::with_capacity(bytes), records: Vec::with_capacity(records) }
+    pub(crate) fn with_capacity(bytes: usize, records: usize, is_own: bool) -> Self {
+        Self { arena: BytesMut::with_capacity(bytes), records: Vec::with_capacity(records), is_own }
     }
 
     /// A chunk of a single record.
-    pub(crate) fn one(record: &BorrowedMessage<'_>) -> Self {
-        let mut filling = Self::with_capacity(record.payload_len() + 256, 1);
+    pub(crate) fn one(record: &BorrowedMessage<'_>, is_own: bool) -> Self {
+        let mut filling = Self::with_capacity(record.payload_len() + 512, 1, is_own);
         filling.push(record);
         filling
     }
@@ -190,38 +218,67 @@ impl Filling {
             key,
             headers: (0, 0),
             content_type: None,
+            note: None,
         };
         if let Some(headers) = record.headers() {
-            // rdkafka panics on a header name that is not UTF-8, which any producer can write
-            // (`BorrowedHeaders::try_get` unwraps): one such record must not end the subscription.
-            let read = std::panic::catch_unwind(AssertUnwindSafe(|| self.read_headers(headers, &mut decoded)));
-            if !matches!(read, Ok(Some(()))) {
-                let (topic, partition, offset) = (record.topic(), record.partition(), record.offset());
-                tracing::warn!(topic, partition, offset, "the headers of a record are not readable");
-            }
+            self.push_headers(record, headers, &mut decoded);
         }
         self.records.push(decoded);
     }
 
-    fn read_headers(&mut self, headers: &BorrowedHeaders, decoded: &mut Record) -> Option<()> {
-        let count = headers.count();
-        let find = |name: &str, from: usize| (from..count).find(|index| headers.get(*index).key == name);
+    /// rdkafka panics on a header name that is not UTF-8, which any producer can write (`BorrowedHeaders::try_get`
+    /// unwraps): one such record must not end the subscription. Its other headers are delivered.
+    fn push_headers(&mut self, record: &BorrowedMessage<'_>, headers: &BorrowedHeaders, decoded: &mut Record) {
+        let before = (self.arena.len(), decoded.key);
+        let all = AssertUnwindSafe(|| self.read_headers(headers.count(), &|index| Some(headers.get(index)), decoded));
+        let read = match std::panic::catch_unwind(all) {
+            Ok(read) => read,
+            Err(_) => {
+                self.arena.truncate(before.0);
+                (decoded.content_type, decoded.note, decoded.key) = (None, None, before.1);
+                (decoded.headers, decoded.id) = ((0, 0), Id::Position);
+                let each = |index| std::panic::catch_unwind(AssertUnwindSafe(|| headers.get(index))).ok();
+                let _ = self.read_headers(headers.count(), &each, decoded);
+                None
+            }
+        };
+        if read.is_none() {
+            let (topic, partition, offset) = (record.topic(), record.partition(), record.offset());
+            tracing::warn!(topic, partition, offset, "a header of a record is not readable");
+        }
+    }
+
+    fn read_headers<'h>(
+        &mut self,
+        count: usize,
+        header: &dyn Fn(usize) -> Option<Header<'h, &'h [u8]>>,
+        decoded: &mut Record,
+    ) -> Option<()> {
+        let find =
+            |name: &str, from: usize| (from..count).find(|index| header(*index).is_some_and(|found| found.key == name));
+        let value = |index: usize| header(index).and_then(|header| header.value);
         let meta_at = find(META, 0);
-        let meta = meta_at.and_then(|index| headers.get(index).value);
+        let meta = meta_at.and_then(value);
         let type_at = match meta.and_then(|meta| meta.first()) {
             Some(flags) if flags & TYPE_NATIVE != 0 => find(CONTENT_TYPE, meta_at.unwrap_or_default()),
             Some(_) => None,
             // Not written by this library: CloudEvents' binary mode.
             None => find(CONTENT_TYPE, 0),
         };
-        if let Some(value) = type_at.and_then(|index| headers.get(index).value) {
+        if let Some(value) = type_at.and_then(value) {
             decoded.content_type = Some(self.copy(value));
         }
+        if self.is_own {
+            decoded.note = find(NOTE, 0).and_then(value).map(|note| self.copy(note));
+            decoded.key = find(KEY, 0).and_then(value).map(|key| self.copy(key));
+        }
         let start = self.here();
-        for index in (0..count).filter(|index| Some(*index) != meta_at && Some(*index) != type_at) {
-            let header = headers.get(index);
-            self.copy_field(header.key.as_bytes());
-            self.copy_field(header.value.unwrap_or_default());
+        for index in (0..count).filter(|index| Some(*index) != type_at) {
+            let Some(header) = header(index) else { continue };
+            if !header.key.starts_with(RESERVED_HEADER_PREFIX) {
+                self.copy_field(header.key.as_bytes());
+                self.copy_field(header.value.unwrap_or_default());
+            }
         }
         decoded.headers = (start, self.here());
         match meta {

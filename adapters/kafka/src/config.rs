@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use anybroker_core::Secret;
 use anybroker_core::config::{Field, Problem, Section};
 use rdkafka::ClientConfig;
 
@@ -30,8 +31,101 @@ pub(crate) const FIELDS: &[Field] = &[
     Field::duration("commit_interval", "How often acks are committed.", "100ms"),
     Field::duration("revoke_wait", "How long a partition that is taken away waits for its handlers.", "3s"),
     Field::integer("prefetch_kib", "KiB that the client fetches ahead for a subscription.", 64, 2_000_000, "16384"),
-    Field::integer("held_retries", "Failed deliveries that one member holds back in memory.", 1, 1_000_000, "10000"),
+    Field::choice(
+        "nack",
+        "Where a failed message waits: on the group's retry topic, which survives its member, or in place, in its \
+         member's memory, which can keep the order of its key.",
+        &["retry_topic", "in_place"],
+        "retry_topic",
+    ),
+    Field::integer(
+        "held_retries",
+        "Messages that one member holds back in memory until their time.",
+        1,
+        1_000_000,
+        "10000",
+    ),
+    Field::integer("held_mib", "MiB that those may take.", 1, 1_000_000, "64"),
+    Field::duration("dead_letter_retention", "How long created dead-letter topics keep a letter.", "7d"),
+    Field::bool("tls", "Whether the connection is encrypted.", "false"),
+    Field::text("tls_ca", "A file of the certificate authorities (PEM) to trust instead of the system's."),
+    Field::text("tls_certificate", "A file of this client's certificate (PEM)."),
+    Field::text("tls_key", "A file of this client's private key (PEM)."),
+    Field::bool(
+        "danger_accept_any_certificate",
+        "Whether any certificate of any host is taken. Whoever sits in between reads everything.",
+        "false",
+    ),
+    Field::choice(
+        "sasl",
+        "How the user and password of the URL are shown to the cluster.",
+        &["scram_sha_512", "scram_sha_256", "plain"],
+        "scram_sha_512",
+    ),
 ];
+
+/// Room on the group's own topics for a note beside a message of any destination.
+const NOTE_ROOM: u64 = 65_536;
+
+/// How the cluster is spoken to. `Debug` shows no secret.
+#[derive(Debug, Clone)]
+struct Security {
+    tls: bool,
+    ca: Option<String>,
+    client: Option<(String, String)>,
+    accept_any: bool,
+    mechanism: &'static str,
+    user: Option<(String, Secret)>,
+}
+
+impl Security {
+    fn read(section: &Section) -> Self {
+        let text = |field: &str| section.optional_text(field).map(ToOwned::to_owned);
+        let password = || section.url().password().cloned().unwrap_or_else(|| Secret::new(""));
+        Self {
+            tls: section.bool("tls"),
+            ca: text("tls_ca"),
+            client: text("tls_certificate").zip(text("tls_key")),
+            accept_any: section.bool("danger_accept_any_certificate"),
+            mechanism: match section.text("sasl") {
+                "plain" => "PLAIN",
+                "scram_sha_256" => "SCRAM-SHA-256",
+                _ => "SCRAM-SHA-512",
+            },
+            user: section.url().username().map(|user| (user.to_owned(), password())),
+        }
+    }
+
+    fn apply(&self, config: &mut ClientConfig) {
+        let protocol = match (self.tls, &self.user) {
+            (false, None) => return,
+            (true, None) => "SSL",
+            (false, Some(_)) => "SASL_PLAINTEXT",
+            (true, Some(_)) => "SASL_SSL",
+        };
+        config.set("security.protocol", protocol);
+        if let Some((user, password)) = &self.user {
+            config
+                .set("sasl.mechanism", self.mechanism)
+                .set("sasl.username", user)
+                .set("sasl.password", password.reveal());
+        }
+        if !self.tls {
+            return;
+        }
+        if let Some(ca) = &self.ca {
+            config.set("ssl.ca.location", ca);
+        }
+        if let Some((certificate, key)) = &self.client {
+            config.set("ssl.certificate.location", certificate).set("ssl.key.location", key);
+        }
+        if self.accept_any {
+            config
+                .set("enable.ssl.certificate.verification", "false")
+                .set("ssl.endpoint.identification.algorithm", "none");
+        }
+    }
+}
 
 /// The settings after reading.
 #[derive(Debug, Clone)]
@@ -45,7 +139,11 @@ pub(crate) struct Settings {
     pub(crate) message_max_bytes: u64,
     pub(crate) commit_interval: Duration,
     pub(crate) revoke_wait: Duration,
+    pub(crate) nack_in_place: bool,
     pub(crate) held_retries: usize,
+    pub(crate) held_bytes: usize,
+    pub(crate) dead_letter_retention: Duration,
+    security: Security,
     compression: String,
     linger: Duration,
     delivery_timeout: Duration,
@@ -66,7 +164,11 @@ impl Settings {
             message_max_bytes: section.integer("message_max_bytes").unsigned_abs(),
             commit_interval: section.duration("commit_interval"),
             revoke_wait: section.duration("revoke_wait"),
+            nack_in_place: section.text("nack") == "in_place",
             held_retries: usize::try_from(section.integer("held_retries")).expect("the field's bounds are positive"),
+            held_bytes: usize::try_from(section.integer("held_mib")).expect("the field's bounds are positive") << 20,
+            dead_letter_retention: section.duration("dead_letter_retention"),
+            security: Security::read(section),
             compression: section.text("compression").to_owned(),
             linger: section.duration("linger"),
             delivery_timeout: section.duration("delivery_timeout"),
@@ -84,9 +186,26 @@ impl Settings {
         if section.url().hosts().is_empty() {
             wrong("url", "expected at least one host, such as kafka://broker:9092");
         }
-        if section.url().username().is_some() || section.url().password().is_some() {
-            // Refused rather than ignored: an unauthenticated connection is not what was asked for.
-            wrong("url", "user and password: authentication and TLS are not written yet in this adapter");
+        if section.url().password().is_some() && section.url().username().is_none() {
+            wrong("url", "a password without a user; expected user:password@host");
+        }
+        let is_set = |field: &str| section.optional_text(field).is_some();
+        if is_set("tls_certificate") != is_set("tls_key") {
+            wrong("kafka.tls_key", "tls_certificate and tls_key belong together; one of them is missing");
+        }
+        let is_danger = section.bool("danger_accept_any_certificate");
+        if !section.bool("tls") && (is_set("tls_ca") || is_set("tls_certificate") || is_danger) {
+            // Ignored, they would make believe that the connection is encrypted.
+            wrong("kafka.tls", "is off, and settings of it are given; expected tls=true with them");
+        }
+        if section.bool("tls") && !cfg!(feature = "tls") {
+            wrong("kafka.tls", "this program was built without the feature `tls` of anybroker-kafka");
+        }
+        if section.url().username().is_some() && section.text("sasl") != "plain" && !cfg!(feature = "tls") {
+            wrong(
+                "kafka.sasl",
+                "this program was built without the feature `tls` of anybroker-kafka, which SCRAM needs",
+            );
         }
         if !matches!(section.url().path(), "" | "/") {
             wrong("url", "a path means nothing to Kafka; destinations are named by the messages");
@@ -103,7 +222,18 @@ impl Settings {
             .set("allow.auto.create.topics", "false")
             .set("reconnect.backoff.max.ms", "1000")
             .set("socket.keepalive.enable", "true");
+        self.security.apply(&mut config);
         config
+    }
+
+    /// The mode as it is called in reports.
+    pub(crate) fn mode(&self) -> &'static str {
+        if self.nack_in_place { "in_place" } else { "default" }
+    }
+
+    /// The largest record on a group's own topics.
+    pub(crate) fn own_max_bytes(&self) -> u64 {
+        self.message_max_bytes + NOTE_ROOM
     }
 
     pub(crate) fn admin(&self) -> ClientConfig {
@@ -117,12 +247,19 @@ impl Settings {
             .set("enable.idempotence", "true")
             .set("compression.type", &self.compression)
             .set("linger.ms", self.linger.as_millis().to_string())
-            .set("message.max.bytes", self.message_max_bytes.to_string())
+            .set("message.max.bytes", self.own_max_bytes().to_string())
             .set("message.timeout.ms", self.delivery_timeout.as_millis().to_string())
             // The partition of a key is the one that the Java client would choose.
             .set("partitioner", "murmur2_random")
             // Bounds what a broker that is away makes this process keep.
             .set("queue.buffering.max.kbytes", "65536");
+        config
+    }
+
+    /// For offsets and letters: it never joins the group.
+    pub(crate) fn reader(&self, group: &str) -> ClientConfig {
+        let mut config = self.consumer(group);
+        config.set("enable.partition.eof", "true");
         config
     }
 
@@ -137,7 +274,8 @@ impl Settings {
             .set("isolation.level", "read_committed")
             .set("partition.assignment.strategy", "cooperative-sticky")
             .set("session.timeout.ms", self.session_timeout.as_millis().to_string())
-            .set("heartbeat.interval.ms", (self.session_timeout.as_millis() / 4).to_string())
+            // Members learn of a rebalance by their heartbeats: it takes as long as the slowest of them.
+            .set("heartbeat.interval.ms", (self.session_timeout.as_millis() / 20).clamp(50, 1_000).to_string())
             // The default of 1 s idles a consumer that is slower than the fetcher.
             .set("fetch.queue.backoff.ms", "10")
             .set("fetch.wait.max.ms", "100")

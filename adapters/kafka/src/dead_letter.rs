@@ -1,144 +1,250 @@
-//! Dead letters: written to a topic of their source and group, and read back from it.
+//! Dead letters: one record for each on a compacted topic of their source and group, which has one partition, so that the
+//! oldest comes first. A letter is gone when a record without payload follows under its key.
 
+use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::{
-    ByteString, DeadLetter, DeadLetterId, DeadLetterPage, DeadLetterScope, Delivery, Error, ErrorKind, Position,
-    Reason, Result, Timestamp, Verdict,
+    ByteString, DeadLetter, DeadLetterId, DeadLetterPage, DeadLetterScope, Delivery, Error, ErrorKind, Message,
+    Position, Reason, Result, Timestamp, Verdict,
 };
-use rdkafka::config::FromClientConfig;
-use rdkafka::consumer::{BaseConsumer, Consumer};
-use rdkafka::message::{Header, Headers as _, Message as _, OwnedHeaders};
-use rdkafka::{Offset, TopicPartitionList};
-use serde_json::{Value, json};
+use parking_lot::Mutex;
+use rdkafka::message::OwnedHeaders;
+use tokio::time::Instant;
 
-use crate::codec::{self, Filling};
-use crate::config::Settings;
-use crate::error::failed;
+use crate::letters::{Found, Index};
+use crate::names;
+use crate::note::{self, Letter, Origin, Retry};
+use crate::publisher::{OwnRecord, Publisher};
+use crate::settle::{OwnTopics, own_headers, retry_record};
+use crate::topology::Topology;
 
-/// The header that tells why a message is a dead letter. Peeled off before the message is shown.
-const LETTER: &str = "anybroker-letter";
+/// How long putting letters back or removing them may take.
+const STORE: Duration = Duration::from_secs(30);
+/// Indexes of other scopes are forgotten beyond that; they are read again when they are needed.
+const INDEXES: usize = 16;
 
-/// The record's headers: those of the message, and why it died.
-pub(crate) fn encode(delivery: &Delivery, verdict: &Verdict) -> OwnedHeaders {
+/// The letter of a delivery.
+pub(crate) fn record(topics: &OwnTopics, delivery: &Delivery, verdict: &Verdict, origin: Origin) -> OwnRecord {
     let message = delivery.message();
-    // The letter's own time is the broker's; the message keeps its timestamp inside.
-    let (headers, _) = codec::encode(message, Timestamp::from_millis(i64::MAX), &mut Vec::new());
-    let letter = json!({
-        "source": message.destination(),
-        "group": delivery.group(),
-        "reason": verdict.reason.as_str(),
-        "error_type": verdict.error_type.as_deref(),
-        "detail": verdict.detail.as_deref(),
-        "attempts": delivery.attempt(),
-        "last_at": Timestamp::now(),
-        "redrives": 0,
-        "position": delivery.position().map(|position| position.to_string()),
-    })
-    .to_string();
-    headers.insert(Header { key: LETTER, value: Some(letter.as_bytes()) })
-}
-
-/// Reads a page of letters. Blocks.
-pub(crate) fn page(
-    settings: &Settings,
-    topic: &str,
-    partitions: i32,
-    scope: &DeadLetterScope,
-    from: Option<&DeadLetterId>,
-    max: usize,
-) -> Result<DeadLetterPage> {
-    let start = from.map_or(Ok((0, 0)), parse)?;
-    let consumer: BaseConsumer = BaseConsumer::from_config(&settings.consumer("anybroker-dead-letters"))
-        .map_err(|error| failed("dead letters", &error))?;
-    let mut page = DeadLetterPage::default();
-    // Partition by partition: oldest first within each. Ids stay comparable that way.
-    for partition in start.0..partitions {
-        let from = if partition == start.0 { start.1 } else { 0 };
-        read_partition(&consumer, topic, partition, from, scope, max, &mut page)?;
-        if page.next.is_some() {
-            break;
-        }
+    let letter = Letter {
+        origin,
+        source: message.destination().to_string(),
+        group: delivery.group().to_string(),
+        reason: verdict.reason.as_str().to_owned(),
+        error_type: verdict.error_type.as_ref().map(note::cut),
+        detail: verdict.detail.as_ref().map(note::cut),
+        attempts: delivery.attempt(),
+        last_at: Timestamp::now().as_millis(),
+        is_tombstone: message.payload().is_none(),
+    };
+    OwnRecord {
+        topic: Arc::clone(&topics.letters),
+        partition: 0,
+        key: origin.key(),
+        payload: Some(message.payload().cloned().unwrap_or_default()),
+        headers: own_headers(message, &note::write(&letter)),
     }
-    Ok(page)
 }
 
-fn parse(id: &DeadLetterId) -> Result<(i32, i64)> {
-    let parsed =
-        id.0.split_once(':').and_then(|(partition, offset)| Some((partition.parse().ok()?, offset.parse().ok()?)));
-    parsed.ok_or_else(|| {
-        Error::new(ErrorKind::NotFound, "dead letters", "no such dead letter; expected an id such as 0:17")
-            .with("id", id)
-    })
+/// The dead letters of a connection.
+pub(crate) struct Letters {
+    publisher: Arc<Publisher>,
+    topology: Arc<Topology>,
+    /// By topic.
+    indexes: Mutex<HashMap<String, Arc<Mutex<Index>>>>,
 }
 
-fn read_partition(
-    consumer: &BaseConsumer,
-    topic: &str,
-    partition: i32,
-    from: i64,
-    scope: &DeadLetterScope,
-    max: usize,
-    page: &mut DeadLetterPage,
-) -> Result<()> {
-    let wait = Duration::from_secs(10);
-    let (low, high) =
-        consumer.fetch_watermarks(topic, partition, wait).map_err(|error| failed("dead letters", &error))?;
-    let from = from.max(low);
-    if from >= high {
-        return Ok(());
+impl Letters {
+    pub(crate) fn new(publisher: &Arc<Publisher>, topology: &Arc<Topology>) -> Self {
+        Self { publisher: Arc::clone(publisher), topology: Arc::clone(topology), indexes: Mutex::default() }
     }
-    let mut place = TopicPartitionList::new();
-    place
-        .add_partition_offset(topic, partition, Offset::Offset(from))
-        .and_then(|()| consumer.assign(&place))
-        .map_err(|error| failed("dead letters", &error))?;
-    let deadline = std::time::Instant::now() + wait;
-    let mut next = from;
-    while next < high {
-        if page.letters.len() == max {
-            page.next = Some(DeadLetterId(format!("{partition}:{next}").into()));
-            break;
+
+    /// Works on the index of a scope, which is brought up to date first. Blocks elsewhere.
+    async fn with_index<R: Send + 'static>(
+        &self,
+        scope: &DeadLetterScope,
+        work: impl FnOnce(&mut Index) -> Result<R> + Send + 'static,
+    ) -> Result<R> {
+        let topic = names::dead_letters(&scope.source, &scope.group);
+        self.topology.expect(&topic, "dead letters").await?;
+        let index = {
+            let mut indexes = self.indexes.lock();
+            if indexes.len() >= INDEXES && !indexes.contains_key(&topic) {
+                indexes.clear();
+            }
+            let fresh = || Arc::new(Mutex::new(Index::new(scope, &topic, self.topology.settings())));
+            Arc::clone(indexes.entry(topic.clone()).or_insert_with(fresh))
+        };
+        let read = tokio::task::spawn_blocking(move || {
+            let mut index = index.lock();
+            index.refresh()?;
+            work(&mut index)
+        });
+        read.await.expect("reading letters cannot panic")
+    }
+
+    pub(crate) async fn page(
+        &self,
+        scope: &DeadLetterScope,
+        from: Option<&DeadLetterId>,
+        max: usize,
+    ) -> Result<DeadLetterPage> {
+        let from = match from {
+            None => 0,
+            Some(id) => offset(id).ok_or_else(|| missing(id).with("expected", "a number"))?,
+        };
+        let (found, next) = self.with_index(scope, move |index| index.page(from, max)).await?;
+        let letters = found.into_iter().map(|found| letter(scope, found).1).collect();
+        Ok(DeadLetterPage { letters, next: next.map(|next| DeadLetterId(next.to_string().into())) })
+    }
+
+    /// How many there are.
+    pub(crate) async fn count(&self, scope: &DeadLetterScope) -> Result<u64> {
+        self.with_index(scope, |index| Ok(index.len() as u64)).await
+    }
+
+    /// Each goes back to its group by the retry topic, confirmed, before it is removed here.
+    pub(crate) async fn redrive(&self, scope: &DeadLetterScope, ids: &[DeadLetterId]) -> Vec<Result<()>> {
+        let topics = match self.topics(scope).await {
+            Ok(topics) => topics,
+            Err(error) => return ids.iter().map(|_| Err(error.duplicate())).collect(),
+        };
+        let found = match self.find(scope, ids).await {
+            Ok(found) => found,
+            Err(error) => return ids.iter().map(|_| Err(error.duplicate())).collect(),
+        };
+        let mut outcomes: Vec<Result<()>> = Vec::with_capacity(ids.len());
+        let (mut retries, mut removals) = (Vec::new(), Vec::new());
+        for (index, (id, found)) in ids.iter().zip(found).enumerate() {
+            let Some(found) = found else {
+                outcomes.push(Err(missing(id)));
+                continue;
+            };
+            let key = found.key.clone();
+            let (origin, letter) = letter(scope, found);
+            let origin = Origin { redrives: origin.redrives + 1, ..origin };
+            retries.push(retry_record(&topics, &letter.message, &Retry { origin, attempt: 1, due: 0 }));
+            removals.push((index, removal(&topics.letters, key)));
+            outcomes.push(Ok(()));
         }
-        match consumer.poll(Duration::from_millis(100)) {
-            Some(Ok(record)) => {
-                if record.offset() >= high {
-                    break;
+        let stored = self.publisher.store(retries, Instant::now() + STORE).await;
+        let mut removing = Vec::new();
+        for ((index, removal), stored) in removals.into_iter().zip(stored) {
+            match stored {
+                Ok(_) => removing.push((index, removal)),
+                Err(error) => outcomes[index] = Err(named("redrive", &error)),
+            }
+        }
+        self.remove(removing, &mut outcomes, "redrive").await;
+        outcomes
+    }
+
+    pub(crate) async fn purge(&self, scope: &DeadLetterScope, ids: &[DeadLetterId]) -> Vec<Result<()>> {
+        let topic: Arc<str> = names::dead_letters(&scope.source, &scope.group).into();
+        let wanted: Vec<Option<i64>> = ids.iter().map(offset).collect();
+        let keys = self.with_index(scope, move |index| {
+            Ok(wanted.iter().map(|offset| offset.and_then(|offset| index.key(offset))).collect::<Vec<_>>())
+        });
+        let keys = match keys.await {
+            Ok(keys) => keys,
+            Err(error) => return ids.iter().map(|_| Err(error.duplicate())).collect(),
+        };
+        let mut outcomes: Vec<Result<()>> = Vec::with_capacity(ids.len());
+        let mut removing = Vec::new();
+        for (index, (id, key)) in ids.iter().zip(keys).enumerate() {
+            outcomes.push(match key {
+                Some(key) => {
+                    removing.push((index, removal(&topic, key)));
+                    Ok(())
                 }
-                next = record.offset() + 1;
-                let letter = record.headers().and_then(|headers| {
-                    headers.iter().find(|header| header.key == LETTER).and_then(|header| header.value)
-                });
-                let letter = letter.and_then(|letter| serde_json::from_slice::<Value>(letter).ok()).unwrap_or_default();
-                let mut message =
-                    Filling::one(&record).finish(scope.source.clone(), format!("{topic}/{partition}")).message(0);
-                message.headers_mut().remove(LETTER);
-                page.letters.push(read(scope, &letter, message, format!("{partition}:{}", record.offset())));
+                None => Err(missing(id)),
+            });
+        }
+        self.remove(removing, &mut outcomes, "purge").await;
+        outcomes
+    }
+
+    async fn remove(&self, removing: Vec<(usize, OwnRecord)>, outcomes: &mut [Result<()>], operation: &'static str) {
+        let (places, records): (Vec<usize>, Vec<OwnRecord>) = removing.into_iter().unzip();
+        let removed = self.publisher.store(records, Instant::now() + STORE).await;
+        for (index, removed) in places.into_iter().zip(removed) {
+            if let Err(error) = removed {
+                outcomes[index] = Err(named(operation, &error));
             }
-            Some(Err(error)) => return Err(failed("dead letters", &error)),
-            None if std::time::Instant::now() >= deadline => {
-                return Err(Error::new(ErrorKind::Timeout, "dead letters", "the letters could not be read in time"));
-            }
-            None => {}
         }
     }
-    Ok(())
+
+    async fn find(&self, scope: &DeadLetterScope, ids: &[DeadLetterId]) -> Result<Vec<Option<Found>>> {
+        let wanted: Vec<Option<i64>> = ids.iter().map(offset).collect();
+        self.with_index(scope, move |index| index.find(&wanted)).await
+    }
+
+    async fn topics(&self, scope: &DeadLetterScope) -> Result<OwnTopics> {
+        let retries = names::retries(&scope.source, &scope.group);
+        let partitions = self.topology.expect(&retries, "redrive").await?;
+        let letters = names::dead_letters(&scope.source, &scope.group);
+        Ok(OwnTopics { retries: retries.into(), partitions, letters: letters.into() })
+    }
 }
 
-fn read(scope: &DeadLetterScope, letter: &Value, message: anybroker_core::Message, id: String) -> DeadLetter {
-    let text = |name: &str| letter[name].as_str().map(ByteString::from);
-    let number = |name: &str| letter[name].as_u64().and_then(|number| u32::try_from(number).ok()).unwrap_or_default();
-    DeadLetter {
-        id: DeadLetterId(id.into()),
+fn removal(topic: &Arc<str>, key: String) -> OwnRecord {
+    OwnRecord { topic: Arc::clone(topic), partition: 0, key, payload: None, headers: OwnedHeaders::new() }
+}
+
+fn letter(scope: &DeadLetterScope, found: Found) -> (Origin, DeadLetter) {
+    let note = found.note.unwrap_or_else(|| Letter {
+        // Not written by this library; it is shown, and can be removed.
+        origin: Origin { partition: 0, offset: found.offset, redrives: 0, first_at: None },
+        source: scope.source.to_string(),
+        group: scope.group.to_string(),
+        reason: Reason::Malformed.as_str().to_owned(),
+        error_type: None,
+        detail: Some("its letter cannot be read".to_owned()),
+        attempts: 0,
+        last_at: 0,
+        is_tombstone: false,
+    });
+    let message = if note.is_tombstone { without_payload(&found.message) } else { found.message };
+    let letter = DeadLetter {
+        id: DeadLetterId(found.offset.to_string().into()),
         message,
         group: scope.group.clone(),
-        reason: Reason::from(letter["reason"].as_str().unwrap_or("malformed")),
-        error_type: text("error_type"),
-        detail: text("detail"),
-        attempts: number("attempts"),
-        first_at: None,
-        last_at: Timestamp::from_millis(letter["last_at"].as_i64().unwrap_or_default()),
-        redrives: number("redrives"),
-        position: letter["position"].as_str().and_then(|position| position.parse::<Position>().ok()),
+        reason: Reason::from(note.reason.as_str()),
+        error_type: note.error_type.map(ByteString::from),
+        detail: note.detail.map(ByteString::from),
+        attempts: note.attempts,
+        first_at: note.origin.first_at.map(Timestamp::from_millis),
+        last_at: Timestamp::from_millis(note.last_at),
+        redrives: note.origin.redrives,
+        position: Some(Position::new(note.origin.offset.unsigned_abs())),
+    };
+    (note.origin, letter)
+}
+
+fn without_payload(message: &Message) -> Message {
+    let (id, time) = (message.id().clone(), message.timestamp());
+    let mut bare = Message::from_parts(message.destination().clone(), id, time, None);
+    if let Some(key) = message.key_bytes() {
+        bare = bare.with_key(key.clone());
     }
+    if let Some(content_type) = message.content_type() {
+        bare = bare.with_content_type(ByteString::from(content_type));
+    }
+    bare.with_headers(message.headers().clone())
+}
+
+fn offset(id: &DeadLetterId) -> Option<i64> {
+    id.0.parse().ok().filter(|offset| *offset >= 0)
+}
+
+fn missing(id: &DeadLetterId) -> Error {
+    Error::new(ErrorKind::NotFound, "dead letters", "there is no such dead letter").with("id", id)
+}
+
+fn named(operation: &'static str, error: &Error) -> Error {
+    Error::new(error.kind(), operation, error.message().to_owned())
+        .with_effect(error.effect())
+        .with_retry(error.retry())
 }

@@ -20,8 +20,8 @@ pub(crate) fn unpublished(error: &KafkaError) -> Error {
     let (kind, effect) = match code {
         // The message timed out in the queue or in flight: it may be stored (librdkafka #2163, #2188).
         Code::MessageTimedOut => (ErrorKind::Timeout, Effect::Unknown),
-        Code::PurgeQueue => (ErrorKind::Closed, Effect::NotDone),
-        Code::PurgeInflight => (ErrorKind::Closed, Effect::Unknown),
+        // Also of the queue: an earlier attempt may have been stored.
+        Code::PurgeQueue | Code::PurgeInflight | Code::Fatal => (ErrorKind::Unavailable, Effect::Unknown),
         Code::QueueFull => (ErrorKind::RateLimited, Effect::NotDone),
         Code::NotEnoughReplicas => (ErrorKind::Unavailable, Effect::NotDone),
         code => match kind(code) {
@@ -34,6 +34,20 @@ pub(crate) fn unpublished(error: &KafkaError) -> Error {
         },
     };
     Error::new(kind, "publish", error.to_string()).with_effect(effect)
+}
+
+/// What librdkafka tells of a connection that was not let in. It goes on trying; the reason is all there is to know why
+/// nothing works. Its texts name hosts and certificates, and no secrets.
+pub(crate) fn refused(code: Code, reason: &str) -> Option<Error> {
+    let kind = match code {
+        Code::Authentication | Code::SaslAuthenticationFailed | Code::UnsupportedSASLMechanism => {
+            ErrorKind::Unauthenticated
+        }
+        // The server's certificate is not trusted or names another host, or the server wants one of ours.
+        Code::SSL => ErrorKind::Unauthenticated,
+        _ => return None,
+    };
+    Some(Error::new(kind, "connect", reason.to_owned()))
 }
 
 pub(crate) fn kind(code: Code) -> ErrorKind {
@@ -51,6 +65,7 @@ pub(crate) fn kind(code: Code) -> ErrorKind {
         | Code::PolicyViolation => ErrorKind::PermissionDenied,
         Code::SaslAuthenticationFailed
         | Code::Authentication
+        | Code::SSL
         | Code::UnsupportedSASLMechanism
         | Code::IllegalSASLState => ErrorKind::Unauthenticated,
         Code::InvalidTimestamp | Code::InvalidRecord | Code::InvalidMessage => ErrorKind::InvalidMessage,

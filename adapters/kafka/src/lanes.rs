@@ -1,5 +1,5 @@
-//! What a subscription holds of its partitions: which records are unsettled, and thereby which prefix may be
-//! committed. Its size follows what is unsettled, never how much was acked behind a hole.
+//! What a subscription holds of its lanes: which records are unsettled, and thereby which prefix may be committed. Its
+//! size follows what is unsettled, never how much was acked behind a hole.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -7,17 +7,31 @@ use std::sync::Arc;
 use anybroker_core::Lane;
 
 use crate::codec::Chunk;
+use crate::progress::{Commit, Progress};
+
+/// Which log a record stands in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum Log {
+    /// The destination's topic.
+    Main,
+    /// The group's retry topic.
+    Retry,
+}
+
+impl Log {
+    pub(crate) const BOTH: [Self; 2] = [Self::Main, Self::Retry];
+}
 
 /// What became of a record so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Stage {
     /// Fetched, not handed out.
     Ready,
-    /// With the application, or its dead letter is on its way.
+    /// With the application, or its retry or dead letter is on its way.
     Out,
-    /// Failed; held back until its delay ends.
+    /// Held back until its delay ends, or behind a failed one of its key.
     Held,
-    /// Acked or dead-lettered.
+    /// Acked, dead-lettered, or copied to the retry topic.
     Settled,
 }
 
@@ -27,6 +41,8 @@ pub(crate) struct Entry {
     pub(crate) offset: i64,
     pub(crate) stage: Stage,
     pub(crate) attempt: u32,
+    /// When it was handed out for the first time here, in milliseconds since 1970.
+    pub(crate) first_at: Option<i64>,
     index: u32,
     /// Kept so that the message can come back; dropped as soon as it is settled, so that one record at the head does
     /// not keep everything behind it in memory.
@@ -38,74 +54,56 @@ impl Entry {
     pub(crate) fn record(&self) -> Option<(&Arc<Chunk>, usize)> {
         self.chunk.as_ref().map(|chunk| (chunk, self.index as usize))
     }
+
+    pub(crate) fn weight(&self) -> usize {
+        self.record().map_or(0, |(chunk, index)| chunk.weight(index))
+    }
 }
 
-/// A partition.
-#[derive(Debug)]
-pub(crate) struct Partition {
-    pub(crate) lane: Lane,
-    pub(crate) feeder: usize,
-    pub(crate) partition: i32,
-    /// This member owns it now.
-    pub(crate) is_owned: bool,
-    /// It is being taken away: nothing of it is handed out any more.
-    pub(crate) is_leaving: bool,
+/// The records of one log of a lane.
+#[derive(Debug, Default)]
+pub(crate) struct Track {
     /// By offset; settled ones stand among them until they reach the front or are swept.
     entries: VecDeque<Entry>,
     settled_inside: usize,
     /// Behind the last record that was fetched.
     next: Option<i64>,
+    /// Where the group was when the lane was assigned, and what it had settled above that.
+    start: Option<i64>,
+    restored: VecDeque<(i64, i64)>,
     /// What was last committed.
-    pub(crate) committed: Option<i64>,
+    committed: Option<Commit>,
 }
 
-impl Partition {
-    pub(crate) fn new(index: u32, feeder: usize, partition: i32) -> Self {
-        Self {
-            lane: Lane { index, epoch: 0 },
-            feeder,
-            partition,
-            is_owned: false,
-            is_leaving: false,
-            entries: VecDeque::new(),
-            settled_inside: 0,
-            next: None,
-            committed: None,
+impl Track {
+    fn assign(&mut self, progress: Option<Progress>) {
+        *self = Self::default();
+        if let Some(progress) = progress {
+            self.start = Some(progress.offset);
+            self.restored = progress.settled.into();
         }
     }
 
-    /// It belongs to this member now.
-    pub(crate) fn assign(&mut self) {
-        self.lane.epoch += 1;
-        (self.is_owned, self.is_leaving) = (true, false);
-        (self.next, self.committed) = (None, None);
-    }
-
-    /// It belongs to somebody else. Answers how many records were ready or out, and how many held.
-    pub(crate) fn lose(&mut self) -> (usize, usize) {
-        let of = |stages: &[Stage]| self.entries.iter().filter(|entry| stages.contains(&entry.stage)).count();
-        let counts = (of(&[Stage::Ready, Stage::Out]), of(&[Stage::Held]));
-        (self.is_owned, self.is_leaving) = (false, false);
-        self.entries.clear();
-        self.settled_inside = 0;
-        counts
-    }
-
-    /// A record was fetched. `false` when it is here already.
-    pub(crate) fn push(&mut self, chunk: &Arc<Chunk>, index: usize) -> bool {
+    /// A record was fetched. `false` when it is here or settled already.
+    pub(crate) fn push(&mut self, chunk: &Arc<Chunk>, index: usize, stage: Stage, attempt: u32) -> bool {
         let offset = chunk.offset(index);
         if self.next.is_some_and(|next| offset < next) {
             return false;
         }
+        if self.start.take().is_some_and(|start| offset < start) {
+            // The log is not the one that was committed for: it lost its end, and is read from its beginning.
+            self.restored.clear();
+        }
         self.next = Some(offset + 1);
+        while self.restored.front().is_some_and(|(_, end)| *end <= offset) {
+            self.restored.pop_front();
+        }
+        if self.restored.front().is_some_and(|(begin, _)| *begin <= offset) {
+            return false;
+        }
         let index = u32::try_from(index).expect("a chunk has few records");
-        self.entries.push_back(Entry {
-            offset,
-            stage: Stage::Ready,
-            attempt: 1,
-            index,
-            chunk: Some(Arc::clone(chunk)),
-        });
+        let chunk = Some(Arc::clone(chunk));
+        self.entries.push_back(Entry { offset, stage, attempt, first_at: None, index, chunk });
         true
     }
 
@@ -131,17 +129,107 @@ impl Partition {
         }
     }
 
-    /// Up to where (exclusive) everything is settled; `None` when nothing was fetched.
+    /// Up to where (exclusive) everything is settled; `None` when nothing is known.
     pub(crate) fn prefix(&self) -> Option<i64> {
-        self.entries.front().map(|entry| entry.offset).or(self.next)
+        self.entries.front().map(|entry| entry.offset).or(self.next).or(self.start)
     }
 
-    /// The prefix, where it is ahead of what was committed.
-    pub(crate) fn uncommitted(&self) -> Option<i64> {
-        self.prefix().filter(|prefix| self.committed.is_none_or(|committed| committed < *prefix))
+    fn count(&self, stage: Stage) -> usize {
+        self.entries.iter().filter(|entry| entry.stage == stage).count()
+    }
+
+    /// What there is to commit. At the end nothing is out any more: it comes again.
+    pub(crate) fn commit(&self, is_last: bool) -> Option<Commit> {
+        let prefix = self.prefix()?;
+        let unsettled = self.entries.iter().filter(|entry| entry.stage != Stage::Settled).map(|entry| entry.offset);
+        let out = if is_last { 0 } else { self.count(Stage::Out) };
+        let read = self.next.unwrap_or(prefix);
+        Some(Commit::new(prefix, out, self.count(Stage::Held), unsettled, read, self.restored.iter().copied()))
+    }
+
+    /// What there is to commit, where it differs from what was.
+    pub(crate) fn uncommitted(&self) -> Option<Commit> {
+        self.commit(false).filter(|commit| self.committed.as_ref() != Some(commit))
+    }
+
+    /// It was committed; `None`: or was not, after all.
+    pub(crate) fn committed(&mut self, commit: Option<Commit>) {
+        self.committed = commit;
+    }
+}
+
+/// A partition of a destination, and the same partition of the group's retry topic, which goes with it.
+#[derive(Debug)]
+pub(crate) struct Partition {
+    pub(crate) lane: Lane,
+    pub(crate) feeder: usize,
+    pub(crate) partition: i32,
+    /// This member owns it now.
+    pub(crate) is_owned: bool,
+    /// It is being taken away: nothing of it is handed out any more.
+    pub(crate) is_leaving: bool,
+    main: Track,
+    retry: Track,
+}
+
+/// What a lane held when it was lost.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Held {
+    /// Ready or out.
+    pub(crate) unsettled: usize,
+    pub(crate) held: usize,
+    pub(crate) held_bytes: usize,
+}
+
+impl Partition {
+    pub(crate) fn new(index: u32, feeder: usize, partition: i32) -> Self {
+        Self {
+            lane: Lane { index, epoch: 0 },
+            feeder,
+            partition,
+            is_owned: false,
+            is_leaving: false,
+            main: Track::default(),
+            retry: Track::default(),
+        }
+    }
+
+    /// It belongs to this member now.
+    pub(crate) fn assign(&mut self, main: Option<Progress>, retry: Option<Progress>) {
+        self.lane.epoch += 1;
+        (self.is_owned, self.is_leaving) = (true, false);
+        self.main.assign(main);
+        self.retry.assign(retry);
+    }
+
+    /// It belongs to somebody else.
+    pub(crate) fn lose(&mut self) -> Held {
+        (self.is_owned, self.is_leaving) = (false, false);
+        let mut lost = Held::default();
+        for track in [&mut self.main, &mut self.retry] {
+            for entry in &track.entries {
+                match entry.stage {
+                    Stage::Ready | Stage::Out => lost.unsettled += 1,
+                    Stage::Held => {
+                        lost.held += 1;
+                        lost.held_bytes += entry.weight();
+                    }
+                    Stage::Settled => {}
+                }
+            }
+            track.assign(None);
+        }
+        lost
+    }
+
+    pub(crate) fn track(&mut self, log: Log) -> &mut Track {
+        match log {
+            Log::Main => &mut self.main,
+            Log::Retry => &mut self.retry,
+        }
     }
 
     pub(crate) fn has_out(&self) -> bool {
-        self.entries.iter().any(|entry| entry.stage == Stage::Out)
+        [&self.main, &self.retry].into_iter().any(|track| track.entries.iter().any(|entry| entry.stage == Stage::Out))
     }
 }

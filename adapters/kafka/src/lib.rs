@@ -1,22 +1,30 @@
 //! Apache Kafka (and Redpanda) adapter of AnyBroker.
 //!
-//! **Incomplete**: a thin slice that shows that the traits fit. What it does holds the contract; everything else is
-//! refused in its capability record. See the README beside this crate.
+//! How each word of the contract is mapped, what it costs and what is refused: see the README beside this crate.
 
+mod blocks;
 mod broker;
 mod capabilities;
 mod codec;
 mod config;
 mod dead_letter;
+mod describe;
 mod error;
 mod feeder;
+mod groups;
+mod lag;
 mod lanes;
+mod letters;
+mod member;
 mod names;
+mod note;
+mod progress;
 mod publisher;
 mod settle;
 mod state;
 mod subscription;
 mod topology;
+mod trim;
 
 use std::sync::Arc;
 

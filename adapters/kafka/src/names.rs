@@ -23,6 +23,11 @@ pub(crate) fn dead_letters(destination: &Destination, group: &Group) -> String {
     shortened(format!("{}--dlq--{}", escaped(destination), escaped(group)))
 }
 
+/// The topic that holds what comes back to a group and to no other: failed messages and redriven letters.
+pub(crate) fn retries(destination: &Destination, group: &Group) -> String {
+    shortened(format!("{}--retry--{}", escaped(destination), escaped(group)))
+}
+
 /// The `group.id`. Kafka's group spans topics: one that read two would rebalance both when a member of one comes, could
 /// not fix where it starts on the second, and could not be deleted for one of them. A topic holds no slash.
 pub(crate) fn group(topic: &str, group: &Group) -> String {
@@ -104,7 +109,10 @@ mod tests {
     #[test]
     fn dead_letters_of_two_groups_lie_apart() {
         let names = [("a", "b"), ("a--dlq--b", "c"), ("a", "b--dlq--c"), ("a.dlq", "b"), ("a", "dlq.b")];
-        let topics: HashSet<String> = names.iter().map(|(d, g)| dead_letters(&(*d).into(), &(*g).into())).collect();
-        assert_eq!(topics.len(), names.len());
+        let topics: HashSet<String> = names
+            .iter()
+            .flat_map(|(d, g)| [dead_letters(&(*d).into(), &(*g).into()), retries(&(*d).into(), &(*g).into())])
+            .collect();
+        assert_eq!(topics.len(), names.len() * 2);
     }
 }

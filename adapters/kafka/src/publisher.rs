@@ -14,12 +14,12 @@ use anybroker_core::{
     Bytes, Confirms, Destination, Effect, Error, ErrorKind, Message, Position, PublishOrder, PublishOutcome,
     PublishTerms, Receipt, Result, Timestamp,
 };
-use parking_lot::Mutex;
-use rdkafka::ClientContext;
+use parking_lot::{Mutex, RwLock};
 use rdkafka::config::FromClientConfigAndContext;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::{Message as _, OwnedHeaders};
-use rdkafka::producer::{BaseProducer, BaseRecord, DeliveryResult, Producer, ProducerContext};
+use rdkafka::producer::{BaseProducer, BaseRecord, DeliveryResult, Producer, ProducerContext, PurgeConfig};
+use rdkafka::{ClientConfig, ClientContext};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
@@ -27,25 +27,72 @@ use crate::codec;
 use crate::config::Settings;
 use crate::error::{failed, unpublished};
 
+type Client = BaseProducer<Reports>;
+
 /// The producer of an endpoint, shared by everything that publishes on it.
 pub(crate) struct Publisher {
-    producer: Arc<BaseProducer<Reports>>,
+    current: Arc<Current>,
     board: Arc<Board>,
     stopping: Arc<AtomicBool>,
     reporter: Mutex<Option<JoinHandle<()>>>,
 }
 
+/// The client of the moment. One that has met a fatal error (a sequence of the idempotent producer was broken) takes
+/// nothing any more, and is replaced.
+struct Current {
+    config: ClientConfig,
+    board: Arc<Board>,
+    faults: Arc<Faults>,
+    client: RwLock<Arc<Client>>,
+}
+
+impl Current {
+    fn client(&self) -> Arc<Client> {
+        Arc::clone(&self.client.read())
+    }
+
+    /// Serves reports and errors, and replaces the client after a fatal one.
+    fn serve(&self) {
+        let client = self.client();
+        client.poll(Duration::from_millis(50));
+        if !self.faults.is_fatal.swap(false, Ordering::AcqRel) {
+            return;
+        }
+        let Some((code, reason)) = client.client().fatal_error() else { return };
+        let context = Reports { board: Arc::clone(&self.board), faults: Arc::clone(&self.faults) };
+        match Client::from_config_and_context(&self.config, context) {
+            Ok(fresh) => {
+                tracing::warn!(%code, reason, "the producer was replaced after a fatal error");
+                *self.client.write() = Arc::new(fresh);
+            }
+            Err(error) => {
+                tracing::error!(%error, "the producer could not be replaced after a fatal error");
+                self.faults.is_fatal.store(true, Ordering::Release);
+            }
+        }
+        // What it still held certainly or possibly is not stored; each gets its outcome.
+        client.purge(PurgeConfig::default().queue().inflight());
+        let deadline = std::time::Instant::now() + Duration::from_secs(5);
+        while client.in_flight_count() > 0 && std::time::Instant::now() < deadline {
+            client.poll(Duration::from_millis(20));
+        }
+    }
+}
+
 impl Publisher {
     pub(crate) fn new(settings: &Settings) -> Result<Self> {
-        let board = Arc::new(Board::default());
-        let producer = BaseProducer::from_config_and_context(&settings.producer(), Reports(Arc::clone(&board)))
-            .map_err(|error| failed("connect", &error))?;
-        let (producer, stopping) = (Arc::new(producer), Arc::new(AtomicBool::new(false)));
+        let (board, faults) = (Arc::new(Board::default()), Arc::new(Faults::default()));
+        let context = Reports { board: Arc::clone(&board), faults: Arc::clone(&faults) };
+        let config = settings.producer();
+        let client = Client::from_config_and_context(&config, context).map_err(|error| failed("connect", &error))?;
+        let client = RwLock::new(Arc::new(client));
+        let current = Arc::new(Current { config, board: Arc::clone(&board), faults, client });
+        let stopping = Arc::new(AtomicBool::new(false));
         let reporter = {
-            let (producer, stopping) = (Arc::clone(&producer), Arc::clone(&stopping));
+            let (current, stopping) = (Arc::clone(&current), Arc::clone(&stopping));
             let work = move || {
                 while !stopping.load(Ordering::Acquire) {
-                    producer.poll(Duration::from_millis(50));
+                    current.serve();
                 }
             };
             std::thread::Builder::new().name("anybroker-kafka-reports".into()).spawn(work)
@@ -53,12 +100,17 @@ impl Publisher {
         let reporter = reporter.map_err(|error| {
             Error::new(ErrorKind::Unavailable, "connect", "no thread could be started").with_source(error)
         })?;
-        Ok(Self { producer, board, stopping, reporter: Mutex::new(Some(reporter)) })
+        Ok(Self { current, board, stopping, reporter: Mutex::new(Some(reporter)) })
     }
 
     /// The client, for metadata.
-    pub(crate) fn client(&self) -> &Arc<BaseProducer<Reports>> {
-        &self.producer
+    pub(crate) fn client(&self) -> Arc<Client> {
+        self.current.client()
+    }
+
+    /// Why the cluster does not let this client in, if that is what happened.
+    pub(crate) fn refusal(&self) -> Option<Error> {
+        self.current.faults.refusal.lock().as_ref().map(Error::duplicate)
     }
 
     /// Hands a batch over, in order; waits only while librdkafka's buffers are full. `routes` answers the topic of
@@ -84,7 +136,8 @@ impl Publisher {
                     Err(error) => Err(error.duplicate()),
                     Ok(topic) => {
                         let (headers, timestamp) = codec::encode(message, now, &mut scratch);
-                        let record = Outgoing { topic, message, headers, timestamp };
+                        let (key, payload) = (message.key(), message.payload());
+                        let record = Outgoing { topic, partition: None, key, payload, headers, timestamp };
                         self.enqueue(record, &mut answers, index, deadline).await
                     }
                 }
@@ -111,7 +164,7 @@ impl Publisher {
             match self.send(record, answers, index) {
                 Ok(()) => return Ok(()),
                 Err((error, back)) => {
-                    if error.rdkafka_error_code() != Some(RDKafkaErrorCode::QueueFull) {
+                    if !is_for_later(&error) {
                         return Err(unpublished(&error).with_effect(Effect::NotDone));
                     }
                     record = back;
@@ -126,13 +179,30 @@ impl Publisher {
         }
     }
 
-    /// Hands one message over, without waiting. For dead letters.
-    pub(crate) fn try_publish(&self, topic: &str, message: &Message, headers: OwnedHeaders) -> Result<Answers> {
-        let mut answers = self.board.open(1);
-        let record = Outgoing { topic, message, headers, timestamp: None };
-        match self.send(record, &mut answers, 0) {
-            Ok(()) => Ok(answers),
-            Err((error, _)) => Err(unpublished(&error).with_effect(Effect::NotDone)),
+    /// Hands records of a group's own topics over in this call, as far as the client has room; the rest follows in the
+    /// future, which answers once for each record.
+    pub(crate) fn store(
+        self: &Arc<Self>,
+        records: Vec<OwnRecord>,
+        deadline: Instant,
+    ) -> impl Future<Output = Vec<PublishOutcome>> + Send + 'static {
+        let mut answers = self.board.open(records.len());
+        let mut waiting = Vec::new();
+        for (index, record) in records.into_iter().enumerate() {
+            match self.send(record.outgoing(), &mut answers, index) {
+                Ok(()) => {}
+                Err((error, _)) if is_for_later(&error) => waiting.push((index, record)),
+                Err((error, _)) => answers.refuse(index, unpublished(&error).with_effect(Effect::NotDone)),
+            }
+        }
+        let publisher = Arc::clone(self);
+        async move {
+            for (index, record) in waiting {
+                if let Err(error) = publisher.enqueue(record.outgoing(), &mut answers, index, deadline).await {
+                    answers.refuse(index, error);
+                }
+            }
+            answers.wait(deadline).await
         }
     }
 
@@ -143,20 +213,19 @@ impl Publisher {
         answers: &mut Answers,
         index: usize,
     ) -> Result<(), (KafkaError, Outgoing<'a>)> {
-        let Outgoing { topic, message, headers, timestamp } = outgoing;
+        let Outgoing { topic, partition, key, payload, headers, timestamp } = outgoing;
         let mut record: BaseRecord<'_, [u8], [u8], usize> =
             BaseRecord::with_opaque_to(topic, answers.opaque(index)).headers(headers);
-        record.payload = message.payload().map(|payload| &payload[..]);
-        record.key = message.key();
-        record.timestamp = timestamp;
-        match self.producer.send(record) {
+        record.payload = payload.map(|payload| &payload[..]);
+        (record.partition, record.key, record.timestamp) = (partition, key, timestamp);
+        match self.current.client.read().send(record) {
             Ok(()) => {
                 answers.unsent -= 1;
                 Ok(())
             }
             Err((error, record)) => {
                 let headers = record.headers.unwrap_or_default();
-                Err((error, Outgoing { topic, message, headers, timestamp }))
+                Err((error, Outgoing { topic, partition, key, payload, headers, timestamp }))
             }
         }
     }
@@ -208,9 +277,40 @@ impl Routes {
 
 struct Outgoing<'a> {
     topic: &'a str,
-    message: &'a Message,
+    partition: Option<i32>,
+    key: Option<&'a [u8]>,
+    payload: Option<&'a Bytes>,
     headers: OwnedHeaders,
     timestamp: Option<i64>,
+}
+
+/// A record of a group's own topics.
+pub(crate) struct OwnRecord {
+    pub(crate) topic: Arc<str>,
+    pub(crate) partition: i32,
+    /// This library's; the message's key is among the headers.
+    pub(crate) key: String,
+    /// `None` removes the record of that key.
+    pub(crate) payload: Option<Bytes>,
+    pub(crate) headers: OwnedHeaders,
+}
+
+impl OwnRecord {
+    fn outgoing(&self) -> Outgoing<'_> {
+        Outgoing {
+            topic: &self.topic,
+            partition: Some(self.partition),
+            key: Some(self.key.as_bytes()),
+            payload: self.payload.as_ref(),
+            headers: self.headers.clone(),
+            timestamp: None,
+        }
+    }
+}
+
+/// Whether the client takes the record a moment later: its buffers are full, or it is about to be replaced.
+fn is_for_later(error: &KafkaError) -> bool {
+    matches!(error.rdkafka_error_code(), Some(RDKafkaErrorCode::QueueFull | RDKafkaErrorCode::Fatal))
 }
 
 fn held_back() -> Error {
@@ -372,12 +472,31 @@ impl Future for Missing<'_> {
     }
 }
 
+/// What went wrong with a client beside single messages.
+#[derive(Default)]
+struct Faults {
+    is_fatal: AtomicBool,
+    refusal: Mutex<Option<Error>>,
+}
+
 /// Receives librdkafka's delivery reports.
-pub(crate) struct Reports(Arc<Board>);
+pub(crate) struct Reports {
+    board: Arc<Board>,
+    faults: Arc<Faults>,
+}
 
 impl ClientContext for Reports {
     fn error(&self, error: KafkaError, reason: &str) {
         tracing::debug!(%error, reason, "kafka producer");
+        match error.rdkafka_error_code() {
+            Some(RDKafkaErrorCode::Fatal) => self.faults.is_fatal.store(true, Ordering::Release),
+            Some(code) => {
+                if let Some(refusal) = crate::error::refused(code, reason) {
+                    *self.faults.refusal.lock() = Some(refusal);
+                }
+            }
+            None => {}
+        }
     }
 }
 
@@ -390,9 +509,14 @@ impl ProducerContext for Reports {
                 let position = u64::try_from(record.offset()).ok().map(Position::new);
                 Ok(Receipt { position, duplicate: false })
             }
-            Err((error, _)) => Err(unpublished(error)),
+            Err((error, _)) => {
+                if error.rdkafka_error_code() == Some(RDKafkaErrorCode::Fatal) {
+                    self.faults.is_fatal.store(true, Ordering::Release);
+                }
+                Err(unpublished(error))
+            }
         };
-        self.0.report(opaque, outcome);
+        self.board.report(opaque, outcome);
     }
 }
 
@@ -410,7 +534,7 @@ impl Publisher {
     /// Looks a topic up. Blocks.
     pub(crate) fn look_up(&self, topic: &str, timeout: Duration) -> Result<Found> {
         let metadata =
-            self.producer.client().fetch_metadata(Some(topic), timeout).map_err(|error| unavailable(&error))?;
+            self.client().client().fetch_metadata(Some(topic), timeout).map_err(|error| unavailable(&error))?;
         let Some(found) = metadata.topics().iter().find(|found| found.name() == topic) else {
             return Ok(Found::Missing);
         };

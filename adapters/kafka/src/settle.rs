@@ -1,68 +1,97 @@
-//! Settling: acks move a partition's prefix, failures are held back in memory, dead letters are stored first.
+//! Settling: acks move a lane's prefix; failures and dead letters are stored on the group's own topics before their source
+//! is settled.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::{
-    AckLevel, Delivery, Error, ErrorKind, Lane, Result, SettleError, SettleOutcome, Settlement, Settler, Settling,
-    Token, Verdict,
+    AckLevel, Delivery, Error, ErrorKind, Lane, Nack, Result, SettleError, SettleOutcome, Settlement, Settler,
+    Settling, Token, Verdict,
 };
 use async_trait::async_trait;
+use rdkafka::message::{Header, OwnedHeaders};
 use tokio::runtime::Handle;
 use tokio::time::Instant;
 
+use crate::codec;
 use crate::dead_letter;
-use crate::names;
-use crate::publisher::{Answers, Publisher};
+use crate::note::{self, Origin, Retry};
+use crate::publisher::{OwnRecord, Publisher};
 use crate::state::Shared;
 
-/// How long a dead letter may take to be stored.
-const LETTER: Duration = Duration::from_secs(30);
+/// How long a retry or a dead letter may take to be stored.
+const STORE: Duration = Duration::from_secs(30);
+
+/// The group's own topics of one destination.
+#[derive(Debug, Clone)]
+pub(crate) struct OwnTopics {
+    pub(crate) retries: Arc<str>,
+    /// Zero: there is none, and nobody may create it.
+    pub(crate) partitions: i32,
+    pub(crate) letters: Arc<str>,
+}
 
 pub(crate) struct KafkaSettler {
     pub(crate) shared: Arc<Shared>,
     pub(crate) publisher: Arc<Publisher>,
     pub(crate) runtime: Handle,
+    /// By destination, in the order of the subscription.
+    pub(crate) topics: Vec<(anybroker_core::Destination, OwnTopics)>,
+    /// A nack is held back in memory, and its partition with it.
+    pub(crate) in_place: bool,
+}
+
+/// What is stored before its source is settled.
+enum Hop {
+    Retry(Nack),
+    Letter(Box<Verdict>),
 }
 
 #[async_trait]
 impl Settler for KafkaSettler {
     fn settle(&self, batch: Vec<(Delivery, Settlement)>) -> Settling {
         let mut outcomes: Vec<Option<SettleOutcome>> = Vec::with_capacity(batch.len());
-        let mut letters = Vec::new();
+        let mut hops = Vec::new();
         let mut state = self.shared.lock();
         for (index, (delivery, settlement)) in batch.into_iter().enumerate() {
             let (lane, token) = (delivery.lane(), delivery.token());
-            let applied = match settlement {
+            let hop = match settlement {
                 Settlement::Ack => {
-                    self.shared.with_entry_locked(&mut state, lane, token, |state, offset| state.done(lane, offset))
+                    let done = self.shared.with_entry_locked(&mut state, lane, token, |state, place| state.done(place));
+                    outcomes.push(Some(recorded(delivery, done)));
+                    continue;
                 }
-                Settlement::Nack(nack) => self
-                    .shared
-                    .with_entry_locked(&mut state, lane, token, |state, offset| state.hold(lane, offset, nack.delay)),
-                Settlement::Release => self
-                    .shared
-                    .with_entry_locked(&mut state, lane, token, |state, offset| state.give_back(lane, offset)),
-                Settlement::DeadLetter(verdict) => {
-                    if self.shared.with_entry_locked(&mut state, lane, token, |_, _| ()).is_some() {
-                        letters.push((index, delivery, verdict));
-                        outcomes.push(None);
-                        continue;
-                    }
+                Settlement::Release => {
+                    let back =
+                        self.shared.with_entry_locked(&mut state, lane, token, |state, place| state.give_back(place));
+                    outcomes.push(Some(recorded(delivery, back)));
+                    continue;
+                }
+                Settlement::Nack(nack) if self.in_place => {
+                    let held = self
+                        .shared
+                        .with_entry_locked(&mut state, lane, token, |state, place| state.hold(place, nack.delay));
+                    outcomes.push(Some(recorded(delivery, held)));
+                    continue;
+                }
+                Settlement::Nack(nack) => Hop::Retry(nack),
+                Settlement::DeadLetter(verdict) => Hop::Letter(verdict),
+            };
+            let origin = self.shared.with_entry_locked(&mut state, lane, token, |state, place| state.origin(place));
+            outcomes.push(match origin.flatten() {
+                Some(origin) => {
+                    hops.push((index, delivery, hop, origin));
                     None
                 }
-            };
-            outcomes.push(Some(match applied {
-                Some(()) => Ok(AckLevel::Recorded),
-                None => Err(stale(delivery)),
-            }));
+                None => Some(Err(stale(delivery))),
+            });
         }
         drop(state);
         self.shared.arrived.notify_one();
-        if letters.is_empty() {
+        if hops.is_empty() {
             return Settling::ready(outcomes.into_iter().flatten().collect());
         }
-        self.bury(outcomes, letters)
+        self.hop(outcomes, hops)
     }
 
     async fn extend(&self, deliveries: &[&Delivery], _lease: Duration) -> Vec<Result<()>> {
@@ -72,46 +101,86 @@ impl Settler for KafkaSettler {
     }
 
     fn abandoned(&self, token: &Token, lane: Lane) {
-        self.shared.with_entry(lane, token, |state, offset| state.give_back(lane, offset));
+        self.shared.with_entry(lane, token, |state, place| state.give_back(place));
         self.shared.arrived.notify_one();
     }
 }
 
 impl KafkaSettler {
-    /// Hands the dead letters to the client in this call; each source is settled when its letter is confirmed, whether or
-    /// not somebody waits for the answer.
-    fn bury(
-        &self,
-        mut outcomes: Vec<Option<SettleOutcome>>,
-        letters: Vec<(usize, Delivery, Box<Verdict>)>,
-    ) -> Settling {
-        let deadline = Instant::now() + LETTER;
-        let mut sent: Vec<(usize, Delivery, Answers)> = Vec::with_capacity(letters.len());
-        for (index, delivery, verdict) in letters {
-            let topic = names::dead_letters(delivery.message().destination(), delivery.group());
-            let headers = dead_letter::encode(&delivery, &verdict);
-            match self.publisher.try_publish(&topic, delivery.message(), headers) {
-                Ok(answers) => sent.push((index, delivery, answers)),
-                Err(error) => outcomes[index] = Some(Err(SettleError::new(delivery, unburied(&error)))),
+    /// Hands retries and dead letters to the client in this call; each source is settled when its record is confirmed,
+    /// whether or not somebody waits for the answer.
+    fn hop(&self, mut outcomes: Vec<Option<SettleOutcome>>, hops: Vec<(usize, Delivery, Hop, Origin)>) -> Settling {
+        let mut sources = Vec::with_capacity(hops.len());
+        let mut records = Vec::with_capacity(hops.len());
+        for (index, delivery, hop, origin) in hops {
+            match self.record(&delivery, &hop, origin) {
+                Ok(record) => {
+                    records.push(record);
+                    sources.push((index, delivery));
+                }
+                Err(error) => outcomes[index] = Some(Err(SettleError::new(delivery, error))),
             }
         }
+        let stored = self.publisher.store(records, Instant::now() + STORE);
         let shared = Arc::clone(&self.shared);
         let work = self.runtime.spawn(async move {
-            for (index, delivery, answers) in sent {
-                let stored = answers.wait(deadline).await.pop().expect("one outcome per letter");
+            for ((index, delivery), stored) in sources.into_iter().zip(stored.await) {
                 outcomes[index] = Some(match stored {
-                    Err(error) => Err(SettleError::new(delivery, unburied(&error))),
+                    Err(error) => Err(SettleError::new(delivery, unstored(&error))),
                     Ok(_) => {
                         let lane = delivery.lane();
-                        let done = shared.with_entry(lane, delivery.token(), |state, offset| state.done(lane, offset));
-                        done.map(|()| AckLevel::Recorded).ok_or_else(|| stale(delivery))
+                        let done = shared.with_entry(lane, delivery.token(), |state, place| state.done(place));
+                        recorded(delivery, done)
                     }
                 });
             }
+            shared.arrived.notify_one();
             outcomes.into_iter().flatten().collect()
         });
-        Settling::waiting(async move { work.await.expect("burying cannot panic, and nobody aborts it") })
+        Settling::waiting(async move { work.await.expect("storing cannot panic, and nobody aborts it") })
     }
+
+    fn record(&self, delivery: &Delivery, hop: &Hop, origin: Origin) -> Result<OwnRecord> {
+        let message = delivery.message();
+        let found = self.topics.iter().find(|(destination, _)| destination == message.destination());
+        let (_, topics) = found.expect("a delivery is of a destination of its subscription");
+        match hop {
+            Hop::Letter(verdict) => Ok(dead_letter::record(topics, delivery, verdict, origin)),
+            Hop::Retry(_) if topics.partitions == 0 => {
+                let text = "the group has no retry topic, and its topology is left alone";
+                Err(Error::new(ErrorKind::NotFound, "settle", text).with("topic", &topics.retries))
+            }
+            Hop::Retry(nack) => {
+                let retry = Retry { origin, attempt: delivery.attempt() + 1, due: note::due(nack.delay) };
+                Ok(retry_record(topics, message, &retry))
+            }
+        }
+    }
+}
+
+/// The record that brings a message back to its group.
+pub(crate) fn retry_record(topics: &OwnTopics, message: &anybroker_core::Message, retry: &Retry) -> OwnRecord {
+    OwnRecord {
+        topic: Arc::clone(&topics.retries),
+        partition: retry.origin.partition % topics.partitions.max(1),
+        key: retry.origin.key(),
+        payload: message.payload().cloned(),
+        headers: own_headers(message, &note::write(retry)),
+    }
+}
+
+/// The headers of a record on the group's own topics: the message's, its key, and the note.
+pub(crate) fn own_headers(message: &anybroker_core::Message, note: &[u8]) -> OwnedHeaders {
+    // The record's own time is the broker's; the message keeps its timestamp inside.
+    let (mut headers, _) = codec::encode(message, anybroker_core::Timestamp::from_millis(i64::MAX), &mut Vec::new());
+    if let Some(key) = message.key() {
+        headers = headers.insert(Header { key: codec::KEY, value: Some(key) });
+    }
+    headers.insert(Header { key: codec::NOTE, value: Some(note) })
+}
+
+fn recorded(delivery: Delivery, applied: Option<()>) -> SettleOutcome {
+    applied.map(|()| AckLevel::Recorded).ok_or_else(|| stale(delivery))
 }
 
 fn stale(delivery: Delivery) -> SettleError {
@@ -123,8 +192,7 @@ fn stale(delivery: Delivery) -> SettleError {
     SettleError::new(delivery, error)
 }
 
-fn unburied(error: &Error) -> Error {
-    Error::new(error.kind(), "dead_letter", format!("the dead letter could not be stored: {}", error.message()))
-        .with_effect(error.effect())
-        .with_retry(error.retry())
+fn unstored(error: &Error) -> Error {
+    let text = format!("its retry or dead letter could not be stored: {}", error.message());
+    Error::new(error.kind(), "settle", text).with_effect(error.effect()).with_retry(error.retry())
 }

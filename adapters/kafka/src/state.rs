@@ -13,8 +13,11 @@ use anybroker_core::{
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use tokio::sync::Notify;
 
+use crate::blocks::Blocks;
 use crate::codec::Chunk;
-use crate::lanes::{Partition, Stage};
+use crate::lanes::{Log, Partition, Stage};
+use crate::note::{self, Origin, Retry};
+use crate::progress::{Commit, Progress};
 
 /// See the module's documentation.
 pub(crate) struct Shared {
@@ -27,10 +30,19 @@ pub(crate) struct Shared {
     pub(crate) is_paused: AtomicBool,
     /// Ready and out together never exceed it.
     max_in_flight: usize,
-    /// Bound of what is held back.
+    /// Bounds of what is held back.
     held_retries: usize,
+    held_bytes: usize,
     /// The threads that fetch, to be woken when there is room again.
     feeders: Mutex<Vec<std::thread::Thread>>,
+}
+
+/// A record in a subscription.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Place {
+    pub(crate) lane: Lane,
+    pub(crate) log: Log,
+    pub(crate) offset: i64,
 }
 
 #[derive(Default)]
@@ -38,16 +50,19 @@ pub(crate) struct State {
     pub(crate) partitions: Vec<Partition>,
     by_name: HashMap<(usize, i32), u32>,
     /// Fetched records in order; may name ones that have been lost since.
-    ready: VecDeque<(Lane, i64)>,
+    ready: VecDeque<Place>,
     /// Given back without a failure; they go first.
-    returned: BinaryHeap<Reverse<(u32, i64, u32)>>,
-    held: BinaryHeap<Reverse<(Instant, u32, i64, u32)>>,
+    returned: BinaryHeap<Reverse<Place>>,
+    held: BinaryHeap<Reverse<(Instant, Place)>>,
+    /// Keys that wait for a failed record of theirs.
+    pub(crate) blocks: Blocks,
     events: VecDeque<SubscriptionEvent>,
     /// Why the subscription ended.
     failure: Option<Error>,
     /// Records that are ready or out.
     unsettled: usize,
     held_count: usize,
+    held_bytes: usize,
     is_revoking: bool,
     is_degraded: bool,
     is_starving: bool,
@@ -55,15 +70,16 @@ pub(crate) struct State {
 }
 
 impl Shared {
-    pub(crate) fn new(max_in_flight: usize, held_retries: usize) -> Self {
+    pub(crate) fn new(max_in_flight: usize, held_retries: usize, held_bytes: usize, blocks: bool) -> Self {
         Self {
-            state: Mutex::default(),
+            state: Mutex::new(State { blocks: Blocks::new(blocks), ..State::default() }),
             arrived: Notify::new(),
             settled: Condvar::new(),
             is_closing: AtomicBool::new(false),
             is_paused: AtomicBool::new(false),
             max_in_flight,
             held_retries,
+            held_bytes,
             feeders: Mutex::default(),
         }
     }
@@ -87,10 +103,10 @@ impl Shared {
         self.arrived.notify_one();
     }
 
-    /// How many more records may be fetched.
+    /// How many more records of destinations may be fetched.
     pub(crate) fn room(&self) -> usize {
         let mut state = self.lock();
-        let room = match state.held_count < self.held_retries {
+        let room = match state.can_hold(self) {
             true => self.max_in_flight.saturating_sub(state.unsettled),
             false => 0,
         };
@@ -98,8 +114,14 @@ impl Shared {
         room
     }
 
+    /// How many more records of retry topics may be fetched.
+    pub(crate) fn room_to_hold(&self) -> usize {
+        let state = self.lock();
+        if state.can_hold(self) { self.held_retries - state.held_count } else { 0 }
+    }
+
     /// Fetched records of one partition.
-    pub(crate) fn add(&self, feeder: usize, partition: i32, chunk: &Arc<Chunk>) {
+    pub(crate) fn add(&self, feeder: usize, log: Log, partition: i32, chunk: &Arc<Chunk>) {
         let mut state = self.lock();
         let state = &mut *state;
         let Some(index) = state.by_name.get(&(feeder, partition)) else { return };
@@ -107,10 +129,28 @@ impl Shared {
         if !owner.is_owned || owner.is_leaving {
             return;
         }
+        let lane = owner.lane;
+        let track = owner.track(log);
         for index in 0..chunk.len() {
-            if owner.push(chunk, index) {
-                state.ready.push_back((owner.lane, chunk.offset(index)));
-                state.unsettled += 1;
+            let place = Place { lane, log, offset: chunk.offset(index) };
+            match log {
+                Log::Main => {
+                    if track.push(chunk, index, Stage::Ready, 1) {
+                        state.ready.push_back(place);
+                        state.unsettled += 1;
+                    }
+                }
+                Log::Retry => {
+                    let retry: Option<Retry> = note::read(chunk.note(index));
+                    // Whoever wrote a record without a note: it is delivered, not lost.
+                    let (attempt, due) = retry.map_or((1, 0), |retry| (retry.attempt, retry.due));
+                    if track.push(chunk, index, Stage::Held, attempt) {
+                        let wait = due.saturating_sub(Timestamp::now().as_millis()).max(0).unsigned_abs();
+                        state.held.push(Reverse((Instant::now() + Duration::from_millis(wait), place)));
+                        state.held_count += 1;
+                        state.held_bytes += chunk.weight(index);
+                    }
+                }
             }
         }
         self.arrived.notify_one();
@@ -137,8 +177,14 @@ impl Shared {
         self.lock().is_degraded
     }
 
-    /// This member owns the partition now.
-    pub(crate) fn assign(&self, feeder: usize, partition: i32, name: String) {
+    /// This member owns the partition now, and goes on where the group was in both of its logs.
+    pub(crate) fn assign(
+        &self,
+        feeder: usize,
+        partition: i32,
+        name: String,
+        progress: (Option<Progress>, Option<Progress>),
+    ) {
         let mut state = self.lock();
         let state = &mut *state;
         let index = *state.by_name.entry((feeder, partition)).or_insert_with(|| {
@@ -147,7 +193,7 @@ impl Shared {
             index
         });
         let owned = &mut state.partitions[index as usize];
-        owned.assign();
+        owned.assign(progress.0, progress.1);
         state.events.push_back(SubscriptionEvent::Assigned { lane: owned.lane, name });
         self.arrived.notify_one();
     }
@@ -189,41 +235,42 @@ impl Shared {
                 continue;
             }
             let lane = partition.lane;
-            let (unsettled, held) = partition.lose();
-            state.unsettled -= unsettled;
-            state.held_count -= held;
+            let lost = partition.lose();
+            state.unsettled -= lost.unsettled;
+            state.held_count -= lost.held;
+            state.held_bytes -= lost.held_bytes;
+            state.blocks.lose(lane.index);
             state.events.push_back(SubscriptionEvent::Lost { lane });
         }
         self.arrived.notify_one();
     }
 
-    /// The prefixes of a feeder's partitions that have not been committed.
-    pub(crate) fn to_commit(&self, feeder: usize) -> Vec<(i32, i64)> {
-        let state = self.lock();
-        state
-            .partitions
-            .iter()
-            .filter(|owned| owned.feeder == feeder && owned.is_owned)
-            .filter_map(|owned| owned.uncommitted().map(|offset| (owned.partition, offset)))
-            .collect()
-    }
-
-    /// The prefixes of a feeder's partitions, committed or not.
-    pub(crate) fn all_prefixes(&self, feeder: usize, only: Option<&[i32]>) -> Vec<(i32, i64)> {
-        let state = self.lock();
-        let owned = state.partitions.iter().filter(|owned| owned.feeder == feeder && owned.is_owned);
-        owned
-            .filter(|owned| only.is_none_or(|only| only.contains(&owned.partition)))
-            .filter_map(|owned| owned.prefix().map(|offset| (owned.partition, offset)))
-            .collect()
-    }
-
-    /// These offsets were committed (or are on their way).
-    pub(crate) fn committed(&self, feeder: usize, offsets: &[(i32, i64)]) {
+    /// What a feeder's partitions have to commit: what changed, or (at the end) everything.
+    pub(crate) fn to_commit(&self, feeder: usize, scope: &Scope<'_>) -> Vec<(Log, i32, Commit)> {
         let mut state = self.lock();
-        for (partition, offset) in offsets {
-            if let Some(index) = state.by_name.get(&(feeder, *partition)).copied() {
-                state.partitions[index as usize].committed = Some(*offset);
+        let mut commits = Vec::new();
+        for owned in state.partitions.iter_mut().filter(|owned| owned.feeder == feeder && owned.is_owned) {
+            if let Scope::Leaving(only) = scope
+                && !only.contains(&owned.partition)
+            {
+                continue;
+            }
+            for log in Log::BOTH {
+                let partition = owned.partition;
+                let track = owned.track(log);
+                let commit = if *scope == Scope::Changed { track.uncommitted() } else { track.commit(true) };
+                commits.extend(commit.map(|commit| (log, partition, commit)));
+            }
+        }
+        commits
+    }
+
+    /// These were committed (or are on their way).
+    pub(crate) fn committed(&self, feeder: usize, commits: Vec<(Log, i32, Commit)>) {
+        let mut state = self.lock();
+        for (log, partition, commit) in commits {
+            if let Some(index) = state.by_name.get(&(feeder, partition)).copied() {
+                state.partitions[index as usize].track(log).committed(Some(commit));
             }
         }
     }
@@ -231,7 +278,7 @@ impl Shared {
     /// A commit failed: everything is to be committed again.
     pub(crate) fn uncommitted(&self, feeder: usize) {
         for partition in self.lock().partitions.iter_mut().filter(|partition| partition.feeder == feeder) {
-            partition.committed = None;
+            Log::BOTH.into_iter().for_each(|log| partition.track(log).committed(None));
         }
     }
 
@@ -258,7 +305,12 @@ impl Shared {
     }
 
     /// Applies `act` to the record of a delivery, unless it is stale.
-    pub(crate) fn with_entry<R>(&self, lane: Lane, token: &Token, act: impl FnOnce(&mut State, i64) -> R) -> Option<R> {
+    pub(crate) fn with_entry<R>(
+        &self,
+        lane: Lane,
+        token: &Token,
+        act: impl FnOnce(&mut State, Place) -> R,
+    ) -> Option<R> {
         let mut state = self.lock();
         self.with_entry_locked(&mut state, lane, token, act)
     }
@@ -268,15 +320,17 @@ impl Shared {
         state: &mut State,
         lane: Lane,
         token: &Token,
-        act: impl FnOnce(&mut State, i64) -> R,
+        act: impl FnOnce(&mut State, Place) -> R,
     ) -> Option<R> {
-        let Token::Pair(offset, _) = token else { return None };
-        let offset = i64::try_from(*offset).ok()?;
+        let Token::Pair(offset, log) = token else { return None };
+        let log = if *log == 0 { Log::Main } else { Log::Retry };
+        let place = Place { lane, log, offset: i64::try_from(*offset).ok()? };
         let owned = state.partitions.get_mut(lane.index as usize)?;
-        if !owned.is_owned || owned.lane.epoch != lane.epoch || owned.find(offset)?.stage != Stage::Out {
+        let is_current = owned.is_owned && owned.lane.epoch == lane.epoch;
+        if !is_current || owned.track(log).find(place.offset)?.stage != Stage::Out {
             return None;
         }
-        let result = act(state, offset);
+        let result = act(state, place);
         if state.is_revoking {
             self.settled.notify_all();
         }
@@ -288,6 +342,17 @@ impl Shared {
     }
 }
 
+/// Which commits.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Scope<'a> {
+    /// What differs from the last commit.
+    Changed,
+    /// Those partitions, for the last time.
+    Leaving(&'a [i32]),
+    /// All, for the last time. Also what was committed: an asynchronous commit may have failed since.
+    All,
+}
+
 /// Why there is nothing to hand out.
 pub(crate) enum Taken {
     Failed(Error),
@@ -295,78 +360,126 @@ pub(crate) enum Taken {
 }
 
 impl State {
+    fn can_hold(&self, bounds: &Shared) -> bool {
+        self.held_count < bounds.held_retries && self.held_bytes < bounds.held_bytes
+    }
+
     fn next_due(&self) -> Option<Instant> {
-        self.held.peek().map(|Reverse((due, ..))| *due)
+        self.held.peek().map(|Reverse((due, _))| *due)
     }
 
     fn hand_out(&mut self, max: usize, context: &Arc<DeliveryContext>) -> Vec<Delivery> {
-        let now = Instant::now();
+        let (now, wall) = (Instant::now(), Timestamp::now().as_millis());
         let mut deliveries = Vec::with_capacity(max.min(self.returned.len() + self.ready.len() + self.held.len()));
         while deliveries.len() < max {
             // What was given back first, which keeps its place in the order.
-            let returned = self.returned.pop().map(|Reverse((index, offset, epoch))| (Lane { index, epoch }, offset));
+            let returned = self.returned.pop().map(|Reverse(place)| place);
             let next = returned.or_else(|| self.in_turn(now));
-            let Some((lane, offset)) = next else { break };
-            deliveries.extend(self.deliver(lane, offset, context));
+            let Some(place) = next else { break };
+            deliveries.extend(self.deliver(place, wall, context));
         }
         deliveries
     }
 
     /// A new record, or one that failed and is due again: in turns, because one that fails again and again must not keep the
     /// others out, nor they it.
-    fn in_turn(&mut self, now: Instant) -> Option<(Lane, i64)> {
+    fn in_turn(&mut self, now: Instant) -> Option<Place> {
         let is_due = self.next_due().is_some_and(|due| due <= now);
         self.is_retry_next = !self.is_retry_next;
         if is_due && (self.is_retry_next || self.ready.is_empty()) {
-            return self.held.pop().map(|Reverse((_, index, offset, epoch))| (Lane { index, epoch }, offset));
+            return self.held.pop().map(|Reverse((_, place))| place);
         }
         self.ready.pop_front()
     }
 
-    fn deliver(&mut self, lane: Lane, offset: i64, context: &Arc<DeliveryContext>) -> Option<Delivery> {
+    fn deliver(&mut self, place: Place, wall: i64, context: &Arc<DeliveryContext>) -> Option<Delivery> {
+        let Place { lane, log, offset } = place;
         let owned = &mut self.partitions[lane.index as usize];
         if !owned.is_owned || owned.is_leaving || owned.lane.epoch != lane.epoch {
             return None;
         }
-        let entry = owned.find(offset)?;
-        if entry.stage == Stage::Held {
-            self.held_count -= 1;
-            self.unsettled += 1;
-        }
-        entry.stage = Stage::Out;
+        let entry = owned.track(log).find(offset)?;
+        let weight = entry.weight();
         let (chunk, index) = entry.record()?;
-        let number = offset.unsigned_abs();
+        if log == Log::Main && self.blocks.must_wait(lane.index, offset, || chunk.key(index)) {
+            // Behind a failed one of its key. It waits among the held, so that other keys have room.
+            if entry.stage == Stage::Ready {
+                entry.stage = Stage::Held;
+                self.unsettled -= 1;
+                self.held_count += 1;
+                self.held_bytes += weight;
+            }
+            return None;
+        }
+        let position = if log == Log::Main { offset } else { origin(chunk, index, (0, offset, log)).offset };
         let facts = DeliveryFacts {
             attempt: entry.attempt,
             lane,
-            position: Some(Position::new(number)),
-            ..DeliveryFacts::new(Token::Pair(number, 0))
+            position: Some(Position::new(position.unsigned_abs())),
+            ..DeliveryFacts::new(Token::Pair(offset.unsigned_abs(), u64::from(log == Log::Retry)))
         };
-        Some(Delivery::new(chunk.message(index), facts, context))
+        let delivery = Delivery::new(chunk.message(index), facts, context);
+        if entry.stage == Stage::Held {
+            self.held_count -= 1;
+            self.held_bytes -= weight;
+            self.unsettled += 1;
+        }
+        entry.stage = Stage::Out;
+        entry.first_at.get_or_insert(wall);
+        Some(delivery)
+    }
+
+    /// Where the record of a delivery comes from, and what it has been through.
+    pub(crate) fn origin(&mut self, place: Place) -> Option<Origin> {
+        let owned = &mut self.partitions[place.lane.index as usize];
+        let partition = owned.partition;
+        let entry = owned.track(place.log).find(place.offset)?;
+        let first_at = entry.first_at;
+        let (chunk, index) = entry.record()?;
+        let mut origin = origin(chunk, index, (partition, place.offset, place.log));
+        origin.first_at = origin.first_at.or(first_at);
+        Some(origin)
     }
 
     /// The record is done.
-    pub(crate) fn done(&mut self, lane: Lane, offset: i64) {
-        self.partitions[lane.index as usize].settle(offset);
+    pub(crate) fn done(&mut self, place: Place) {
+        self.partitions[place.lane.index as usize].track(place.log).settle(place.offset);
         self.unsettled -= 1;
+        self.unblock(place);
+    }
+
+    /// What waited for the record goes on, in order.
+    fn unblock(&mut self, place: Place) {
+        for offset in self.blocks.release(place.lane.index, place.offset) {
+            self.returned.push(Reverse(Place { offset, ..place }));
+        }
     }
 
     /// The record comes back without a failure.
-    pub(crate) fn give_back(&mut self, lane: Lane, offset: i64) {
-        if let Some(entry) = self.partitions[lane.index as usize].find(offset) {
+    pub(crate) fn give_back(&mut self, place: Place) {
+        if let Some(entry) = self.partitions[place.lane.index as usize].track(place.log).find(place.offset) {
             entry.stage = Stage::Ready;
-            self.returned.push(Reverse((lane.index, offset, lane.epoch)));
+            self.returned.push(Reverse(place));
         }
     }
 
-    /// The record failed and comes back after `delay`.
-    pub(crate) fn hold(&mut self, lane: Lane, offset: i64, delay: Duration) {
-        if let Some(entry) = self.partitions[lane.index as usize].find(offset) {
+    /// The record failed and comes back after `delay`, here.
+    pub(crate) fn hold(&mut self, place: Place, delay: Duration) {
+        if let Some(entry) = self.partitions[place.lane.index as usize].track(place.log).find(place.offset) {
             entry.stage = Stage::Held;
             entry.attempt += 1;
+            let key = entry.record().and_then(|(chunk, index)| chunk.key(index));
             self.unsettled -= 1;
             self.held_count += 1;
-            self.held.push(Reverse((Instant::now() + delay, lane.index, offset, lane.epoch)));
+            self.held_bytes += entry.weight();
+            self.blocks.fail(place.lane.index, place.offset, key);
+            self.held.push(Reverse((Instant::now() + delay, place)));
         }
     }
+}
+
+/// What the record's note tells, or (on the destination's topic, where there is none) its place.
+fn origin(chunk: &Chunk, index: usize, (partition, offset, log): (i32, i64, Log)) -> Origin {
+    let retry: Option<Retry> = if log == Log::Retry { note::read(chunk.note(index)) } else { None };
+    retry.map_or(Origin { partition, offset, redrives: 0, first_at: None }, |retry| retry.origin)
 }

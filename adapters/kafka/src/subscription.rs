@@ -4,7 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use anybroker_core::{DeliveryContext, Error, ErrorKind, Received, Result, SubscribeSpec, Subscription, TopologyMode};
+use anybroker_core::{
+    DeliveryContext, Destination, Error, ErrorKind, OnFailure, Received, Result, SubscribeSpec, Subscription,
+    TopologyMode,
+};
 use async_trait::async_trait;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
@@ -13,41 +16,50 @@ use tokio::time::Instant;
 use crate::config::Settings;
 use crate::feeder::Feeder;
 use crate::names;
-use crate::publisher::Publisher;
-use crate::settle::KafkaSettler;
+use crate::settle::{KafkaSettler, OwnTopics};
 use crate::state::{Shared, Taken};
-use crate::topology::Topology;
+use crate::topology::{Shape, Topology};
+use crate::trim::Trim;
 
 pub(crate) struct KafkaSubscription {
     shared: Arc<Shared>,
     context: Arc<DeliveryContext>,
     ended: Vec<oneshot::Receiver<Result<()>>>,
+    left: Vec<oneshot::Receiver<()>>,
 }
 
+/// How long a close waits until the cluster knows that the member has left, so that the next one gets its partitions at once.
+const LEAVE: Duration = Duration::from_secs(3);
+
 impl KafkaSubscription {
-    pub(crate) async fn open(
-        spec: &SubscribeSpec,
-        settings: &Settings,
-        topology: &Topology,
-        publisher: &Arc<Publisher>,
-    ) -> Result<Self> {
-        let shared = Arc::new(Shared::new(spec.max_in_flight, settings.held_retries));
-        let settler =
-            KafkaSettler { shared: Arc::clone(&shared), publisher: Arc::clone(publisher), runtime: Handle::current() };
+    pub(crate) async fn open(spec: &SubscribeSpec, settings: &Settings, topology: &Topology) -> Result<Self> {
+        let blocks = spec.on_failure == OnFailure::Block;
+        let (count, bytes) = (settings.held_retries, settings.held_bytes);
+        let shared = Arc::new(Shared::new(spec.max_in_flight, count, bytes, blocks));
+        let mut prepared = Vec::with_capacity(spec.destinations.len());
+        for destination in &spec.destinations {
+            prepared.push(prepare(spec, topology, destination).await?);
+        }
+        let settler = KafkaSettler {
+            shared: Arc::clone(&shared),
+            publisher: Arc::clone(topology.publisher()),
+            runtime: Handle::current(),
+            topics: prepared.iter().map(|ready| (ready.destination.clone(), ready.own.clone())).collect(),
+            in_place: settings.nack_in_place,
+        };
         let context = DeliveryContext::new(spec.group.clone(), spec.max_attempts, Arc::new(settler));
         // Dropped on the way, it ends what was started.
-        let mut subscription = Self { shared, context, ended: Vec::new() };
-        for (number, destination) in spec.destinations.iter().enumerate() {
-            let topic = names::topic(destination);
-            let partitions = prepare(spec, topology, number, &topic).await?;
+        let mut subscription = Self { shared, context, ended: Vec::new(), left: Vec::new() };
+        for (number, Prepared { destination, topic, partitions, own }) in prepared.into_iter().enumerate() {
             let feeder = Feeder {
                 number,
-                destination: destination.clone(),
+                destination,
                 group: names::group(&topic, &spec.group),
                 topic,
                 partitions,
+                trim: Trim::new(topology.admin(), Handle::current(), &own.retries),
+                own,
                 start: spec.start,
-                fixes_start: spec.topology == TopologyMode::Declare,
                 settings: settings.clone(),
                 shared: Arc::clone(&subscription.shared),
             };
@@ -58,13 +70,16 @@ impl KafkaSubscription {
 
     async fn start(&mut self, feeder: Feeder) -> Result<()> {
         let ((start, started), (end, ended)) = (oneshot::channel(), oneshot::channel());
+        let (leave, left) = oneshot::channel();
         let name = "anybroker-kafka-feeder".to_owned();
-        let thread = std::thread::Builder::new().name(name).spawn(move || feeder.run(start, end)).map_err(|error| {
-            Error::new(ErrorKind::Unavailable, "subscribe", "no thread could be started").with_source(error)
-        })?;
+        let thread =
+            std::thread::Builder::new().name(name).spawn(move || feeder.run(start, end, leave)).map_err(|error| {
+                Error::new(ErrorKind::Unavailable, "subscribe", "no thread could be started").with_source(error)
+            })?;
         self.shared.add_feeder(thread.thread().clone());
         started.await.unwrap_or_else(|_| Err(Error::new(ErrorKind::Unexpected, "subscribe", "its thread ended")))?;
         self.ended.push(ended);
+        self.left.push(left);
         Ok(())
     }
 
@@ -74,23 +89,38 @@ impl KafkaSubscription {
     }
 }
 
-/// Creates or verifies what the subscription needs of one destination; answers how many partitions it has.
-async fn prepare(spec: &SubscribeSpec, topology: &Topology, number: usize, topic: &str) -> Result<i32> {
-    let letters = names::dead_letters(&spec.destinations[number], &spec.group);
-    match spec.topology {
+/// One destination of a subscription, as the cluster has it.
+struct Prepared {
+    destination: Destination,
+    topic: String,
+    partitions: i32,
+    own: OwnTopics,
+}
+
+/// Creates, verifies or only looks at what the subscription needs of one destination.
+async fn prepare(spec: &SubscribeSpec, topology: &Topology, destination: &Destination) -> Result<Prepared> {
+    let (topic, operation) = (names::topic(destination), "subscribe");
+    let retries = names::retries(destination, &spec.group);
+    let (partitions, own_partitions) = match spec.topology {
         TopologyMode::Declare => {
-            let (_, partitions) = topology.ensure(topic, "subscribe").await?;
-            topology.ensure(&letters, "subscribe").await?;
-            Ok(partitions)
+            let (_, partitions) = topology.ensure(&topic, Shape::Destination, operation).await?;
+            (partitions, topology.ensure_own(destination, &spec.group, partitions, operation).await?)
         }
         TopologyMode::Verify => {
-            let partitions = topology.expect(topic, "subscribe").await?;
-            topology.expect_group(topic.to_owned(), partitions, &spec.group, "subscribe").await?;
-            topology.expect(&letters, "subscribe").await?;
-            Ok(partitions)
+            let partitions = topology.expect(&topic, operation).await?;
+            let own = topology.expect_own(destination, &spec.group, operation).await?;
+            topology.expect_group(topic.clone(), partitions, &spec.group, operation).await?;
+            (partitions, own)
         }
-        TopologyMode::Leave => Ok(0),
-    }
+        // A topic that is missing cannot be read; the group's own may be, as long as nothing fails.
+        TopologyMode::Leave => (topology.expect(&topic, operation).await?, topology.partitions(&retries).await?),
+    };
+    let own = OwnTopics {
+        retries: retries.into(),
+        partitions: own_partitions,
+        letters: names::dead_letters(destination, &spec.group).into(),
+    };
+    Ok(Prepared { destination: destination.clone(), topic, partitions, own })
 }
 
 #[async_trait]
@@ -144,6 +174,11 @@ impl Subscription for KafkaSubscription {
             result = result.and(flushed);
         }
         self.context.close();
+        // Its sender is only ever dropped.
+        let deadline = deadline.min(Instant::now() + LEAVE);
+        for left in std::mem::take(&mut self.left) {
+            let _ = tokio::time::timeout_at(deadline, left).await;
+        }
         result
     }
 }

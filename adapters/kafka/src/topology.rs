@@ -1,39 +1,52 @@
 //! Topics and group offsets: created, verified, deleted.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anybroker_core::{Declared, Destination, Error, ErrorKind, Group, Result, Start, TopologySpec};
+use anybroker_core::{Declared, Destination, Error, ErrorKind, Group, Result, TopologySpec};
 use parking_lot::RwLock;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::config::FromClientConfig;
-use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext};
+use rdkafka::consumer::BaseConsumer;
 use rdkafka::error::RDKafkaErrorCode;
-use rdkafka::{Offset, TopicPartitionList};
+use rdkafka::producer::Producer;
 use tokio::time::Instant;
 
 use crate::config::Settings;
 use crate::error::{failed, kind};
+use crate::groups;
 use crate::names;
 use crate::publisher::{Found, Publisher, Routes, unavailable};
 
 /// How long a single request to the cluster may take.
-const REQUEST: Duration = Duration::from_secs(10);
+pub(crate) const REQUEST: Duration = Duration::from_secs(10);
 
 /// What is known of the cluster's topics, and how to change it.
 pub(crate) struct Topology {
     settings: Settings,
     publisher: Arc<Publisher>,
-    admin: AdminClient<DefaultClientContext>,
+    admin: Arc<AdminClient<DefaultClientContext>>,
     known: RwLock<HashMap<Destination, Arc<str>>>,
 }
 
 impl Topology {
     pub(crate) fn new(settings: &Settings, publisher: &Arc<Publisher>) -> Result<Self> {
-        let admin = AdminClient::from_config(&settings.admin()).map_err(|error| failed("connect", &error))?;
+        let admin = Arc::new(AdminClient::from_config(&settings.admin()).map_err(|error| failed("connect", &error))?);
         Ok(Self { settings: settings.clone(), publisher: Arc::clone(publisher), admin, known: RwLock::default() })
+    }
+
+    pub(crate) fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    pub(crate) fn publisher(&self) -> &Arc<Publisher> {
+        &self.publisher
+    }
+
+    pub(crate) fn admin(&self) -> &Arc<AdminClient<DefaultClientContext>> {
+        &self.admin
     }
 
     /// The topics of destinations that are published to; looked up, and created where the configuration says so, the
@@ -55,7 +68,7 @@ impl Topology {
         let topic = names::topic(destination);
         let looked_up = async {
             if self.settings.create_destinations {
-                self.ensure(&topic, "publish").await.map(|_| ())
+                self.ensure(&topic, Shape::Destination, "publish").await.map(|_| ())
             } else {
                 self.expect(&topic, "publish").await.map(|_| ())
             }
@@ -87,13 +100,21 @@ impl Topology {
         }
     }
 
+    /// The topic's partitions; zero when it is missing.
+    pub(crate) async fn partitions(&self, topic: &str) -> Result<i32> {
+        match self.look_up(topic).await? {
+            Found::Partitions { count, .. } => Ok(count),
+            Found::Missing => Ok(0),
+        }
+    }
+
     async fn look_up(&self, topic: &str) -> Result<Found> {
         let (publisher, topic) = (Arc::clone(&self.publisher), topic.to_owned());
         tokio::task::spawn_blocking(move || publisher.look_up(&topic, REQUEST)).await.expect("looking up cannot panic")
     }
 
     /// Creates the topic where it is missing, and waits until its partitions have leaders.
-    pub(crate) async fn ensure(&self, topic: &str, operation: &'static str) -> Result<(Declared, i32)> {
+    pub(crate) async fn ensure(&self, topic: &str, shape: Shape, operation: &'static str) -> Result<(Declared, i32)> {
         let mut declared = Declared::Existed;
         let deadline = Instant::now() + REQUEST;
         loop {
@@ -101,7 +122,7 @@ impl Topology {
                 Found::Partitions { count, is_ready: true } => return Ok((declared, count)),
                 Found::Partitions { .. } => {}
                 Found::Missing if declared == Declared::Existed => {
-                    declared = self.create(topic, operation).await?;
+                    declared = self.create(topic, shape, operation).await?;
                     continue;
                 }
                 Found::Missing => {}
@@ -115,9 +136,29 @@ impl Topology {
         }
     }
 
-    async fn create(&self, topic: &str, operation: &'static str) -> Result<Declared> {
+    async fn create(&self, topic: &str, shape: Shape, operation: &'static str) -> Result<Declared> {
         let replication = TopicReplication::Fixed(self.settings.replication);
-        let new = NewTopic::new(topic, self.settings.partitions, replication);
+        let partitions = match shape {
+            Shape::Destination => self.settings.partitions,
+            Shape::Retries(partitions) => partitions,
+            Shape::Letters => 1,
+        };
+        // A record of the group's own topics holds a message of the destination, and a note.
+        let largest = self.settings.own_max_bytes().to_string();
+        let retention = self.settings.dead_letter_retention.as_millis().to_string();
+        let mut new = NewTopic::new(topic, partitions, replication);
+        match shape {
+            Shape::Destination => {}
+            Shape::Retries(_) => {
+                // What is settled is deleted up to the group's offset; nothing else may be.
+                new = new.set("cleanup.policy", "delete").set("retention.ms", "-1").set("retention.bytes", "-1");
+                new = new.set("max.message.bytes", &largest);
+            }
+            Shape::Letters => {
+                new = new.set("cleanup.policy", "compact,delete").set("retention.ms", &retention);
+                new = new.set("retention.bytes", "-1").set("max.message.bytes", &largest);
+            }
+        }
         let created = self.admin.create_topics([&new], &options()).await.map_err(|error| failed(operation, &error))?;
         match created.into_iter().next() {
             Some(Err((_, RDKafkaErrorCode::TopicAlreadyExists))) => Ok(Declared::Existed),
@@ -126,17 +167,42 @@ impl Topology {
         }
     }
 
+    /// Creates what is missing of a group's own topics; answers the partitions of its retry topic.
+    pub(crate) async fn ensure_own(
+        &self,
+        destination: &Destination,
+        group: &Group,
+        partitions: i32,
+        operation: &'static str,
+    ) -> Result<i32> {
+        let retries = names::retries(destination, group);
+        let (_, partitions) = self.ensure(&retries, Shape::Retries(partitions), operation).await?;
+        self.ensure(&names::dead_letters(destination, group), Shape::Letters, operation).await?;
+        Ok(partitions)
+    }
+
+    /// Answers the partitions of the group's retry topic; `NotFound` where one of its own topics is missing.
+    pub(crate) async fn expect_own(
+        &self,
+        destination: &Destination,
+        group: &Group,
+        operation: &'static str,
+    ) -> Result<i32> {
+        let partitions = self.expect(&names::retries(destination, group), operation).await?;
+        self.expect(&names::dead_letters(destination, group), operation).await?;
+        Ok(partitions)
+    }
+
     pub(crate) async fn declare(&self, spec: &TopologySpec) -> Result<Declared> {
         let topic = names::topic(&spec.destination);
-        let (mut declared, partitions) = self.ensure(&topic, "declare").await?;
+        let (mut declared, partitions) = self.ensure(&topic, Shape::Destination, "declare").await?;
         if let Some(group) = &spec.group {
-            self.ensure(&names::dead_letters(&spec.destination, group), "declare").await?;
+            self.ensure_own(&spec.destination, group, partitions, "declare").await?;
             let (settings, group, start) = (self.settings.clone(), group.clone(), spec.start);
             let fixed = tokio::task::spawn_blocking(move || -> Result<bool> {
-                let consumer: BaseConsumer =
-                    BaseConsumer::from_config(&settings.consumer(&names::group(&topic, &group)))
-                        .map_err(|error| failed("declare", &error))?;
-                fix_start(&consumer, &topic, partitions, start, "declare")
+                let consumer: BaseConsumer = BaseConsumer::from_config(&settings.reader(&names::group(&topic, &group)))
+                    .map_err(|error| failed("declare", &error))?;
+                groups::fix_start(&consumer, &topic, partitions, start, "declare")
             });
             if fixed.await.expect("fixing the start cannot panic")? {
                 declared = Declared::Created;
@@ -149,6 +215,7 @@ impl Topology {
         let topic = names::topic(&spec.destination);
         let partitions = self.expect(&topic, "verify").await?;
         let Some(group) = &spec.group else { return Ok(()) };
+        self.expect_own(&spec.destination, group, "verify").await?;
         self.expect_group(topic, partitions, group, "verify").await
     }
 
@@ -162,9 +229,9 @@ impl Topology {
     ) -> Result<()> {
         let (settings, name) = (self.settings.clone(), group.clone());
         let committed = tokio::task::spawn_blocking(move || -> Result<bool> {
-            let consumer: BaseConsumer = BaseConsumer::from_config(&settings.consumer(&names::group(&topic, &name)))
+            let consumer: BaseConsumer = BaseConsumer::from_config(&settings.reader(&names::group(&topic, &name)))
                 .map_err(|error| failed(operation, &error))?;
-            let offsets = committed(&consumer, &topic, partitions, operation)?;
+            let offsets = groups::committed(&consumer, &[(&topic, partitions)], operation)?;
             Ok(offsets.iter().any(Option::is_some))
         });
         if committed.await.expect("reading offsets cannot panic")? {
@@ -179,17 +246,48 @@ impl Topology {
         match group {
             Some(group) => self.delete_group(destination, topic, partitions, group).await,
             None => {
-                let letters = names::dead_letters(destination, &Group::from_static(""));
-                let mut topics: Vec<String> =
-                    self.topics().await?.into_iter().filter(|name| name.starts_with(&letters)).collect();
+                let mut topics = self.own_topics(destination).await?;
                 topics.push(topic);
                 self.forget(destination);
                 for topic in topics {
-                    self.delete_topic(&topic).await?;
+                    match self.delete_topic(&topic).await {
+                        Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+                        _ => {}
+                    }
                 }
                 Ok(())
             }
         }
+    }
+
+    /// The own topics of all groups of a destination. Those whose names are too long to be told by them are found by the
+    /// groups that the cluster knows.
+    async fn own_topics(&self, destination: &Destination) -> Result<Vec<String>> {
+        let nobody = Group::from_static("");
+        let begins = [names::dead_letters(destination, &nobody), names::retries(destination, &nobody)];
+        let existing = self.topics().await?;
+        let groups = self.groups(destination).await?;
+        let named: HashSet<String> = groups
+            .iter()
+            .flat_map(|group| [names::dead_letters(destination, group), names::retries(destination, group)])
+            .collect();
+        let is_own = |name: &String| named.contains(name) || begins.iter().any(|begin| name.starts_with(begin));
+        Ok(existing.into_iter().filter(is_own).collect())
+    }
+
+    /// The groups of a destination that the cluster knows.
+    pub(crate) async fn groups(&self, destination: &Destination) -> Result<Vec<Group>> {
+        let publisher = Arc::clone(&self.publisher);
+        let begin = format!("{}/", names::topic(destination));
+        let listed = tokio::task::spawn_blocking(move || -> Result<Vec<Group>> {
+            let client = publisher.client();
+            let list = client.client().fetch_group_list(None, REQUEST).map_err(|error| unavailable(&error))?;
+            let mut groups: Vec<Group> =
+                list.groups().iter().filter_map(|group| group.name().strip_prefix(&begin).map(Group::from)).collect();
+            groups.sort();
+            Ok(groups)
+        });
+        listed.await.expect("listing groups cannot panic")
     }
 
     async fn delete_group(
@@ -212,16 +310,18 @@ impl Topology {
             }
             _ => {}
         }
-        match self.delete_topic(&names::dead_letters(destination, group)).await {
-            Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
+        for topic in [names::dead_letters(destination, group), names::retries(destination, group)] {
+            match self.delete_topic(&topic).await {
+                Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
         }
+        Ok(())
     }
 
     async fn topics(&self) -> Result<Vec<String>> {
-        let client = Arc::clone(self.publisher.client());
+        let client = self.publisher.client();
         let listed = tokio::task::spawn_blocking(move || -> Result<Vec<String>> {
-            use rdkafka::producer::Producer;
             let metadata = client.client().fetch_metadata(None, REQUEST).map_err(|error| unavailable(&error))?;
             Ok(metadata.topics().iter().map(|topic| topic.name().to_owned()).collect())
         });
@@ -242,74 +342,16 @@ impl Topology {
     }
 }
 
-fn options() -> AdminOptions {
+/// What a topic is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Shape {
+    Destination,
+    /// The retry topic of a group, with as many partitions as its destination has.
+    Retries(i32),
+    /// The dead letters of a group.
+    Letters,
+}
+
+pub(crate) fn options() -> AdminOptions {
     AdminOptions::new().request_timeout(Some(REQUEST)).operation_timeout(Some(REQUEST))
-}
-
-/// The committed offset of each partition. Blocks.
-pub(crate) fn committed<C: ConsumerContext>(
-    consumer: &BaseConsumer<C>,
-    topic: &str,
-    partitions: i32,
-    operation: &'static str,
-) -> Result<Vec<Option<i64>>> {
-    let mut asked = TopicPartitionList::with_capacity(partitions.unsigned_abs() as usize);
-    for partition in 0..partitions {
-        asked.add_partition(topic, partition);
-    }
-    // The first group of a cluster waits for the offsets topic to be made.
-    let deadline = std::time::Instant::now() + REQUEST;
-    let offsets = loop {
-        match consumer.committed_offsets(asked.clone(), REQUEST) {
-            Ok(offsets) => break offsets,
-            Err(error) => {
-                let error = failed(operation, &error);
-                let is_transient = matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Timeout);
-                if !is_transient || std::time::Instant::now() >= deadline {
-                    return Err(error);
-                }
-                std::thread::sleep(Duration::from_millis(50));
-            }
-        }
-    };
-    Ok(offsets
-        .elements()
-        .iter()
-        .map(|element| match element.offset() {
-            Offset::Offset(offset) => Some(offset),
-            _ => None,
-        })
-        .collect())
-}
-
-/// Commits where a new group starts, so that everything published from now on belongs to it whoever joins first. One
-/// that has offsets already goes on where it was. Tells whether it was new. Blocks.
-pub(crate) fn fix_start<C: ConsumerContext>(
-    consumer: &BaseConsumer<C>,
-    topic: &str,
-    partitions: i32,
-    start: Start,
-    operation: &'static str,
-) -> Result<bool> {
-    let present = committed(consumer, topic, partitions, operation)?;
-    if present.iter().any(Option::is_some) {
-        return Ok(false);
-    }
-    let mut offsets = TopicPartitionList::new();
-    for partition in 0..partitions {
-        let (low, high) =
-            consumer.fetch_watermarks(topic, partition, REQUEST).map_err(|error| failed(operation, &error))?;
-        let offset = if start == Start::Latest { high } else { low };
-        offsets
-            .add_partition_offset(topic, partition, Offset::Offset(offset))
-            .map_err(|error| failed(operation, &error))?;
-    }
-    match consumer.commit(&offsets, CommitMode::Sync) {
-        Ok(()) => Ok(true),
-        // Refused because somebody of the group is reading already: then its start is fixed.
-        Err(error) => match error.rdkafka_error_code() {
-            Some(RDKafkaErrorCode::UnknownMemberId | RDKafkaErrorCode::IllegalGeneration) => Ok(false),
-            _ => Err(failed(operation, &error)),
-        },
-    }
 }

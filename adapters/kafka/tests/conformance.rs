@@ -9,12 +9,6 @@ use std::time::Duration;
 use anybroker_conformance::{Options, UrlHarness, run};
 use common::{try_connect, url};
 
-/// What the slice does not hold yet, and why.
-const KNOWN: &[(&str, &str)] = &[(
-    "redelivery/a-delayed-nack-survives-the-close-of-its-consumer",
-    "a nack is held in the member's memory; a retry topic of the group is not written yet",
-)];
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_the_record_claims_holds_and_what_it_refuses_is_refused() {
     let Some(url) = url() else { return };
@@ -31,11 +25,5 @@ async fn what_the_record_claims_holds_and_what_it_refuses_is_refused() {
     let report = run(Arc::new(harness), options).await.unwrap();
     println!("{}", report.text());
     let failed: Vec<&str> = report.failures().map(|case| case.name).collect();
-    let known: Vec<&str> = KNOWN.iter().map(|(name, _)| *name).collect();
-    let unknown: Vec<_> = failed.iter().filter(|name| !known.contains(name)).collect();
-    assert!(unknown.is_empty(), "{unknown:?}: {}", report.summary());
-    // One that passes by now comes off the list.
-    let ran = |name: &str| report.case(name).is_some();
-    let healed: Vec<_> = known.iter().filter(|name| ran(name) && !failed.contains(name)).collect();
-    assert!(healed.is_empty(), "{healed:?} pass: take them off the list");
+    assert!(failed.is_empty(), "{failed:?}: {}", report.summary());
 }

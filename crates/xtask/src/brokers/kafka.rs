@@ -1,4 +1,8 @@
 //! Apache Kafka: one KRaft node that is broker and controller, replication factors of one.
+//!
+//! Beside the plain listener, which may do everything, there are one with passwords and one with passwords and TLS. Tests
+//! read their addresses in `server.properties` and the certificate to trust in `ca.pem`, both in the server's folder. `alice`
+//! may do everything, `limited` nothing.
 
 use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
@@ -16,6 +20,10 @@ const VERSION: &str = "4.3.1";
 const ARTEFACTS: &[Artefact] =
     &[("org.apache.kafka", "kafka_2.13", VERSION), ("org.apache.logging.log4j", "log4j-slf4j-impl", "2.24.3")];
 
+/// Who may log in: name and password. They guard nothing: the broker listens on the loopback interface only.
+const USERS: &[(&str, &str)] = &[("alice", "alice-secret"), ("limited", "limited-secret")];
+const STORE_PASSWORD: &str = "loopback";
+
 /// The broker of the `kafka://` scheme.
 pub(crate) struct Kafka;
 
@@ -29,7 +37,7 @@ impl Recipe for Kafka {
     }
 
     fn port_names(&self) -> &'static [&'static str] {
-        &["clients", "controller"]
+        &["clients", "controller", "sasl", "sasl-tls"]
     }
 
     fn url(&self, ports: &[u16]) -> String {
@@ -42,16 +50,24 @@ impl Recipe for Kafka {
 
     fn prepare(&self, site: &Site<'_>) -> Result<()> {
         let data = site.folder.join("data");
-        fs::write(properties_file(site), properties(&data, site.ports[0], site.ports[1]))?;
+        fs::write(properties_file(site), properties(site, &data))?;
         if data.join("meta.properties").exists() {
             return Ok(());
         }
         fs::create_dir_all(&data)?;
+        make_certificate(site)?;
         let log = site.folder.join("format.log");
         let output = File::create(&log)?;
-        let status = java::java(site.home, 128)
+        let mut command = java::java(site.home, 128);
+        command
             .args(["kafka.tools.StorageTool", "format", "--cluster-id", &cluster_id()?, "--config"])
-            .arg(properties_file(site))
+            .arg(properties_file(site));
+        for (user, password) in USERS {
+            for mechanism in ["SCRAM-SHA-256", "SCRAM-SHA-512"] {
+                command.args(["--add-scram", &format!("{mechanism}=[name={user},password={password}]")]);
+            }
+        }
+        let status = command
             .stdin(Stdio::null())
             .stdout(output.try_clone()?)
             .stderr(output)
@@ -79,13 +95,64 @@ fn properties_file(site: &Site<'_>) -> PathBuf {
     site.folder.join("server.properties")
 }
 
-fn properties(data: &Path, port: u16, controller: u16) -> String {
+/// A certificate for `localhost` that is its own authority. Not for 127.0.0.1: that is the wrong host of the tests.
+fn make_certificate(site: &Site<'_>) -> Result<()> {
+    let store = site.folder.join("server.p12");
+    let keytool = |arguments: &[&str]| -> Result<()> {
+        let output = Command::new("keytool")
+            .args(arguments)
+            .args(["-alias", "kafka", "-storetype", "PKCS12", "-storepass", STORE_PASSWORD, "-keystore"])
+            .arg(&store)
+            .stdin(Stdio::null())
+            .output()
+            .context("could not start keytool, which belongs to the JDK")?;
+        ensure!(output.status.success(), "keytool failed: {}", String::from_utf8_lossy(&output.stdout));
+        Ok(())
+    };
+    let _ = fs::remove_file(&store);
+    keytool(&[
+        "-genkeypair",
+        "-keyalg",
+        "EC",
+        "-dname",
+        "CN=localhost",
+        "-validity",
+        "3650",
+        "-ext",
+        "san=dns:localhost",
+        "-ext",
+        "bc:c=ca:true",
+    ])?;
+    let file = site.folder.join("ca.pem");
+    keytool(&["-exportcert", "-rfc", "-file", &file.to_string_lossy()])
+}
+
+fn properties(site: &Site<'_>, data: &Path) -> String {
+    let [port, controller, sasl, tls] = site.ports else { unreachable!("one port for each purpose") };
+    let users: String = USERS.iter().map(|(user, password)| format!(" user_{user}=\"{password}\"")).collect();
+    let modules: String = ["sasl_plaintext", "sasl_ssl"]
+        .map(|listener| {
+            format!(
+                "listener.name.{listener}.plain.sasl.jaas.config=org.apache.kafka.common.security.plain.PlainLoginModule required{users};
+listener.name.{listener}.scram-sha-256.sasl.jaas.config=org.apache.kafka.common.security.scram.ScramLoginModule required;
+listener.name.{listener}.scram-sha-512.sasl.jaas.config=org.apache.kafka.common.security.scram.ScramLoginModule required;
+"
+            )
+        })
+        .concat();
     format!(
         "process.roles=broker,controller
 node.id=1
 controller.quorum.voters=1@127.0.0.1:{controller}
-listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
-advertised.listeners=PLAINTEXT://127.0.0.1:{port}
+listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller},SASL_PLAINTEXT://127.0.0.1:{sasl},SASL_SSL://127.0.0.1:{tls}
+advertised.listeners=PLAINTEXT://127.0.0.1:{port},SASL_PLAINTEXT://127.0.0.1:{sasl},SASL_SSL://localhost:{tls}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,SASL_PLAINTEXT:SASL_PLAINTEXT,SASL_SSL:SASL_SSL
+sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-256,SCRAM-SHA-512
+{modules}ssl.keystore.type=PKCS12
+ssl.keystore.location={store}
+ssl.keystore.password={STORE_PASSWORD}
+authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
+super.users=User:ANONYMOUS;User:alice
 controller.listener.names=CONTROLLER
 inter.broker.listener.name=PLAINTEXT
 log.dirs={data}
@@ -105,7 +172,8 @@ broker.heartbeat.interval.ms=500
 # A group is not held back for members that may still come.
 group.initial.rebalance.delay.ms=0
 ",
-        data = data.display()
+        data = data.display(),
+        store = site.folder.join("server.p12").display(),
     )
 }
 

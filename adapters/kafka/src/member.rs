@@ -1,0 +1,166 @@
+//! The client's rebalances and commits, on the feeder's thread.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anybroker_core::Result;
+use parking_lot::Mutex;
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext};
+use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
+use rdkafka::types::RDKafkaRespErr;
+use rdkafka::{ClientContext, Offset, TopicPartitionList};
+
+use crate::error::failed;
+use crate::feeder::commit_list;
+use crate::groups;
+use crate::lanes::Log;
+use crate::settle::OwnTopics;
+use crate::state::{Scope, Shared};
+
+/// A member of a group. Kafka hands out partitions of the destination; the same partition of the group's retry topic goes
+/// with each of them, so that a key stays with one member.
+pub(crate) struct Member {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) number: usize,
+    pub(crate) topic: String,
+    pub(crate) own: OwnTopics,
+    pub(crate) revoke_wait: Duration,
+    pub(crate) has_joined: AtomicBool,
+    /// The assignment is another one than the feeder knows.
+    pub(crate) has_changed: AtomicBool,
+    /// The partitions of the retry topic that are assigned.
+    pub(crate) retries: Mutex<BTreeSet<i32>>,
+}
+
+impl Member {
+    /// Commits the prefix of each lane, and what is settled above it. Answers how far the retry partitions are settled.
+    pub(crate) fn commit(&self, consumer: &BaseConsumer<Self>, scope: &Scope<'_>) -> Result<Vec<(i32, i64)>> {
+        let commits = self.shared.to_commit(self.number, scope);
+        if commits.is_empty() {
+            return Ok(Vec::new());
+        }
+        let list: Vec<(&str, i32, i64, &str)> = commits
+            .iter()
+            .map(|(log, partition, commit)| {
+                let topic = if *log == Log::Main { &*self.topic } else { &*self.own.retries };
+                (topic, *partition, commit.offset, &*commit.metadata)
+            })
+            .collect();
+        let mode = if *scope == Scope::Changed { CommitMode::Async } else { CommitMode::Sync };
+        match commit_list(consumer, &list, mode) {
+            Ok(()) => {
+                let retries = commits.iter().filter(|(log, ..)| *log == Log::Retry);
+                let retries = retries.map(|(_, partition, commit)| (*partition, commit.offset)).collect();
+                self.shared.committed(self.number, commits);
+                Ok(retries)
+            }
+            Err(error) => {
+                tracing::warn!(%error, topic = self.topic, "offsets could not be committed");
+                Err(failed("commit", &error))
+            }
+        }
+    }
+
+    /// The partitions of the retry topic that go with those of the destination.
+    fn companions(&self, partitions: &[i32]) -> Vec<i32> {
+        partitions.iter().copied().filter(|partition| *partition < self.own.partitions).collect()
+    }
+
+    fn assign(&self, consumer: &BaseConsumer<Self>, assigned: &TopicPartitionList) {
+        self.has_joined.store(true, Ordering::Release);
+        let partitions: Vec<i32> = assigned.elements().iter().map(|element| element.partition()).collect();
+        let companions = self.companions(&partitions);
+        let mut both = TopicPartitionList::new();
+        for partition in &partitions {
+            both.add_partition(&self.topic, *partition);
+        }
+        for partition in &companions {
+            both.add_partition(&self.own.retries, *partition);
+        }
+        let mut progress = Vec::new();
+        if !partitions.is_empty() {
+            // Without it, what was settled above a prefix comes again: allowed, and better than not to go on.
+            progress = groups::progress_of(consumer, &both, "receive").unwrap_or_else(|error| {
+                tracing::warn!(%error, topic = self.topic, "what was settled out of order could not be read");
+                Vec::new()
+            });
+        }
+        progress.resize(partitions.len() + companions.len(), None);
+        for (index, partition) in partitions.iter().enumerate() {
+            let name = format!("{}/{partition}", self.topic);
+            let retry = companions.iter().position(|companion| companion == partition);
+            let retry = retry.and_then(|place| progress[partitions.len() + place].take());
+            self.shared.assign(self.number, *partition, name, (progress[index].take(), retry));
+        }
+        self.retries.lock().extend(companions);
+        if let Err(error) = consumer.incremental_assign(&with_stored_offsets(&both)) {
+            tracing::error!(%error, topic = self.topic, "an assignment could not be taken");
+        }
+    }
+
+    fn revoke(&self, consumer: &BaseConsumer<Self>, revoked: &TopicPartitionList) {
+        let partitions: Vec<i32> = revoked.elements().iter().map(|element| element.partition()).collect();
+        // A lost assignment is somebody else's already: waiting is in vain, and a commit would move its position.
+        if !consumer.assignment_lost() {
+            self.shared.leave(self.number, &partitions, self.revoke_wait);
+            let _ = self.commit(consumer, &Scope::Leaving(&partitions));
+        }
+        self.shared.lose(self.number, &partitions);
+        let mut both = TopicPartitionList::new();
+        let mut retries = self.retries.lock();
+        for partition in &partitions {
+            both.add_partition(&self.topic, *partition);
+            if retries.remove(partition) {
+                both.add_partition(&self.own.retries, *partition);
+            }
+        }
+        drop(retries);
+        if let Err(error) = consumer.incremental_unassign(&both) {
+            tracing::warn!(%error, topic = self.topic, "a revocation could not be followed");
+        }
+    }
+}
+
+/// The client asks for the committed offsets by itself.
+fn with_stored_offsets(partitions: &TopicPartitionList) -> TopicPartitionList {
+    let mut list = partitions.clone();
+    let _ = list.set_all_offsets(Offset::Invalid);
+    list
+}
+
+impl ClientContext for Member {
+    fn error(&self, error: KafkaError, reason: &str) {
+        tracing::debug!(%error, reason, "kafka consumer");
+        match error.rdkafka_error_code() {
+            Some(RDKafkaErrorCode::AllBrokersDown) => self.shared.degraded(Some(error.to_string())),
+            Some(code) => {
+                if let Some(refusal) = crate::error::refused(code, reason) {
+                    self.shared.degraded(Some(refusal.message().to_owned()));
+                }
+            }
+            None => {}
+        }
+    }
+}
+
+impl ConsumerContext for Member {
+    /// Not the default: it takes and gives only what Kafka names, and the companions go with it in the same step.
+    fn rebalance(&self, consumer: &BaseConsumer<Self>, code: RDKafkaRespErr, partitions: &mut TopicPartitionList) {
+        self.has_changed.store(true, Ordering::Release);
+        match code {
+            RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS => self.assign(consumer, partitions),
+            _ => self.revoke(consumer, partitions),
+        }
+    }
+
+    fn commit_callback(&self, result: KafkaResult<()>, _offsets: &TopicPartitionList) {
+        if let Err(error) = result
+            && error.rdkafka_error_code() != Some(RDKafkaErrorCode::NoOffset)
+        {
+            tracing::warn!(%error, topic = self.topic, "offsets could not be committed; they will be again");
+            self.shared.uncommitted(self.number);
+        }
+    }
+}
