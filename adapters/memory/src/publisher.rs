@@ -1,14 +1,14 @@
 //! Publishing.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::iter::Peekable;
 use std::sync::Arc;
 use std::time::Duration;
 use std::vec::IntoIter;
 
 use anybroker_core::{
-    Confirms, Destination, Effect, Error, ErrorKind, Message, MessageId, Position, PublishOutcome, PublishTerms,
-    Receipt, Result, Timestamp,
+    Bytes, Confirms, Destination, Effect, Error, ErrorKind, Message, MessageId, Position, PublishOrder, PublishOutcome,
+    PublishTerms, Receipt, Result, Timestamp, held_back,
 };
 use tokio::time::Instant;
 
@@ -37,25 +37,50 @@ impl Dedup {
     }
 }
 
+/// Keys of which a message of this batch failed: later ones of theirs are not attempted.
+#[derive(Default)]
+struct Failed(HashSet<(Destination, Bytes)>);
+
+impl Failed {
+    fn note(&mut self, message: &Message, order: PublishOrder) {
+        if let (PublishOrder::Key, Some(key)) = (order, message.key_bytes()) {
+            self.0.insert((message.destination().clone(), key.clone()));
+        }
+    }
+
+    fn holds_back(&self, message: &Message) -> bool {
+        let place = || message.key_bytes().map(|key| (message.destination().clone(), key.clone()));
+        !self.0.is_empty() && place().is_some_and(|place| self.0.contains(&place))
+    }
+}
+
 /// Publishes a batch in order. Runs of one destination are stored under one lock.
 pub(crate) async fn publish(store: &Store, batch: Vec<Message>, terms: PublishTerms) -> Confirms {
     let mut outcomes = Vec::with_capacity(batch.len());
     let mut batch = batch.into_iter().peekable();
     let mut deadline = None;
+    let mut failed = Failed::default();
     while let Some(next) = batch.peek() {
+        if failed.holds_back(next) {
+            outcomes.push(Err(held_back(next.id(), next.destination())));
+            batch.next();
+            continue;
+        }
         let topic = match find(store, next.destination()) {
             Ok(topic) => topic,
             Err(error) => {
                 outcomes.push(Err(error.with("id", next.id())));
+                failed.note(next, terms.order);
                 batch.next();
                 continue;
             }
         };
         let room = topic.room.notified();
-        if let Run::Full(due) = store_run(store, &topic, &mut batch, &mut outcomes) {
+        if let Run::Full(due) = store_run(store, &topic, &mut batch, &failed, &mut outcomes) {
             let deadline = *deadline.get_or_insert_with(|| Instant::now() + terms.timeout);
             let in_time = wait_for_room(store, room, due, deadline).await;
             if !in_time && let Some(message) = batch.next() {
+                failed.note(&message, terms.order);
                 outcomes.push(Err(no_room(&message, terms.timeout)));
             }
         }
@@ -72,7 +97,8 @@ fn find(store: &Store, name: &Destination) -> Result<Arc<Topic>> {
 }
 
 enum Run {
-    /// The batch ended, or turned to another destination (or this one was deleted: to be looked for again).
+    /// The batch ended, turned to another destination or to a key that is held back (or this destination was deleted: to
+    /// be looked for again).
     Done,
     /// There is no room before somebody settles, or before that moment.
     Full(Option<Timestamp>),
@@ -82,14 +108,14 @@ fn store_run(
     store: &Store,
     topic: &Topic,
     batch: &mut Peekable<IntoIter<Message>>,
+    failed: &Failed,
     outcomes: &mut Vec<PublishOutcome>,
 ) -> Run {
     let now = store.clock.now();
     let window = store.settings.dedup_window;
     let kept_before_group = store.settings.profile.manner().kept_before_group;
-    while let Some(number) =
-        batch.peek().filter(|next| *next.destination() == topic.name).map(|next| topic.lane_of(next))
-    {
+    let is_next = |next: &&Message| *next.destination() == topic.name && !failed.holds_back(next);
+    while let Some(number) = batch.peek().filter(is_next).map(|next| topic.lane_of(next)) {
         let mut lane = topic.lane(number);
         if lane.removed {
             return Run::Done;
@@ -105,7 +131,7 @@ fn store_run(
             lane.advance(now);
             room = lane.room();
         }
-        let in_lane = |next: &Message| *next.destination() == topic.name && topic.lane_of(next) == number;
+        let in_lane = |next: &Message| is_next(&next) && topic.lane_of(next) == number;
         while room > 0
             && let Some(message) = batch.next_if(in_lane)
         {

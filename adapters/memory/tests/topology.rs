@@ -7,8 +7,8 @@ mod common;
 use std::time::Duration;
 
 use anybroker_core::{
-    Config, Declared, Effect, ErrorKind, Message, Position, PublishOptions, Registry, Start, SubscribeSpec,
-    TopologyMode, TopologySpec,
+    Config, Declared, Effect, ErrorKind, Message, Position, PublishOptions, PublishOrder, Registry, Start,
+    SubscribeSpec, TopologyMode, TopologySpec,
 };
 use anybroker_memory::{Memory, MemoryDriver};
 use common::*;
@@ -86,6 +86,21 @@ async fn a_full_destination_makes_publishers_wait_until_there_is_room_or_their_d
     subscriber.receive(1, SOON).await.unwrap().remove(0).ack().await.unwrap();
     waiting.await.unwrap().unwrap();
     assert_eq!(done(&mut subscriber).await, ["2", "4"]);
+}
+
+#[tokio::test]
+async fn behind_a_message_that_found_no_room_its_key_is_held_back() {
+    let bus = Memory::builder().max_messages(1).build().bus();
+    bus.subscribe(bus.subscription("orders", "g")).await.unwrap().close(SOON).await.unwrap();
+    let batch = ["a", "a", "a", "b"].map(|key| Message::new("orders", "x").with_key(key)).to_vec();
+    let soon = PublishOptions::default().with_timeout(Duration::from_millis(20));
+    let outcomes = bus.submit(batch.clone(), &soon).await.await;
+    let kinds: Vec<_> = outcomes.into_iter().map(|outcome| outcome.map(drop).map_err(|error| error.kind())).collect();
+    let (full, held) = (Err(ErrorKind::RateLimited), Err(ErrorKind::Unavailable));
+    assert_eq!(kinds, [Ok(()), full, held, full]);
+    let unordered = soon.with_order(PublishOrder::None);
+    let outcomes = bus.submit(batch, &unordered).await.await;
+    assert!(outcomes.into_iter().all(|outcome| outcome.unwrap_err().kind() == ErrorKind::RateLimited));
 }
 
 #[tokio::test]

@@ -47,7 +47,7 @@ pub use error::{Effect, Error, ErrorKind, Result, Retry};
 pub use headers::Headers;
 pub use lag::{Figure, Lag, Precision};
 pub use message::{Destination, Group, Message, MessageId};
-pub use publish::{Confirms, PublishOptions, PublishOrder, PublishOutcome, Receipt, Settling, Transaction};
+pub use publish::{Confirms, PublishOptions, PublishOrder, PublishOutcome, Receipt, Settling, Transaction, held_back};
 pub use registry::{Driver, Registry};
 pub use settle::{ack, extend, settle, settle_unchecked};
 pub use subscribe::{OnFailure, Order, Received, Start, SubscribeSpec, SubscriptionEvent, TopologyMode};

@@ -167,8 +167,10 @@ macro_rules! outcomes {
 outcomes!(Confirms, PublishOutcome);
 outcomes!(Settling, crate::SettleOutcome);
 
-/// The error of an entry that was not attempted because an earlier one of its key failed.
-pub(crate) fn held_back(id: &MessageId, destination: &Destination) -> Error {
+/// The error of an entry that was not attempted because an earlier one of its key failed (`Unavailable`, effect
+/// `NotDone`): what an adapter answers under [`PublishOrder::Key`].
+#[must_use]
+pub fn held_back(id: &MessageId, destination: &Destination) -> Error {
     Error::new(
         crate::ErrorKind::Unavailable,
         "publish",
