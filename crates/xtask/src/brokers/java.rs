@@ -20,6 +20,11 @@ pub(crate) type Artefact = (&'static str, &'static str, &'static str);
 
 /// Makes `cache/<name>` hold `artefacts` and all that they need as a folder of jars, and answers its path.
 pub(crate) fn fetch_jars(cache: &Path, name: &str, artefacts: &[Artefact]) -> Result<PathBuf> {
+    fetch_jars_by(cache, name, &pom_of(artefacts))
+}
+
+/// As [`fetch_jars`], for what only a whole pom can say: version sets, exclusions.
+pub(crate) fn fetch_jars_by(cache: &Path, name: &str, text: &str) -> Result<PathBuf> {
     let home = cache.join(name);
     if home.is_dir() {
         ensure_tools(&["java"])?;
@@ -32,7 +37,7 @@ pub(crate) fn fetch_jars(cache: &Path, name: &str, artefacts: &[Artefact]) -> Re
     let staging = tempfile::Builder::new().prefix("fetching-").tempdir_in(cache)?;
     let pom = staging.path().join("pom.xml");
     let jars = staging.path().join("jars");
-    fs::write(&pom, pom_of(artefacts))?;
+    fs::write(&pom, text)?;
     let status = Command::new("mvn")
         // -C: a download whose checksum is wrong fails the build.
         .args(["-q", "-B", "-C", "-Dstyle.color=never", "-f"])

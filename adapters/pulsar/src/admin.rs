@@ -1,0 +1,192 @@
+//! The admin REST API: topics, subscriptions, figures.
+
+use std::time::Duration;
+
+use anybroker_core::{Effect, Error, ErrorKind, Result, Secret};
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::config::Settings;
+
+/// How long one request may take.
+const REQUEST: Duration = Duration::from_secs(20);
+/// No answer that is of use is larger.
+const LARGEST: usize = 64 * 1_048_576;
+
+/// Method and what it is asked with.
+pub(crate) enum Verb<'v> {
+    Get,
+    Put(&'v Value),
+    Post(&'v Value),
+    Delete,
+}
+
+pub(crate) struct Admin {
+    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
+    base: String,
+    space: String,
+    token: Option<Secret>,
+}
+
+/// What the broker answered.
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    body: Bytes,
+}
+
+impl Admin {
+    pub(crate) fn new(settings: &Settings, space: &str) -> Result<Self> {
+        let mut tcp = HttpConnector::new();
+        tcp.enforce_http(false);
+        tcp.set_connect_timeout(Some(settings.connect_timeout));
+        tcp.set_nodelay(true);
+        let https = HttpsConnectorBuilder::new()
+            .with_tls_config(settings.tls()?)
+            .https_or_http()
+            .enable_http1()
+            .wrap_connector(tcp);
+        Ok(Self {
+            client: Client::builder(TokioExecutor::new()).pool_idle_timeout(Duration::from_secs(20)).build(https),
+            base: format!("{}/admin/v2", settings.admin),
+            space: space.to_owned(),
+            token: settings.token.clone(),
+        })
+    }
+
+    /// Below `/admin/v2`, such as `/brokers/version`.
+    pub(crate) async fn ask(&self, operation: &'static str, verb: Verb<'_>, path: &str) -> Result<Answer> {
+        let (method, body, is_read) = match verb {
+            Verb::Get => ("GET", Bytes::new(), true),
+            Verb::Put(body) => ("PUT", Bytes::from(body.to_string()), false),
+            Verb::Post(body) => ("POST", Bytes::from(body.to_string()), false),
+            Verb::Delete => ("DELETE", Bytes::new(), false),
+        };
+        let mut request = http::Request::builder().method(method).uri(format!("{}{path}", self.base));
+        if !body.is_empty() {
+            request = request.header("content-type", "application/json");
+        }
+        if let Some(token) = &self.token {
+            request = request.header("authorization", format!("Bearer {}", token.reveal()));
+        }
+        let invalid = |error: http::Error| Error::new(ErrorKind::ConfigInvalid, operation, error.to_string());
+        let request = request.body(Full::new(body)).map_err(invalid)?;
+        let effect = if is_read { Effect::NotDone } else { Effect::Unknown };
+        let asking = async {
+            let failed = |error: String, connect: bool| {
+                let text = format!("the admin endpoint does not answer: {error}");
+                let effect = if connect { Effect::NotDone } else { effect };
+                Error::new(ErrorKind::Unavailable, operation, text).with_effect(effect)
+            };
+            let answer = self.client.request(request).await.map_err(|error| {
+                let is_untrusted = caused_by_certificate(&error);
+                let connect = error.is_connect();
+                let why = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
+                let mut error = failed(why, connect);
+                if is_untrusted {
+                    error = Error::new(ErrorKind::Unauthenticated, operation, error.message().to_owned());
+                }
+                error
+            })?;
+            let status = answer.status().as_u16();
+            let body = Limited::new(answer.into_body(), LARGEST).collect().await;
+            let body = body.map_err(|error| failed(error.to_string(), false))?.to_bytes();
+            Ok(Answer { status, body })
+        };
+        match tokio::time::timeout(REQUEST, asking).await {
+            Ok(answer) => answer.map_err(|error: Error| error.with("admin", &self.base)),
+            Err(_) => {
+                let text = format!("the admin endpoint did not answer within {REQUEST:?}");
+                Err(Error::new(ErrorKind::Unavailable, operation, text).with_effect(effect).with("admin", &self.base))
+            }
+        }
+    }
+
+    /// Of a topic: `path` follows its local name, with its leading slash.
+    pub(crate) async fn topic(
+        &self,
+        operation: &'static str,
+        verb: Verb<'_>,
+        local: &str,
+        path: &str,
+    ) -> Result<Answer> {
+        let path = format!("/persistent/{}/{local}{path}", self.space);
+        self.ask(operation, verb, &path).await.map_err(|error| error.with("topic", local))
+    }
+
+    /// How many partitions a topic has; `None` when it does not exist.
+    pub(crate) async fn partitions(&self, operation: &'static str, local: &str) -> Result<Option<u32>> {
+        let answer = self.topic(operation, Verb::Get, local, "/partitions").await?;
+        if answer.status == 404 {
+            return Ok(None);
+        }
+        let found: Value = answer.read(operation)?;
+        Ok(Some(found["partitions"].as_u64().and_then(|count| u32::try_from(count).ok()).unwrap_or(0)))
+    }
+
+    /// The subscriptions of a topic; `None` when it does not exist.
+    pub(crate) async fn subscriptions(&self, operation: &'static str, local: &str) -> Result<Option<Vec<String>>> {
+        let answer = self.topic(operation, Verb::Get, local, "/subscriptions").await?;
+        if answer.status == 404 { Ok(None) } else { answer.read(operation).map(Some) }
+    }
+
+    /// Deletes; false when it is gone already.
+    pub(crate) async fn delete(&self, operation: &'static str, local: &str, path: &str) -> Result<bool> {
+        let answer = self.topic(operation, Verb::Delete, local, &format!("{path}?force=true")).await?;
+        if answer.status == 404 { Ok(false) } else { answer.done(operation).map(|()| true) }
+    }
+}
+
+impl Answer {
+    /// The answer's content.
+    pub(crate) fn read<T: DeserializeOwned>(&self, operation: &'static str) -> Result<T> {
+        self.done(operation)?;
+        serde_json::from_slice(&self.body).map_err(|error| {
+            Error::new(ErrorKind::Unexpected, operation, format!("an admin answer that cannot be read: {error}"))
+        })
+    }
+
+    /// As text, such as a version.
+    pub(crate) fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).trim().trim_matches('"').to_owned()
+    }
+
+    /// An error unless the request succeeded.
+    pub(crate) fn done(&self, operation: &'static str) -> Result<()> {
+        let kind = match self.status {
+            200..=299 => return Ok(()),
+            401 => ErrorKind::Unauthenticated,
+            403 => ErrorKind::PermissionDenied,
+            404 => ErrorKind::NotFound,
+            409 => ErrorKind::AlreadyExists,
+            429 => ErrorKind::RateLimited,
+            408 | 500..=599 => ErrorKind::Unavailable,
+            _ => ErrorKind::Unexpected,
+        };
+        let reason = serde_json::from_slice::<Value>(&self.body).ok();
+        let reason = reason.and_then(|body| body["reason"].as_str().map(str::to_owned));
+        let reason = reason.unwrap_or_default();
+        let reason = reason.lines().next().unwrap_or_default();
+        let effect = if self.status >= 500 { Effect::Unknown } else { Effect::NotDone };
+        Err(Error::new(kind, operation, format!("the admin endpoint answers {}: {reason}", self.status))
+            .with_effect(effect))
+    }
+}
+
+fn caused_by_certificate(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(io) = error.downcast_ref::<std::io::Error>()
+            && crate::wire::is_untrusted(io)
+        {
+            return true;
+        }
+        next = error.source();
+    }
+    false
+}

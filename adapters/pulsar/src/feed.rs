@@ -1,0 +1,321 @@
+//! One topic of a subscription: a consumer that is attached again whenever it is lost.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::time::Duration;
+
+use anybroker_core::{Destination, Error, ErrorKind, Order, Reason, Result};
+use pulsar::proto::{self, BaseCommand, base_command::Type, command_subscribe::SubType};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
+
+use crate::codec;
+use crate::dead_letter;
+use crate::settle::{Desk, entry_id, tell};
+use crate::state::Arrival;
+use crate::topology::missing;
+use crate::wire::{Arrived, Conn, Inbound, command};
+
+/// Arrivals that are taken in at once.
+const TOGETHER: usize = 500;
+/// How often a member that stands by looks whether it is its turn.
+const STAND_BY: Duration = Duration::from_millis(250);
+/// How long attaching may take.
+const ATTACH: Duration = Duration::from_secs(15);
+
+pub(crate) struct Feed {
+    pub(crate) index: u32,
+    pub(crate) destination: Destination,
+    /// The local name of its topic, as it is checked for, and its whole name, as it is subscribed to.
+    pub(crate) local: String,
+    pub(crate) topic: String,
+    pub(crate) subscription: String,
+    pub(crate) order: Order,
+    pub(crate) is_back: bool,
+    pub(crate) desk: Arc<Desk>,
+}
+
+struct Attached {
+    conn: Arc<Conn>,
+    consumer: u64,
+    inbound: mpsc::UnboundedReceiver<Inbound>,
+}
+
+/// Why a consumer ended.
+enum End {
+    Closing,
+    Lost(&'static str),
+    /// The source is another member's now.
+    Yielded,
+}
+
+impl Feed {
+    fn kind(&self) -> SubType {
+        match self.order {
+            Order::None => SubType::Shared,
+            // With Failover a member that joins may take over while messages of the old one are out. Key_Shared keeps a key
+            // with one member on one topic only: what comes back of the key comes by another one, and its owner there
+            // is another member whenever members come and go.
+            Order::Key | Order::Total => SubType::Exclusive,
+        }
+    }
+
+    /// One member works at a time.
+    fn is_lane(&self) -> bool {
+        self.kind() == SubType::Exclusive && !self.is_back
+    }
+
+    /// Works until the subscription closes or fails; `first` is told what became of the first attachment.
+    pub(crate) async fn run(self, first: oneshot::Sender<Result<()>>) {
+        let shared = Arc::clone(&self.desk.shared);
+        let mut first = Some(first);
+        let mut closing = shared.closing.subscribe();
+        let mut pause = Duration::from_millis(50);
+        while shared.closing.borrow().is_none() {
+            if !shared.may_work(self.index) {
+                if let Some(first) = first.take() {
+                    let _ = first.send(Ok(()));
+                }
+                let changed = shared.room.notified();
+                if !shared.may_work(self.index) {
+                    let _ = tokio::time::timeout(STAND_BY, changed).await;
+                }
+                continue;
+            }
+            let attaching = tokio::time::timeout(ATTACH, self.attach(first.is_none()));
+            let attached = tokio::select! {
+                attached = attaching => attached,
+                () = begun(&mut closing) => break,
+            };
+            let attached = attached.unwrap_or_else(|_| {
+                Err(Error::new(ErrorKind::Unavailable, "receive", "the broker did not attach the consumer in time"))
+            });
+            let wait = match attached {
+                Ok(attached) => {
+                    pause = Duration::from_millis(50);
+                    shared.attached(
+                        self.index,
+                        &attached.conn,
+                        attached.consumer,
+                        self.is_lane().then(|| self.topic.clone()),
+                    );
+                    if let Some(first) = first.take() {
+                        let _ = first.send(Ok(()));
+                    }
+                    match self.work(attached).await {
+                        End::Closing => break,
+                        End::Yielded => {
+                            shared.detached(self.index, false);
+                            continue;
+                        }
+                        End::Lost(cause) => {
+                            shared.detached(self.index, self.is_lane());
+                            shared.degraded(self.index, cause);
+                            pause
+                        }
+                    }
+                }
+                Err(error) if self.kind() == SubType::Exclusive && error.kind() == ErrorKind::AlreadyExists => {
+                    if let Some(first) = first.take() {
+                        let _ = first.send(Ok(()));
+                    }
+                    STAND_BY
+                }
+                Err(error) => {
+                    if let Some(first) = first.take() {
+                        let _ = first.send(Err(error));
+                        break;
+                    }
+                    if is_final(error.kind()) {
+                        shared.fail(error);
+                        break;
+                    }
+                    shared.degraded(self.index, error.message());
+                    pause = (pause * 2).min(Duration::from_secs(1));
+                    pause
+                }
+            };
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                () = begun(&mut closing) => {}
+            }
+        }
+        shared.detached(self.index, false);
+        shared.working.send_modify(|working| *working -= 1);
+    }
+
+    /// Subscribes. A subscription that was deleted must not be made again in silence, so it is looked for first.
+    async fn attach(&self, looks: bool) -> Result<Attached> {
+        let operation = "receive";
+        if looks {
+            let groups = self.desk.topology.admin.subscriptions(operation, &self.local).await?;
+            if !groups.is_some_and(|groups| groups.contains(&self.subscription)) {
+                return Err(missing(operation, &self.destination, None).with("subscription", &self.subscription));
+            }
+        }
+        let conn = self.desk.topology.link.serving(operation, &self.topic).await?;
+        let consumer_id = conn.next_id();
+        let inbound = conn.add_consumer(consumer_id);
+        let kind = self.kind();
+        let subscribe = |request_id| BaseCommand {
+            subscribe: Some(proto::CommandSubscribe {
+                topic: self.topic.clone(),
+                subscription: self.subscription.clone(),
+                sub_type: kind as i32,
+                consumer_id,
+                request_id,
+                consumer_name: Some(uuid::Uuid::now_v7().simple().to_string()),
+                durable: Some(true),
+                initial_position: Some(proto::command_subscribe::InitialPosition::Earliest as i32),
+                force_topic_creation: Some(false),
+                ..Default::default()
+            }),
+            ..command(Type::Subscribe)
+        };
+        match conn.ask(operation, subscribe).await {
+            Ok(_) => Ok(Attached { conn, consumer: consumer_id, inbound }),
+            Err(error) => {
+                if !conn.is_closed() && error.kind() == ErrorKind::Unavailable {
+                    // It may have been made nevertheless.
+                    let _ = tokio::time::timeout(Duration::from_secs(1), conn.close_consumer(consumer_id)).await;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn work(&self, mut attached: Attached) -> End {
+        let shared = &self.desk.shared;
+        let mut closing = shared.closing.subscribe();
+        loop {
+            let room = shared.room.notified();
+            if !shared.may_work(self.index) {
+                let closed = attached.conn.close_consumer(attached.consumer);
+                let _ = tokio::time::timeout(Duration::from_secs(5), closed).await;
+                return End::Yielded;
+            }
+            let permits = shared.reserve(self.index);
+            if permits > 0 {
+                let message_permits = u32::try_from(permits).unwrap_or(u32::MAX);
+                attached.conn.tell(BaseCommand {
+                    flow: Some(proto::CommandFlow { consumer_id: attached.consumer, message_permits }),
+                    ..command(Type::Flow)
+                });
+            }
+            tokio::select! {
+                biased;
+                () = begun(&mut closing) => return self.leave(attached).await,
+                came = attached.inbound.recv() => match came {
+                    Some(Inbound::Message(arrived)) => {
+                        let mut arrivals = Vec::new();
+                        self.read(*arrived, &attached, &mut arrivals);
+                        let mut is_closed = false;
+                        while arrivals.len() < TOGETHER && !is_closed {
+                            match attached.inbound.try_recv() {
+                                Ok(Inbound::Message(arrived)) => self.read(*arrived, &attached, &mut arrivals),
+                                Ok(Inbound::Closed) => is_closed = true,
+                                Err(_) => break,
+                            }
+                        }
+                        let returned = shared.arrive(self.index, arrivals);
+                        if !returned.is_empty() {
+                            self.desk.give_back(returned);
+                        }
+                        if is_closed {
+                            return End::Lost("the broker closed the consumer; attaching again");
+                        }
+                    }
+                    Some(Inbound::Closed) => return End::Lost("the broker closed the consumer; attaching again"),
+                    None => return End::Lost("the connection to the broker was lost"),
+                },
+                () = room => {}
+            }
+        }
+    }
+
+    /// What was handed over to be settled is waited for; then the consumer is closed, and the broker has the rest at once.
+    async fn leave(&self, attached: Attached) -> End {
+        let shared = &self.desk.shared;
+        let deadline = *shared.closing.borrow();
+        let deadline = deadline.unwrap_or_else(Instant::now);
+        loop {
+            let settled = shared.room.notified();
+            if !shared.is_settling(self.index) {
+                break;
+            }
+            let again = deadline.min(Instant::now() + Duration::from_millis(100));
+            let _ = tokio::time::timeout_at(again, settled).await;
+            if Instant::now() >= deadline {
+                break;
+            }
+        }
+        let _ = tokio::time::timeout(Duration::from_secs(5), attached.conn.close_consumer(attached.consumer)).await;
+        End::Closing
+    }
+
+    fn read(&self, arrived: Arrived, attached: &Attached, into: &mut Vec<Arrival>) {
+        let Arrived { id, payload, ack_set } = arrived;
+        if let Some(why) = codec::unreadable(&payload.metadata) {
+            self.bury(id, payload, why, attached);
+            return;
+        }
+        if payload.metadata.num_messages_in_batch.is_none() {
+            let (message, notes) = codec::decode(&self.destination, &id, payload);
+            into.push(Arrival { id, siblings: None, message, notes: notes.unwrap_or_default() });
+            return;
+        }
+        match codec::unbatch(&payload, &ack_set) {
+            Some(parts) => {
+                let siblings = Arc::new(AtomicUsize::new(parts.len()));
+                for (index, payload) in parts {
+                    let mut id = id.clone();
+                    id.batch_index = Some(index);
+                    let (message, notes) = codec::decode(&self.destination, &id, payload);
+                    let siblings = Some(Arc::clone(&siblings));
+                    into.push(Arrival { id, siblings, message, notes: notes.unwrap_or_default() });
+                }
+            }
+            None => self.bury(id, payload, "it is a batch that cannot be taken apart", attached),
+        }
+    }
+
+    /// What cannot be read becomes a dead letter with its bytes as they are; it is acked once that is stored. Otherwise it
+    /// comes again when the consumer is attached again.
+    fn bury(&self, id: proto::MessageIdData, payload: pulsar::message::Payload, why: &str, attached: &Attached) {
+        let letter = dead_letter::malformed(&self.destination, &id, payload, why);
+        let desk = Arc::clone(&self.desk);
+        let (conn, consumer) = (Arc::clone(&attached.conn), attached.consumer);
+        let producer = Arc::clone(&desk.ways[self.index as usize].letters);
+        tokio::spawn(async move {
+            let deadline = Instant::now() + desk.settle_timeout;
+            let stored = desk.topology.write(vec![(producer, letter)], deadline, "receive").await;
+            let reason = Reason::Malformed;
+            match stored.into_iter().next() {
+                Some(Ok(())) => {
+                    let told = tell(&conn, consumer, vec![entry_id(&id)], "receive");
+                    let _ = tokio::time::timeout_at(deadline, told).await;
+                    tracing::warn!(%reason, "a message that cannot be read became a dead letter");
+                }
+                _ => tracing::warn!(%reason, "a message that cannot be read could not become a dead letter"),
+            }
+        });
+    }
+}
+
+/// Waits until the subscription closes.
+async fn begun(closing: &mut watch::Receiver<Option<Instant>>) {
+    let _ = closing.wait_for(Option::is_some).await;
+}
+
+fn is_final(kind: ErrorKind) -> bool {
+    matches!(
+        kind,
+        ErrorKind::NotFound
+            | ErrorKind::PermissionDenied
+            | ErrorKind::Unauthenticated
+            | ErrorKind::AlreadyExists
+            | ErrorKind::ConfigInvalid
+            | ErrorKind::Unsupported
+            | ErrorKind::Closed
+    )
+}

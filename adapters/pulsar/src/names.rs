@@ -1,0 +1,120 @@
+//! Logical names and Pulsar's. A topic's local name may hold nearly anything, but it travels in URLs, and `-partition-`
+//! in it names a partition (TopicName.java); a subscription's name travels in URLs too.
+
+use std::fmt::Write;
+
+use anybroker_core::{Destination, Group};
+
+use crate::config::Settings;
+
+/// What a name may be long before it is hashed.
+const LONGEST: usize = 120;
+/// What is kept readable of a longer one.
+const READABLE: usize = 80;
+
+/// The subscription of every topic of dead letters: what it has acked is purged.
+pub(crate) const LETTERS_SUBSCRIPTION: &str = "anybroker-letters";
+
+/// The names of one connection, all in its namespace.
+#[derive(Debug, Clone)]
+pub(crate) struct Names {
+    space: String,
+}
+
+impl Names {
+    pub(crate) fn new(settings: &Settings) -> Self {
+        Self { space: format!("{}/{}", settings.tenant, settings.namespace) }
+    }
+
+    /// `tenant/namespace`.
+    pub(crate) fn space(&self) -> &str {
+        &self.space
+    }
+
+    /// The local name of a destination's topic.
+    pub(crate) fn topic(destination: &Destination) -> String {
+        token(destination)
+    }
+
+    /// The local name of the topic that brings messages back to one group.
+    pub(crate) fn back(destination: &Destination, group: &Group) -> String {
+        format!("{}=b={}", token(destination), token(group))
+    }
+
+    /// The local name of the topic of a group's dead letters.
+    pub(crate) fn letters(destination: &Destination, group: &Group) -> String {
+        format!("{}=l={}", token(destination), token(group))
+    }
+
+    /// The subscription of a group.
+    pub(crate) fn subscription(group: &Group) -> String {
+        token(group)
+    }
+
+    /// The whole name of a local one.
+    pub(crate) fn full(&self, local: &str) -> String {
+        format!("persistent://{}/{local}", self.space)
+    }
+}
+
+/// Injective: letters, digits, `-`, `_` and `.` stay, every other byte is `=` and two hexadecimal digits.
+fn token(name: &str) -> String {
+    let mut text = String::with_capacity(name.len() + 8);
+    let reserved = name.contains("-partition-") || name == "." || name == ".." || name.starts_with("__");
+    for byte in name.bytes() {
+        let is_plain = byte.is_ascii_alphanumeric() || (!reserved && matches!(byte, b'-' | b'_' | b'.'));
+        if is_plain {
+            text.push(char::from(byte));
+        } else {
+            write!(text, "={byte:02x}").expect("writing to a string cannot fail");
+        }
+    }
+    if text.len() > LONGEST {
+        // `h` is no hexadecimal digit: no escaped name looks like this. Everything in it is ASCII.
+        text = format!("{}=h{:032x}", &text[..READABLE], fnv1a(name.as_bytes()));
+    }
+    text
+}
+
+/// FNV-1a of 128 bits: not against an adversary, but far beyond chance for names.
+fn fnv1a(bytes: &[u8]) -> u128 {
+    bytes.iter().fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d, |hash: u128, byte| {
+        (hash ^ u128::from(*byte)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn names_stay_apart_and_legal() {
+        let long = "x".repeat(300);
+        let names = ["orders", "orders.a", "orders=2ea", "orders-a", "orders_a", ".", "..", "*", "a b", "ключ", "a/b"]
+            .into_iter()
+            .map(str::to_owned)
+            .chain(["a-partition-1".to_owned(), "a=2dpartition=2d1".to_owned(), "__change_events".to_owned()])
+            .chain([long.clone(), format!("{long}y")]);
+        let mut topics = HashSet::new();
+        for name in names {
+            let topic = Names::topic(&name.as_str().into());
+            let is_legal = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.=".contains(&byte);
+            assert!(topic.len() < 200 && topic.bytes().all(is_legal) && !topic.contains("-partition-"), "{topic}");
+            assert!(topics.insert(topic), "{name}");
+        }
+    }
+
+    #[test]
+    fn what_belongs_to_two_groups_lies_apart() {
+        let pairs = [("a", "b"), ("a=b=b", "c"), ("a", "b=l=c"), ("a-b", "c"), ("a", "b-c")];
+        let all = pairs.iter().flat_map(|(destination, group)| {
+            let (destination, group) = ((*destination).into(), (*group).into());
+            [Names::back(&destination, &group), Names::letters(&destination, &group)]
+        });
+        let found: HashSet<String> = all.collect();
+        assert_eq!(found.len(), 2 * pairs.len());
+        assert!(pairs.iter().all(|(destination, _)| !found.contains(&Names::topic(&(*destination).into()))));
+    }
+}

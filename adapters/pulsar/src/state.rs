@@ -1,0 +1,519 @@
+//! What one subscription holds: messages whose delay has not ended, that are ready, that are out, that are being settled.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anybroker_core::{
+    Delivery, DeliveryContext, DeliveryFacts, Destination, Error, Group, Lane, Message, Position, Received,
+    SubscriptionEvent, Timestamp, Token,
+};
+use parking_lot::{Mutex, MutexGuard};
+use pulsar::proto::MessageIdData;
+use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
+
+use crate::codec::Notes;
+use crate::wire::Conn;
+
+/// Of what comes back to the group, a tenth of `max_in_flight` may be asked for, and so much at most: permits cannot be
+/// taken back, and the group's own topic needs nearly all of them.
+const MOST_BACK: usize = 100;
+
+/// A member that has not received for so long leaves what it has prefetched to others.
+const REST: Duration = Duration::from_secs(2);
+
+/// Shared by the subscription, its feeds and its settler.
+pub(crate) struct Shared {
+    state: Mutex<State>,
+    pub(crate) lease: Duration,
+    pub(crate) max_in_flight: usize,
+    pub(crate) keeps_order: bool,
+    /// Something can be received.
+    pub(crate) arrived: Notify,
+    /// There is room for more, or something about receiving changed.
+    pub(crate) room: Notify,
+    /// A lease or a delay has to be looked after.
+    pub(crate) kept: Notify,
+    /// Set when the subscription closes: until when it may take.
+    pub(crate) closing: watch::Sender<Option<Instant>>,
+    /// How many feeds work.
+    pub(crate) working: watch::Sender<usize>,
+}
+
+#[derive(Default)]
+pub(crate) struct State {
+    entries: HashMap<u64, Entry>,
+    next_key: u64,
+    pub(crate) feeds: Vec<FeedState>,
+    pub(crate) events: VecDeque<SubscriptionEvent>,
+    pub(crate) failure: Option<Error>,
+    pub(crate) is_paused: bool,
+    pub(crate) is_closing: bool,
+    is_receiving: bool,
+    received: Option<Instant>,
+    next_feed: usize,
+}
+
+/// A connection, and a consumer's number on it.
+pub(crate) type Attachment = (Arc<Conn>, u64);
+
+/// A place within a topic, and within a batch of somebody else's producer.
+pub(crate) type Place = (u64, u64, i32);
+
+/// One topic of the subscription.
+pub(crate) struct FeedState {
+    pub(crate) destination: Destination,
+    pub(crate) group: Group,
+    /// It brings messages back to the group.
+    pub(crate) is_back: bool,
+    /// The feed of the messages that this one brings back; itself where it is that one.
+    pub(crate) source: u32,
+    pub(crate) epoch: u32,
+    /// Its consumer, while it has one.
+    pub(crate) attached: Option<Attachment>,
+    /// It does not serve at the moment.
+    pub(crate) is_degraded: bool,
+    /// Messages that the broker may send.
+    permits: usize,
+    ready: BTreeMap<Place, u64>,
+}
+
+impl FeedState {
+    pub(crate) fn new(destination: Destination, group: Group, is_back: bool, source: u32) -> Self {
+        let (epoch, attached, is_degraded, permits, ready) = Default::default();
+        Self { destination, group, is_back, source, epoch, attached, is_degraded, permits, ready }
+    }
+}
+
+/// How many messages of a batch are not settled yet: the broker acks it as a whole.
+pub(crate) type Siblings = Arc<std::sync::atomic::AtomicUsize>;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Waiting { until: Timestamp },
+    Ready,
+    Out { until: Instant },
+    Settling { until: Instant },
+}
+
+struct Entry {
+    feed: u32,
+    id: MessageIdData,
+    siblings: Option<Siblings>,
+    message: Arc<Message>,
+    notes: Notes,
+    arrived_at: Timestamp,
+    phase: Phase,
+}
+
+impl Entry {
+    fn place(&self) -> Place {
+        (self.id.ledger_id, self.id.entry_id, self.id.batch_index())
+    }
+}
+
+/// A message as it came from the broker.
+pub(crate) struct Arrival {
+    pub(crate) id: MessageIdData,
+    pub(crate) siblings: Option<Siblings>,
+    pub(crate) message: Message,
+    pub(crate) notes: Notes,
+}
+
+/// What a settle needs of an entry.
+pub(crate) struct Taken {
+    pub(crate) key: u64,
+    pub(crate) feed: u32,
+    pub(crate) id: MessageIdData,
+    pub(crate) siblings: Option<Siblings>,
+    pub(crate) notes: Notes,
+    pub(crate) first_at: Timestamp,
+    pub(crate) attached: Attachment,
+}
+
+/// Messages that go back to the broker, by feed.
+pub(crate) type Returned = Vec<(u32, MessageIdData)>;
+
+impl Shared {
+    pub(crate) fn new(lease: Duration, max_in_flight: usize, keeps_order: bool, feeds: Vec<FeedState>) -> Self {
+        let working = watch::Sender::new(feeds.len());
+        let state = Mutex::new(State { feeds, received: Some(Instant::now()), ..State::default() });
+        let (arrived, room, kept, closing) = Default::default();
+        let closing: watch::Sender<Option<Instant>> = closing;
+        Self { state, lease, max_in_flight, keeps_order, arrived, room, kept, closing, working }
+    }
+
+    /// Stops receiving; what is here goes back. Idempotent.
+    pub(crate) fn close(&self, deadline: Instant) {
+        self.lock().is_closing = true;
+        self.closing.send_if_modified(|closing| {
+            let is_first = closing.is_none();
+            *closing = Some(closing.unwrap_or(deadline));
+            is_first
+        });
+        self.arrived.notify_one();
+        self.room.notify_waiters();
+    }
+
+    /// Waits until no feed works any more; false at the deadline.
+    pub(crate) async fn ended(&self, deadline: Instant) -> bool {
+        let mut working = self.working.subscribe();
+        let ended = working.wait_for(|working| *working == 0);
+        tokio::time::timeout_at(deadline, ended).await.is_ok()
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock()
+    }
+
+    /// Ends the subscription with an error that every receive answers from now on.
+    pub(crate) fn fail(&self, error: Error) {
+        let mut state = self.lock();
+        if state.failure.is_none() && !state.is_closing {
+            state.failure = Some(error);
+        }
+        drop(state);
+        self.arrived.notify_one();
+    }
+
+    /// A consumer is there: from now on its feed can be served.
+    pub(crate) fn attached(&self, feed: u32, conn: &Arc<Conn>, consumer: u64, assigned: Option<String>) {
+        let mut state = self.lock();
+        let own = &mut state.feeds[feed as usize];
+        own.epoch += 1;
+        (own.attached, own.permits) = (Some((Arc::clone(conn), consumer)), 0);
+        let lane = Lane { index: feed, epoch: own.epoch };
+        let was_degraded = std::mem::take(&mut own.is_degraded);
+        if let Some(name) = assigned {
+            state.events.push_back(SubscriptionEvent::Assigned { lane, name });
+        }
+        if was_degraded && state.feeds.iter().all(|feed| !feed.is_degraded) {
+            state.events.push_back(SubscriptionEvent::Recovered);
+        }
+        drop(state);
+        self.arrived.notify_one();
+        self.room.notify_waiters();
+    }
+
+    /// The consumer is gone: the broker gives everything of it out again, and nothing of it can be settled here.
+    pub(crate) fn detached(&self, feed: u32, is_lane: bool) {
+        let mut state = self.lock();
+        let own = &mut state.feeds[feed as usize];
+        let was_attached = own.attached.take().is_some();
+        own.permits = 0;
+        own.ready.clear();
+        let lane = Lane { index: feed, epoch: own.epoch };
+        state.entries.retain(|_, entry| entry.feed != feed);
+        if is_lane && was_attached && !state.is_closing {
+            state.events.push_back(SubscriptionEvent::Lost { lane });
+        }
+        drop(state);
+        self.arrived.notify_one();
+        self.room.notify_waiters();
+    }
+
+    /// A feed is not served at the moment.
+    pub(crate) fn degraded(&self, feed: u32, cause: &str) {
+        let mut state = self.lock();
+        let is_first = state.feeds.iter().all(|feed| !feed.is_degraded);
+        state.feeds[feed as usize].is_degraded = true;
+        if is_first && !state.is_closing {
+            state.events.push_back(SubscriptionEvent::Degraded { cause: cause.to_owned() });
+            drop(state);
+            self.arrived.notify_one();
+        }
+    }
+
+    /// How many messages a feed may be sent now; counts them as granted.
+    pub(crate) fn reserve(&self, feed: u32) -> usize {
+        let mut state = self.lock();
+        if state.is_closing || state.failure.is_some() || self.rests(&state) {
+            return 0;
+        }
+        let held = state.entries.len();
+        let sources = state.feeds.iter().filter(|feed| !feed.is_back).count();
+        let granted: usize = state.feeds.iter().filter(|feed| !feed.is_back).map(|feed| feed.permits).sum();
+        let own = &state.feeds[feed as usize];
+        let (share, free) = if own.is_back {
+            ((self.max_in_flight / 10).clamp(1, MOST_BACK), self.max_in_flight.saturating_sub(held))
+        } else {
+            let free = self.max_in_flight.saturating_sub(held + granted);
+            // Every source may have one on its way, or a small bound would starve some of them.
+            let is_starved = own.permits == 0 && held < self.max_in_flight;
+            (self.max_in_flight.div_ceil(sources).max(1), free.max(usize::from(is_starved)))
+        };
+        let wanted = free.min(share.saturating_sub(own.permits));
+        // Few large grants rather than many small ones.
+        if wanted == 0 || (own.permits > 0 && wanted < share.div_ceil(2)) {
+            return 0;
+        }
+        state.feeds[feed as usize].permits += wanted;
+        wanted
+    }
+
+    /// Takes arrivals of a feed in; answers those that go back to the broker at once, because there is no room for them.
+    pub(crate) fn arrive(&self, feed: u32, arrivals: Vec<Arrival>) -> Returned {
+        let mut returned = Vec::new();
+        let now = Timestamp::now();
+        let mut waits = false;
+        let mut state = self.lock();
+        let own = &mut state.feeds[feed as usize];
+        own.permits = own.permits.saturating_sub(arrivals.len());
+        let may_return = own.is_back || !self.keeps_order;
+        let is_resting = self.rests(&state);
+        for arrival in arrivals {
+            let is_full = state.entries.len() >= self.max_in_flight;
+            if may_return && arrival.siblings.is_none() && (is_full || is_resting) {
+                returned.push((feed, arrival.id));
+                continue;
+            }
+            let until = Timestamp::from_millis(arrival.notes.not_before);
+            let is_due = until <= now;
+            let phase = if is_due { Phase::Ready } else { Phase::Waiting { until } };
+            waits |= !is_due;
+            let entry = Entry {
+                feed,
+                id: arrival.id,
+                siblings: arrival.siblings,
+                message: Arc::new(arrival.message),
+                notes: arrival.notes,
+                arrived_at: now,
+                phase,
+            };
+            state.insert(entry);
+        }
+        drop(state);
+        self.arrived.notify_one();
+        if waits {
+            self.kept.notify_one();
+        }
+        returned
+    }
+
+    /// Hands out up to `max`; an error ends the subscription, `None` is nothing at the moment.
+    pub(crate) fn take(&self, max: usize, context: &Arc<DeliveryContext>) -> Result<Option<Received>, Error> {
+        let now = Instant::now();
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let mut received = Received { deliveries: Vec::new(), events: state.events.drain(..).collect() };
+        if state.failure.is_none() && !state.is_paused {
+            let lease_until = Timestamp::now().after(self.lease);
+            let until = now + self.lease;
+            let feeds = state.feeds.len();
+            for offset in 0..feeds {
+                let feed = &mut state.feeds[(state.next_feed + offset) % feeds];
+                while received.deliveries.len() < max {
+                    let Some((_, key)) = feed.ready.pop_first() else { break };
+                    let entry = state.entries.get_mut(&key).expect("what is ready is an entry");
+                    entry.phase = Phase::Out { until };
+                    let mut facts = DeliveryFacts::new(Token::Pair(key, 0));
+                    facts.attempt = entry.notes.failures + 1;
+                    facts.lane = Lane { index: entry.feed, epoch: feed.epoch };
+                    facts.position = Some(Position { major: entry.id.ledger_id, minor: entry.id.entry_id });
+                    facts.lease_until = Some(lease_until);
+                    received.deliveries.push(Delivery::shared(Arc::clone(&entry.message), facts, context));
+                }
+            }
+            state.next_feed = state.next_feed.wrapping_add(1) % feeds;
+        }
+        if received.deliveries.is_empty() && received.events.is_empty() {
+            return state.failure.as_ref().map_or(Ok(None), |failure| Err(failure.duplicate()));
+        }
+        drop(guard);
+        if !received.deliveries.is_empty() {
+            self.kept.notify_one();
+        }
+        Ok(Some(received))
+    }
+
+    /// Begins to settle a delivery; `None` when its lease or its consumer is over.
+    pub(crate) fn begin(&self, token: &Token, lane: Lane) -> Option<Taken> {
+        let mut state = self.lock();
+        let key = state.out(token, lane)?;
+        let attached = state.feeds[lane.index as usize].attached.clone()?;
+        let entry = state.entries.get_mut(&key)?;
+        let Phase::Out { until } = entry.phase else { return None };
+        entry.phase = Phase::Settling { until };
+        let first_at = match entry.notes.first_at {
+            0 => entry.arrived_at,
+            millis => Timestamp::from_millis(millis),
+        };
+        let (feed, id, siblings, notes) = (entry.feed, entry.id.clone(), entry.siblings.clone(), entry.notes);
+        Some(Taken { key, feed, id, siblings, notes, first_at, attached })
+    }
+
+    /// It is settled: it is not here any more. False when its consumer was lost meanwhile.
+    pub(crate) fn settled(&self, key: u64) -> bool {
+        let was_here = self.lock().entries.remove(&key).is_some();
+        self.room.notify_waiters();
+        was_here
+    }
+
+    /// It could not be settled: it is the application's again.
+    pub(crate) fn unsettled(&self, key: u64) {
+        if let Some(entry) = self.lock().entries.get_mut(&key)
+            && let Phase::Settling { until } = entry.phase
+        {
+            entry.phase = Phase::Out { until };
+        }
+    }
+
+    /// Whether it is here still.
+    pub(crate) fn has(&self, key: u64) -> bool {
+        self.lock().entries.contains_key(&key)
+    }
+
+    /// Gives a delivery back to be handed out again by this member, in its place.
+    pub(crate) fn give_back(&self, token: &Token, lane: Lane) -> bool {
+        let mut state = self.lock();
+        let Some(key) = state.out(token, lane) else { return false };
+        state.ready_again(key);
+        drop(state);
+        self.arrived.notify_one();
+        true
+    }
+
+    /// Keeps a delivery for `lease` from now.
+    pub(crate) fn extend(&self, token: &Token, lane: Lane, lease: Duration) -> bool {
+        let mut state = self.lock();
+        let Some(key) = state.out(token, lane) else { return false };
+        let Some(entry) = state.entries.get_mut(&key) else { return false };
+        entry.phase = Phase::Out { until: Instant::now() + lease };
+        drop(state);
+        self.kept.notify_one();
+        true
+    }
+
+    /// Ends leases and delays that are over; answers what goes back to the broker, and when to look again.
+    pub(crate) fn look_after(&self) -> (Returned, Instant) {
+        let (now, time) = (Instant::now(), Timestamp::now());
+        let mut next = now + Duration::from_millis(500);
+        let (mut due, mut over) = (Vec::new(), Vec::new());
+        let mut state = self.lock();
+        let gives_back = !self.keeps_order && self.rests(&state) && !state.is_closing;
+        let mut surplus = Vec::new();
+        for (key, entry) in &state.entries {
+            match entry.phase {
+                Phase::Waiting { until } if until <= time => due.push(*key),
+                // Whole milliseconds: not before it is really over.
+                Phase::Waiting { until } => next = next.min(now + until.since(time) + Duration::from_millis(1)),
+                Phase::Out { until } if until <= now => over.push(*key),
+                Phase::Out { until } => next = next.min(until),
+                Phase::Ready if gives_back && entry.siblings.is_none() => surplus.push(*key),
+                Phase::Ready | Phase::Settling { .. } => {}
+            }
+        }
+        for key in &due {
+            state.ready_again(*key);
+        }
+        let mut returned = Vec::new();
+        for key in over.iter().chain(&surplus) {
+            // Under order, and for one of a batch, it stays with this member, in its place; otherwise others may have it.
+            let stays = self.keeps_order || state.entries.get(key).is_some_and(|entry| entry.siblings.is_some());
+            if stays {
+                state.ready_again(*key);
+            } else if let Some(entry) = state.remove(*key) {
+                returned.push((entry.feed, entry.id));
+            }
+        }
+        drop(state);
+        if !due.is_empty() || !over.is_empty() {
+            self.arrived.notify_one();
+        }
+        if !returned.is_empty() {
+            self.room.notify_waiters();
+        }
+        (returned, next.max(now + Duration::from_millis(1)))
+    }
+
+    /// Whether this member works on what the feed brings: under order, who has the source has what comes back of it.
+    pub(crate) fn may_work(&self, feed: u32) -> bool {
+        let state = self.lock();
+        let source = state.feeds[feed as usize].source;
+        !self.keeps_order || source == feed || state.feeds[source as usize].attached.is_some()
+    }
+
+    /// Where a feed's commands go.
+    pub(crate) fn consumer(&self, feed: u32) -> Option<Attachment> {
+        self.lock().feeds[feed as usize].attached.clone()
+    }
+
+    /// Prefetched and delayed messages of this member that the broker counts as in flight.
+    pub(crate) fn kept_back(&self, destination: &Destination, group: &Group) -> (u64, u64) {
+        let state = self.lock();
+        let is_own = |entry: &&Entry| {
+            let feed = &state.feeds[entry.feed as usize];
+            feed.destination == *destination && feed.group == *group
+        };
+        let count = |is: fn(&Phase) -> bool| {
+            state.entries.values().filter(is_own).filter(|entry| is(&entry.phase)).count() as u64
+        };
+        (count(|phase| *phase == Phase::Ready), count(|phase| matches!(phase, Phase::Waiting { .. })))
+    }
+
+    /// Whether nobody has received for so long that what is prefetched should rather go to others.
+    fn rests(&self, state: &State) -> bool {
+        let is_late = || state.received.is_some_and(|at| at.elapsed() > self.rest());
+        state.is_paused || (!state.is_receiving && is_late())
+    }
+
+    fn rest(&self) -> Duration {
+        REST.min(self.lease / 2)
+    }
+
+    /// A receive begins or ends.
+    pub(crate) fn receiving(&self, is_receiving: bool) {
+        let mut state = self.lock();
+        let was_late = state.received.is_none_or(|at| at.elapsed() > self.rest());
+        (state.is_receiving, state.received) = (is_receiving, Some(Instant::now()));
+        drop(state);
+        if is_receiving && was_late {
+            self.room.notify_waiters();
+        }
+    }
+
+    /// Whether anything of the feed is being settled.
+    pub(crate) fn is_settling(&self, feed: u32) -> bool {
+        let state = self.lock();
+        state.entries.values().any(|entry| entry.feed == feed && matches!(entry.phase, Phase::Settling { .. }))
+    }
+}
+
+impl State {
+    fn insert(&mut self, entry: Entry) {
+        let key = self.next_key;
+        self.next_key += 1;
+        if entry.phase == Phase::Ready {
+            self.feeds[entry.feed as usize].ready.insert(entry.place(), key);
+        }
+        self.entries.insert(key, entry);
+    }
+
+    fn remove(&mut self, key: u64) -> Option<Entry> {
+        let entry = self.entries.remove(&key)?;
+        let ready = &mut self.feeds[entry.feed as usize].ready;
+        if ready.get(&entry.place()) == Some(&key) {
+            ready.remove(&entry.place());
+        }
+        Some(entry)
+    }
+
+    /// Under a new key: whoever still holds the old delivery holds nothing.
+    fn ready_again(&mut self, key: u64) {
+        if let Some(mut entry) = self.remove(key) {
+            entry.phase = Phase::Ready;
+            self.insert(entry);
+        }
+    }
+
+    /// The entry that a delivery stands for, while it is out and its lease holds.
+    fn out(&mut self, token: &Token, lane: Lane) -> Option<u64> {
+        let Token::Pair(key, _) = token else { return None };
+        if self.feeds.get(lane.index as usize).is_none_or(|feed| feed.epoch != lane.epoch) {
+            return None;
+        }
+        let entry = self.entries.get(key)?;
+        matches!(entry.phase, Phase::Out { until } if Instant::now() < until).then_some(*key)
+    }
+}

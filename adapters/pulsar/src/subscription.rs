@@ -1,0 +1,183 @@
+//! The receiving side: one member of a group, fed by one task for each topic.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anybroker_core::{
+    DeliveryContext, Error, ErrorKind, Order, Received, Result, SubscribeSpec, Subscription, TopologyMode,
+};
+use async_trait::async_trait;
+use tokio::runtime::Handle;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use crate::config::Settings;
+use crate::feed::Feed;
+use crate::names::Names;
+use crate::producer::Producer;
+use crate::settle::{Desk, PulsarSettler, Ways};
+use crate::state::{FeedState, Shared};
+use crate::topology::Topology;
+
+/// How long a subscription that is dropped takes to give back what it holds.
+const DROPPED: Duration = Duration::from_secs(10);
+
+pub(crate) struct PulsarSubscription {
+    shared: Arc<Shared>,
+    context: Arc<DeliveryContext>,
+    keeper: JoinHandle<()>,
+}
+
+impl PulsarSubscription {
+    pub(crate) async fn open(spec: &SubscribeSpec, settings: &Settings, topology: &Arc<Topology>) -> Result<Self> {
+        let operation = "subscribe";
+        let group = &spec.group;
+        let subscription = Names::subscription(group);
+        let mut ways = Vec::new();
+        let mut states = Vec::new();
+        // Local name, whole name and destination of each topic.
+        let mut topics = Vec::new();
+        for destination in &spec.destinations {
+            let partitions = match spec.topology {
+                TopologyMode::Declare => topology.ensure_group(destination, group, spec.start, operation).await?.1,
+                TopologyMode::Verify => topology.expect_group(destination, group, operation).await?,
+                TopologyMode::Leave => topology.expect(destination, operation).await?,
+            };
+            if spec.order == Order::Total && partitions > 1 {
+                let text = "the topic has partitions, which keep order each for itself; ask for order per key";
+                return Err(Error::unsupported(operation, text).with("destination", destination));
+            }
+            let window = || topology.window.clone();
+            let letters = Producer::new(topology.names.full(&Names::letters(destination, group)), window());
+            let (local, local_back) = (Names::topic(destination), Names::back(destination, group));
+            let sources = topology.topics(&local, partitions);
+            for (source, back) in sources.into_iter().zip(topology.topics(&local_back, partitions)) {
+                let way = Ways { back: Producer::new(back.clone(), window()), letters: Arc::clone(&letters) };
+                let index = u32::try_from(states.len()).expect("a subscription has few topics");
+                for (local, full, is_back) in [(&local, source, false), (&local_back, back, true)] {
+                    ways.push(way.clone());
+                    states.push(FeedState::new(destination.clone(), group.clone(), is_back, index));
+                    topics.push((local.clone(), full, destination.clone(), is_back));
+                }
+            }
+        }
+        let keeps_order = spec.order != Order::None;
+        let shared = Arc::new(Shared::new(spec.lease, spec.max_in_flight, keeps_order, states));
+        let desk = Arc::new(Desk {
+            topology: Arc::clone(topology),
+            shared: Arc::clone(&shared),
+            ways,
+            settle_timeout: settings.settle_timeout,
+        });
+        let settler = PulsarSettler { desk: Arc::clone(&desk), runtime: Handle::current() };
+        let context = DeliveryContext::new(group.clone(), spec.max_attempts, Arc::new(settler));
+        let keeper = tokio::spawn(keep(Arc::clone(&desk)));
+        let opened = Self { shared, context, keeper };
+        // Under order, whether what comes back is received here depends on who has its source: those first.
+        let (sources, backs): (Vec<_>, Vec<_>) = (0..).zip(topics).partition(|(_, topic)| !topic.3);
+        for share in [sources, backs] {
+            let mut attached = Vec::new();
+            for (index, (local, topic, destination, is_back)) in share {
+                let subscription = subscription.clone();
+                let desk = Arc::clone(&desk);
+                let feed = Feed { index, destination, local, topic, subscription, order: spec.order, is_back, desk };
+                let (first, told) = oneshot::channel();
+                tokio::spawn(feed.run(first));
+                attached.push(told);
+            }
+            for told in attached {
+                let gone = || Error::new(ErrorKind::Unavailable, operation, "the consumer could not be attached");
+                told.await.unwrap_or_else(|_| Err(gone()))?;
+            }
+        }
+        Ok(opened)
+    }
+
+    /// For closing the connection, and for lag.
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+}
+
+/// Ends leases and delays until the subscription is gone.
+async fn keep(desk: Arc<Desk>) {
+    loop {
+        let (returned, next) = desk.shared.look_after();
+        if !returned.is_empty() {
+            desk.give_back(returned);
+        }
+        tokio::select! {
+            () = tokio::time::sleep_until(next) => {}
+            () = desk.shared.kept.notified() => {}
+        }
+    }
+}
+
+/// As long as it lives, somebody waits for messages.
+struct Receiving<'a>(&'a Shared);
+
+impl<'a> Receiving<'a> {
+    fn new(shared: &'a Shared) -> Self {
+        shared.receiving(true);
+        Self(shared)
+    }
+}
+
+impl Drop for Receiving<'_> {
+    fn drop(&mut self) {
+        self.0.receiving(false);
+    }
+}
+
+#[async_trait]
+impl Subscription for PulsarSubscription {
+    fn context(&self) -> &Arc<DeliveryContext> {
+        &self.context
+    }
+
+    async fn receive(&mut self, max: usize, wait: Duration) -> Result<Received> {
+        let deadline = Instant::now() + wait;
+        let _receiving = Receiving::new(&self.shared);
+        loop {
+            if self.shared.lock().is_closing {
+                return Err(Error::closed("receive"));
+            }
+            let arrived = self.shared.arrived.notified();
+            if let Some(received) = self.shared.take(max, &self.context)? {
+                return Ok(received);
+            }
+            if tokio::time::timeout_at(deadline, arrived).await.is_err() {
+                return Ok(Received::default());
+            }
+        }
+    }
+
+    async fn pause(&mut self, paused: bool) -> Result<()> {
+        self.shared.lock().is_paused = paused;
+        self.shared.room.notify_waiters();
+        self.shared.arrived.notify_one();
+        self.shared.kept.notify_one();
+        Ok(())
+    }
+
+    async fn close(self: Box<Self>, grace: Duration) -> Result<()> {
+        let deadline = Instant::now() + grace;
+        // From here on settles are stale; those that were handed over are waited for.
+        self.context.close();
+        self.shared.close(deadline);
+        if self.shared.ended(deadline + Duration::from_millis(100)).await {
+            return Ok(());
+        }
+        let text = format!("not everything was given back within {grace:?}; it comes back when the connection ends");
+        Err(Error::new(ErrorKind::Timeout, "close", text))
+    }
+}
+
+impl Drop for PulsarSubscription {
+    fn drop(&mut self) {
+        self.context.close();
+        self.shared.close(Instant::now() + DROPPED);
+        self.keeper.abort();
+    }
+}

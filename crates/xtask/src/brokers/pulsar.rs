@@ -1,0 +1,179 @@
+//! Apache Pulsar standalone: broker, one bookie and their metadata in one process.
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+
+use super::java;
+use super::{Recipe, Site};
+
+/// 4.0.7 can loop for ever over its bookie's registration after a kill (apache/pulsar#25001, apache/bookkeeper#4686).
+const VERSION: &str = "4.2.4";
+
+/// The imported version set matters: without it Maven mixes releases of log4j, Netty and Jackson. What is excluded is
+/// needed for Kubernetes, etcd and the functions worker only.
+const POM: &str = r#"<?xml version="1.0" encoding="UTF-8"?>
+<project>
+  <modelVersion>4.0.0</modelVersion>
+  <groupId>anybroker</groupId><artifactId>server</artifactId><version>1</version><packaging>pom</packaging>
+  <dependencyManagement><dependencies><dependency>
+    <groupId>org.apache.pulsar</groupId><artifactId>pulsar</artifactId><version>VERSION</version>
+    <type>pom</type><scope>import</scope>
+  </dependency></dependencies></dependencyManagement>
+  <dependencies><dependency>
+    <groupId>org.apache.pulsar</groupId><artifactId>pulsar-broker</artifactId><version>VERSION</version>
+    <exclusions>
+      <exclusion><groupId>io.kubernetes</groupId><artifactId>*</artifactId></exclusion>
+      <exclusion><groupId>org.apache.pulsar</groupId><artifactId>jetcd-core-shaded</artifactId></exclusion>
+      <exclusion><groupId>org.apache.pulsar</groupId><artifactId>pulsar-docs-tools</artifactId></exclusion>
+      <exclusion><groupId>io.grpc</groupId><artifactId>*</artifactId></exclusion>
+      <exclusion><groupId>io.vertx</groupId><artifactId>*</artifactId></exclusion>
+      <exclusion><groupId>net.bytebuddy</groupId><artifactId>*</artifactId></exclusion>
+      <exclusion><groupId>org.conscrypt</groupId><artifactId>*</artifactId></exclusion>
+    </exclusions>
+  </dependency></dependencies>
+</project>
+"#;
+
+const LOGGING: &str = r#"<?xml version="1.0" encoding="UTF-8"?>
+<Configuration status="WARN">
+  <Appenders><Console name="Console" target="SYSTEM_OUT">
+    <PatternLayout pattern="%d{ISO8601} [%t] %-5level %logger{36} - %msg%n%throwable"/>
+  </Console></Appenders>
+  <Loggers><Root level="info"><AppenderRef ref="Console"/></Root></Loggers>
+</Configuration>
+"#;
+
+/// What Netty, BookKeeper and Jetty reach into by reflection.
+const OPENED: &[&str] = &[
+    "java.base/java.io",
+    "java.base/java.util.zip",
+    "java.base/java.nio",
+    "java.base/jdk.internal.misc",
+    "java.base/jdk.internal.platform",
+    "java.base/sun.net",
+    "java.management/sun.management",
+];
+
+/// The broker of the `pulsar://` scheme.
+pub(crate) struct Pulsar;
+
+impl Recipe for Pulsar {
+    fn name(&self) -> &'static str {
+        "pulsar"
+    }
+
+    fn version(&self) -> &'static str {
+        "Pulsar 4.2.4 (standalone)"
+    }
+
+    fn port_names(&self) -> &'static [&'static str] {
+        &["clients", "admin", "bookie"]
+    }
+
+    fn url(&self, ports: &[u16]) -> String {
+        format!("pulsar://127.0.0.1:{}?admin=http://127.0.0.1:{}", ports[0], ports[1])
+    }
+
+    fn install(&self, cache: &Path) -> Result<PathBuf> {
+        java::fetch_jars_by(cache, &format!("pulsar-{VERSION}"), &POM.replace("VERSION", VERSION))
+    }
+
+    fn prepare(&self, site: &Site<'_>) -> Result<()> {
+        fs::create_dir_all(site.folder.join("data"))?;
+        fs::write(site.folder.join("standalone.conf"), configuration(site.ports[0], site.ports[1]))?;
+        fs::write(site.folder.join("log4j2.xml"), LOGGING)?;
+        Ok(())
+    }
+
+    fn command(&self, site: &Site<'_>) -> Command {
+        let mut command = java::java(site.home, 512);
+        command
+            .args(["-Xms256m", "-XX:MaxDirectMemorySize=512m"])
+            .arg(java::prefixed("-Dlog4j.configurationFile=", &site.folder.join("log4j2.xml")))
+            .args(["-Dlog4j2.is.webapp=false", "-Dlog4j.shutdownHookEnabled=false"])
+            .args(["-Djava.net.preferIPv4Stack=true", "-Djute.maxbuffer=10485760"])
+            .arg("-Dio.netty.tryReflectionSetAccessible=true");
+        for package in OPENED {
+            command.arg("--add-opens").arg(format!("{package}=ALL-UNNAMED"));
+        }
+        let drivers = "org.apache.pulsar.metadata.bookkeeper.PulsarMetadata";
+        command
+            .arg(format!("-Dbookkeeper.metadata.bookie.drivers={drivers}BookieDriver"))
+            .arg(format!("-Dbookkeeper.metadata.client.drivers={drivers}ClientDriver"))
+            .args(["org.apache.pulsar.PulsarStandaloneStarter", "--config"])
+            .arg(site.folder.join("standalone.conf"))
+            .args(["--no-functions-worker", "--no-stream-storage", "--advertised-address", "127.0.0.1"])
+            .arg("--metadata-dir")
+            .arg(site.folder.join("data/metadata"))
+            .arg("--bookkeeper-dir")
+            .arg(site.folder.join("data/bookkeeper"))
+            .args(["--bookkeeper-port", &site.ports[2].to_string()]);
+        command
+    }
+
+    /// The ports open seconds before the namespace exists that clients use.
+    fn probe(&self, ports: &[u16]) -> Result<()> {
+        let limit = Duration::from_secs(1);
+        TcpStream::connect_timeout(&SocketAddr::from((Ipv4Addr::LOCALHOST, ports[0])), limit)?;
+        let mut stream = TcpStream::connect_timeout(&SocketAddr::from((Ipv4Addr::LOCALHOST, ports[1])), limit)?;
+        stream.set_read_timeout(Some(limit))?;
+        stream
+            .write_all(b"GET /admin/v2/namespaces/public HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")?;
+        let mut answer = Vec::new();
+        stream.take(65_536).read_to_end(&mut answer)?;
+        let answer = String::from_utf8_lossy(&answer);
+        ensure!(answer.contains("\"public/default\""), "it answers, but the namespace public/default is not there yet");
+        Ok(())
+    }
+}
+
+/// Read twice: by the broker, and by the bookie. Keys that they do not know are ignored without a word.
+fn configuration(port: u16, admin: u16) -> String {
+    format!(
+        "clusterName=standalone
+brokerServicePort={port}
+webServicePort={admin}
+bindAddress=127.0.0.1
+advertisedAddress=127.0.0.1
+metadataStoreUrl=
+configurationMetadataStoreUrl=
+# One bookie: with the default of two copies no topic could be created.
+managedLedgerDefaultEnsembleSize=1
+managedLedgerDefaultWriteQuorum=1
+managedLedgerDefaultAckQuorum=1
+# Idle topics are kept.
+brokerDeleteInactiveTopicsEnabled=false
+transactionCoordinatorEnabled=true
+systemTopicEnabled=true
+topicLevelPoliciesEnabled=true
+acknowledgmentAtBatchIndexLevelEnabled=true
+delayedDeliveryEnabled=true
+delayedDeliveryTickTimeMillis=100
+forceDeleteNamespaceAllowed=true
+forceDeleteTenantAllowed=true
+# Acks are written as they come. By default a cursor is written once a second, and the rest every 60 s.
+managedLedgerDefaultMarkDeleteRateLimit=0
+# A small machine.
+numIOThreads=2
+numHttpServerThreads=8
+managedLedgerCacheSizeMB=64
+# The bookie.
+allowLoopback=true
+listeningInterface=lo
+allowEphemeralPorts=true
+journalSyncData=true
+journalPreAllocSizeMB=4
+journalMaxGroupWaitMSec=1
+gcWaitTime=300000
+diskUsageThreshold=0.99
+diskUsageWarnThreshold=0.98
+diskUsageLwmThreshold=0.97
+"
+    )
+}
