@@ -45,6 +45,35 @@ async fn totals_are_the_same_on_brokers_that_are_awkward() {
     }
 }
 
+/// Real servers: the features of this crate bring their adapters in, `cargo xtask brokers up` names their URLs.
+const SERVERS: &[(&str, bool, &str)] = &[
+    ("kafka", cfg!(feature = "kafka"), "ANYBROKER_TEST_KAFKA_URL"),
+    ("nats", cfg!(feature = "nats"), "ANYBROKER_TEST_NATS_URL"),
+    ("sqs", cfg!(feature = "sqs"), "ANYBROKER_TEST_MOTO_URL"),
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn totals_are_the_same_on_every_server_that_runs() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, built, variable) in SERVERS {
+        let Ok(url) = std::env::var(variable) else {
+            println!("{name}: not run, {variable} is not set");
+            assert!(std::env::var_os("ANYBROKER_TEST_REQUIRE_BROKERS").is_none(), "{variable} is not set");
+            continue;
+        };
+        if !built {
+            println!("{name}: not run, its feature is off");
+            continue;
+        }
+        let file = format!(concat!(env!("CARGO_MANIFEST_DIR"), "/config/{}.toml"), name);
+        let summary = run(Config::from_file(&file).unwrap().with("url", url), &folder.path().join(name)).await;
+        assert_eq!(summary.totals, expected(), "{name}");
+        let fed = summary.fed.as_ref().unwrap();
+        assert_eq!((fed.lines, fed.unreadable.len(), fed.failed.len()), (3060, 12, 0), "{name}");
+        println!("{name}: the same totals as everywhere");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_run_on_the_same_broker_changes_no_total_and_a_redriven_letter_counts_once() {
     let folder = tempfile::tempdir().unwrap();
