@@ -17,8 +17,8 @@
 //!
 //! # Features
 //!
-//! One per adapter (`memory`, `embedded`, `kafka`, `nats`, `sqs`), `worker` and `events`. A feature adds an adapter and
-//! changes nothing else; without default features no broker client is built.
+//! One per adapter (`memory`, `embedded`, `kafka`, `nats`, `pulsar`, `sqs`), `worker` and `events`. A feature adds an
+//! adapter and changes nothing else; without default features no broker client is built.
 
 pub use anybroker_core::*;
 
@@ -32,6 +32,8 @@ pub use anybroker_kafka as kafka;
 pub use anybroker_memory as memory;
 #[cfg(feature = "nats")]
 pub use anybroker_nats as nats;
+#[cfg(feature = "pulsar")]
+pub use anybroker_pulsar as pulsar;
 #[cfg(feature = "sqs")]
 pub use anybroker_sqs as sqs;
 #[cfg(feature = "worker")]
@@ -49,6 +51,8 @@ pub fn registry() -> Registry {
     let registry = registry.with(kafka::KafkaDriver);
     #[cfg(feature = "nats")]
     let registry = registry.with(nats::NatsDriver);
+    #[cfg(feature = "pulsar")]
+    let registry = registry.with(pulsar::PulsarDriver);
     #[cfg(feature = "sqs")]
     let registry = registry.with(sqs::SqsDriver);
     registry

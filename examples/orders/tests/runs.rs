@@ -49,6 +49,7 @@ async fn totals_are_the_same_on_brokers_that_are_awkward() {
 const SERVERS: &[(&str, bool, &str)] = &[
     ("kafka", cfg!(feature = "kafka"), "ANYBROKER_TEST_KAFKA_URL"),
     ("nats", cfg!(feature = "nats"), "ANYBROKER_TEST_NATS_URL"),
+    ("pulsar", cfg!(feature = "pulsar"), "ANYBROKER_TEST_PULSAR_URL"),
     ("sqs", cfg!(feature = "sqs"), "ANYBROKER_TEST_MOTO_URL"),
 ];
 
