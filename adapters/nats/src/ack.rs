@@ -1,7 +1,20 @@
 //! Ack subjects: what the server says about a delivery.
 
-/// Deliveries, stream sequence and time out of an ack subject, of which there are two forms (nats-server ADR-15).
-pub(crate) fn parse(ack: &str) -> Option<(u32, u64, i64)> {
+/// A delivery, as its ack subject has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Ack {
+    /// How often the message was handed out, this time included.
+    pub(crate) delivered: u32,
+    /// Its place in the stream.
+    pub(crate) sequence: u64,
+    /// How many deliveries the consumer has made, of any message.
+    pub(crate) count: u64,
+    /// When it was stored, in nanoseconds of Unix time.
+    pub(crate) nanos: i64,
+}
+
+/// Reads an ack subject, of which there are two forms (nats-server ADR-15).
+pub(crate) fn parse(ack: &str) -> Option<Ack> {
     let tokens: Vec<&str> = ack.split('.').collect();
     let first = match tokens.len() {
         9 => 4,
@@ -10,12 +23,13 @@ pub(crate) fn parse(ack: &str) -> Option<(u32, u64, i64)> {
     };
     let number = |index: usize| tokens.get(index)?.parse::<u64>().ok();
     let delivered = u32::try_from(number(first)?).unwrap_or(u32::MAX);
-    Some((delivered, number(first + 1)?, i64::try_from(number(first + 3)?).ok()?))
+    let (sequence, count) = (number(first + 1)?, number(first + 2)?);
+    Some(Ack { delivered, sequence, count, nanos: i64::try_from(number(first + 3)?).ok()? })
 }
 
 /// The stream sequence in an ack subject.
 pub(crate) fn sequence_of(ack: &str) -> Option<u64> {
-    parse(ack).map(|(_, sequence, _)| sequence)
+    parse(ack).map(|ack| ack.sequence)
 }
 
 #[cfg(test)]
@@ -24,9 +38,9 @@ mod tests {
 
     #[test]
     fn both_forms_of_ack_subjects_are_read() {
-        let time = 1_700_000_000_000_000_000;
-        assert_eq!(parse("$JS.ACK.s.c.2.17.5.1700000000000000000.3"), Some((2, 17, time)));
-        assert_eq!(parse("$JS.ACK.domain.hash.s.c.2.17.5.1700000000000000000.3.random"), Some((2, 17, time)));
+        let expected = Ack { delivered: 2, sequence: 17, count: 5, nanos: 1_700_000_000_000_000_000 };
+        assert_eq!(parse("$JS.ACK.s.c.2.17.5.1700000000000000000.3"), Some(expected));
+        assert_eq!(parse("$JS.ACK.domain.hash.s.c.2.17.5.1700000000000000000.3.random"), Some(expected));
         assert_eq!(parse("$JS.ACK.s.c.2"), None);
         assert_eq!(parse("other"), None);
     }

@@ -185,8 +185,14 @@ impl Desk {
         let _ = self.link.client.publish(subject, body.into()).await;
     }
 
-    /// Gives everything of a feed back to the server, in order, without counting a failure.
-    pub(crate) async fn give_back(&self, feed: u32, entries: Vec<Surrendered>, deadline: Instant) -> Result<()> {
+    /// Gives everything of a feed back to the server, in order, without counting a failure; it comes again after `delay`.
+    pub(crate) async fn give_back(
+        &self,
+        feed: u32,
+        entries: Vec<Surrendered>,
+        delay: Duration,
+        deadline: Instant,
+    ) -> Result<()> {
         let spared = entries.iter().filter_map(|entry| Some((entry.sequence, entry.spared.as_ref()?)));
         let writings: Vec<Writing> = spared.map(|(sequence, record)| self.record_of(feed, sequence, record)).collect();
         if !writings.is_empty() {
@@ -194,10 +200,8 @@ impl Desk {
                 outcome?;
             }
         }
-        let tellings: Vec<Telling> = entries
-            .into_iter()
-            .map(|entry| Telling { feed, key: None, ack: entry.ack, payload: nak(Duration::ZERO) })
-            .collect();
+        let tellings: Vec<Telling> =
+            entries.into_iter().map(|entry| Telling { feed, key: None, ack: entry.ack, payload: nak(delay) }).collect();
         self.tell(&tellings, deadline).await.into_iter().collect()
     }
 }

@@ -11,7 +11,7 @@ use async_nats::{HeaderMap, Message, StatusCode};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::ack;
+use crate::ack::{self, Ack};
 use crate::codec::{self, Stored};
 use crate::desk::Desk;
 use crate::inbox::Inbox;
@@ -42,6 +42,12 @@ pub(crate) struct Feed {
     look_below: u64,
     is_ready: bool,
     is_resting: bool,
+    /// The consumer's count of its last delivery that came here.
+    last: Option<u64>,
+    /// Under order: deliveries went elsewhere, to a connection that was lost.
+    is_missing: bool,
+    /// Until when they come back.
+    held_until: Option<Instant>,
 }
 
 impl Feed {
@@ -68,6 +74,9 @@ impl Feed {
             look_below,
             is_ready,
             is_resting,
+            last: None,
+            is_missing: false,
+            held_until: None,
         })
     }
 
@@ -113,6 +122,7 @@ impl Feed {
                 _ = self.link.changed() => self.on_link().await,
                 () = room => {}
                 () = tokio::time::sleep_until(rest.unwrap_or(watchdog)), if rest.is_some() => {}
+                () = tokio::time::sleep_until(self.held_until.unwrap_or(watchdog)), if self.held_until.is_some() => {}
                 () = tokio::time::sleep_until(look), if self.owner.is_some() => {}
                 () = tokio::time::sleep_until(watchdog) => self.on_silence().await,
             }
@@ -136,7 +146,7 @@ impl Feed {
         if !self.is_ready {
             match self.get_ready().await {
                 Ok(()) => self.is_ready = true,
-                Err(error) if error.kind() == ErrorKind::NotFound => return Err(error),
+                Err(error) if is_final(&error) => return Err(error),
                 Err(error) => {
                     tracing::debug!(%error, "not ready to pull");
                     tokio::time::sleep(Duration::from_millis(100)).await;
@@ -146,6 +156,17 @@ impl Feed {
             }
         }
         self.look_after_turn(look).await?;
+        if self.is_missing {
+            self.wait_for_missing().await?;
+        }
+        match self.held_until {
+            Some(until) if Instant::now() < until => return Ok(()),
+            Some(_) => {
+                self.held_until = None;
+                self.desk.shared.hold(self.index, false);
+            }
+            None => {}
+        }
         let rests = self.desk.shared.is_resting();
         if rests && !self.is_resting {
             self.rest().await?;
@@ -186,11 +207,30 @@ impl Feed {
         self.renew_inbox().await?;
         let entries = self.desk.shared.surrender(self.index, false);
         let deadline = Instant::now() + self.desk.settle_timeout;
-        if let Err(error) = self.desk.give_back(self.index, entries, deadline).await {
+        self.last = None;
+        if let Err(error) = self.desk.give_back(self.index, entries, Duration::ZERO, deadline).await {
             // It comes back when its leases end.
             tracing::debug!(%error, "not everything could be given back");
         }
         self.desk.shared.room.notify_waiters();
+        Ok(())
+    }
+
+    /// Messages were sent to a connection that was lost, and come back when the server's patience ends. Under order
+    /// everything behind them goes back too, to come after them.
+    async fn wait_for_missing(&mut self) -> Result<()> {
+        let ack_wait = self.desk.shared.lock().feeds[self.index as usize].ack_wait;
+        tracing::debug!(destination = %self.destination, ?ack_wait, "waiting for deliveries that were lost");
+        self.take_in().await;
+        self.renew_inbox().await?;
+        let entries = self.desk.shared.surrender(self.index, false);
+        let deadline = Instant::now() + self.desk.settle_timeout;
+        let behind = ack_wait + Duration::from_millis(500);
+        if let Err(error) = self.desk.give_back(self.index, entries, behind, deadline).await {
+            tracing::debug!(%error, "not everything could be given back");
+        }
+        self.held_until = Some(Instant::now() + behind + Duration::from_millis(300));
+        (self.is_missing, self.last) = (false, None);
         Ok(())
     }
 
@@ -227,10 +267,11 @@ impl Feed {
             Ok(Change::Renewed) => shared.keep_fence(self.index, owner.fence()),
             Ok(Change::Lost) => {
                 shared.lose(self.index);
+                (self.last, self.is_missing, self.held_until) = (None, false, None);
                 self.renew_inbox().await?;
             }
             Ok(Change::None) => {}
-            Err(error) if error.kind() == ErrorKind::NotFound => return Err(error),
+            Err(error) if is_final(&error) => return Err(error),
             // The fence stops deliveries in time, should it stay like this.
             Err(error) => tracing::debug!(%error, "could not look after the claim"),
         }
@@ -243,7 +284,12 @@ impl Feed {
             return self.on_status(status, &message).await;
         }
         let Some(ack) = message.reply.clone() else { return Ok(()) };
-        let Some((delivered, sequence, nanos)) = ack::parse(&ack) else { return Ok(()) };
+        let Some(Ack { delivered, sequence, count, nanos }) = ack::parse(&ack) else { return Ok(()) };
+        let is_next = self.last.replace(count).is_none_or(|last| count == last + 1);
+        if self.owner.is_some() && !is_next {
+            self.desk.shared.hold(self.index, true);
+            self.is_missing = true;
+        }
         let scope = &self.desk.scopes[self.index as usize];
         let time = Timestamp::from_millis(nanos / 1_000_000);
         let stored = Stored { stream: &scope.stream, sequence, time };
@@ -366,7 +412,7 @@ impl Feed {
             }
             let entries = shared.surrender(self.index, true);
             if is_owner || self.owner.is_none() {
-                self.desk.give_back(self.index, entries, deadline).await?;
+                self.desk.give_back(self.index, entries, Duration::ZERO, deadline).await?;
             }
             match &mut self.owner {
                 Some(owner) => owner.release().await,
@@ -380,4 +426,9 @@ impl Feed {
             Err(_) => tracing::debug!("not everything could be given back in time"),
         }
     }
+}
+
+/// What trying again does not change.
+fn is_final(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::PermissionDenied)
 }

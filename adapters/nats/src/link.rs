@@ -47,6 +47,7 @@ impl Link {
     async fn connect_to_any(settings: &Settings) -> Result<Self> {
         let (sender, state) = watch::channel(State { epoch: 0, is_connected: true });
         let sender = Arc::new(sender);
+        let noticed_state = Arc::clone(&sender);
         let denials = Arc::new(Denials::default());
         // Its inbox is only known once it is connected.
         let noticed: Arc<OnceLock<Arc<Board>>> = Arc::default();
@@ -79,7 +80,7 @@ impl Link {
             subscribed.map_err(|error| Error::new(ErrorKind::Unavailable, "connect", error.to_string()))?;
         let board = Arc::new(Board::new(inbox));
         let _ = noticed.set(Arc::clone(&board));
-        let noted = Arc::clone(&board);
+        let (noted, connection) = (Arc::clone(&board), client.clone());
         let listener = tokio::spawn(async move {
             let mut sweep = tokio::time::interval(SWEEP);
             loop {
@@ -88,7 +89,14 @@ impl Link {
                         Some(answer) => noted.note(answer),
                         None => return,
                     },
-                    _ = sweep.tick() => noted.sweep(),
+                    _ = sweep.tick() => {
+                        noted.sweep();
+                        // The client drops events when there are too many of them (async-nats 0.51, `try_send`).
+                        let is_connected = connection.connection_state() == async_nats::connection::State::Connected;
+                        noticed_state.send_if_modified(|state| {
+                            is_connected && !std::mem::replace(&mut state.is_connected, true)
+                        });
+                    }
                 }
             }
         });

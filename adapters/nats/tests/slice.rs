@@ -245,7 +245,10 @@ async fn delayed_messages_need_a_stream_that_is_made_for_them() {
     assert_eq!((first.position, first.duplicate, second.duplicate), (None, false, true));
     let came = receive(&mut subscriber, 1).await.remove(0);
     assert!(begun.elapsed() >= Duration::from_millis(300), "{:?}", begun.elapsed());
-    assert_eq!((came.message().id(), came.message().key(), came.message().headers().len()), (message.id(), message.key(), 1));
+    assert_eq!(
+        (came.message().id(), came.message().key(), came.message().headers().len()),
+        (message.id(), message.key(), 1)
+    );
     came.ack().await.unwrap();
     nothing(&mut subscriber).await;
     subscriber.close(LONG).await.unwrap();

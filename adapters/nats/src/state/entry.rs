@@ -25,6 +25,8 @@ pub(crate) struct FeedState {
     pub(crate) asked: usize,
     /// Later messages of a key wait for one that failed.
     pub(super) blocks: Option<Order>,
+    /// Under order: earlier messages are on their way back.
+    pub(super) is_held: bool,
     /// The failed messages of each key (of everything, under total order) that are not settled for good.
     pub(super) blocked: HashMap<Bytes, BTreeSet<u64>>,
     pub(super) ready: BTreeMap<u64, u32>,
@@ -34,7 +36,7 @@ pub(crate) struct FeedState {
 impl FeedState {
     pub(crate) fn new(destination: Destination, group: Group, keeps_order: bool, ack_wait: Duration) -> Self {
         let (fence, epoch, asked, blocks, blocked) = Default::default();
-        let (ready, looking) = Default::default();
+        let (ready, looking, is_held) = Default::default();
         Self {
             destination,
             group,
@@ -46,6 +48,7 @@ impl FeedState {
             asked,
             blocks,
             blocked,
+            is_held,
             ready,
             looking,
         }
@@ -92,7 +95,7 @@ impl FeedState {
     }
 
     pub(super) fn may_deliver(&self, now: Instant) -> bool {
-        self.is_active && self.fence.is_none_or(|fence| now < fence)
+        self.is_active && !self.is_held && self.fence.is_none_or(|fence| now < fence)
     }
 }
 

@@ -40,11 +40,17 @@ impl Shared {
         self.room.notify_waiters();
     }
 
+    /// Under order: nothing is handed out while earlier messages are on their way back.
+    pub(crate) fn hold(&self, feed: u32, is_held: bool) {
+        self.lock().feeds[feed as usize].is_held = is_held;
+        self.arrived.notify_one();
+    }
+
     /// The lane is another member's: nothing of it can be settled here any more.
     pub(crate) fn lose(&self, feed: u32) {
         let mut state = self.lock();
         let own = &mut state.feeds[feed as usize];
-        (own.is_active, own.fence, own.asked) = (false, None, 0);
+        (own.is_active, own.is_held, own.fence, own.asked) = (false, false, None, 0);
         let lane = Lane { index: feed, epoch: own.epoch };
         state.drop_feed(feed);
         state.events.push_back(SubscriptionEvent::Lost { lane });
