@@ -7,6 +7,7 @@ mod folders;
 mod interrupt;
 mod report;
 mod test;
+mod tools;
 mod workspace;
 
 use std::process::ExitCode;

@@ -11,8 +11,10 @@ use crate::brokers::{self, Endpoint, How, PrivateInstance};
 use crate::child::{self, cargo, output_of};
 use crate::folders;
 use crate::report::{Report, Verdict};
+use crate::tools;
 use crate::workspace;
 
+const TOOLS: &str = "tools";
 const FORMAT: &str = "format";
 const LINTS: &str = "lints";
 const DOCUMENTATION: &str = "documentation";
@@ -25,8 +27,19 @@ const BROKERS_DOWN: &str = "brokers down";
 const FIRST_COMMAND: &str = "first command";
 
 /// In this order: what is quick to fail comes first.
-const STEPS: &[&str] =
-    &[FORMAT, LINTS, DOCUMENTATION, DEPENDENCIES, LICENCES, ADVISORIES, BROKERS_UP, TESTS, BROKERS_DOWN, FIRST_COMMAND];
+const STEPS: &[&str] = &[
+    TOOLS,
+    FORMAT,
+    LINTS,
+    DOCUMENTATION,
+    DEPENDENCIES,
+    LICENCES,
+    ADVISORIES,
+    BROKERS_UP,
+    TESTS,
+    BROKERS_DOWN,
+    FIRST_COMMAND,
+];
 
 /// No step of a healthy run comes near it, even from nothing on a small machine.
 const STEP_LIMIT: Duration = Duration::from_secs(40 * 60);
@@ -72,6 +85,7 @@ impl Test {
     }
 
     fn steps(&self, report: &mut Report) -> Result<()> {
+        report.step(TOOLS, || tools::provide(!self.fast && !self.no_brokers))?;
         report.step(FORMAT, || passes(cargo(["fmt", "--all", "--check"])))?;
         report.step(LINTS, || {
             passes(cargo(["clippy", "--workspace", "--all-targets", "--all-features", "--", "-D", "warnings"]))

@@ -10,6 +10,7 @@ mod nats;
 mod ports;
 mod process;
 mod pulsar;
+mod rabbitmq;
 mod server;
 mod sqs;
 
@@ -22,7 +23,8 @@ pub(crate) use instance::{Endpoint, How, PrivateInstance};
 use server::{Condition, Server};
 
 /// Every broker that can be started natively. Adding one: its own file, and one line here.
-static RECIPES: &[&dyn Recipe] = &[&kafka::Kafka, &moto::Moto, &nats::Nats, &pulsar::Pulsar, &sqs::ElasticMq];
+static RECIPES: &[&dyn Recipe] =
+    &[&kafka::Kafka, &moto::Moto, &nats::Nats, &pulsar::Pulsar, &rabbitmq::RabbitMq, &sqs::ElasticMq];
 
 /// How one broker is fetched, configured, run and probed.
 pub(crate) trait Recipe: Sync {
@@ -116,9 +118,9 @@ mod tests {
             let given: Vec<String> = given.iter().map(|&name| name.to_owned()).collect();
             recipes(&given).map(|chosen| chosen.iter().map(|recipe| recipe.name()).collect::<Vec<_>>())
         };
-        assert_eq!(names(&[]).unwrap(), ["kafka", "moto", "nats", "pulsar", "sqs"]);
+        assert_eq!(names(&[]).unwrap(), ["kafka", "moto", "nats", "pulsar", "rabbitmq", "sqs"]);
         assert_eq!(names(&["sqs", "sqs"]).unwrap(), ["sqs"]);
-        assert!(names(&["rabbit"]).unwrap_err().to_string().contains("kafka, moto, nats, pulsar, sqs"));
+        assert!(names(&["rabbits"]).unwrap_err().to_string().contains("kafka, moto, nats, pulsar, rabbitmq, sqs"));
     }
 
     #[test]

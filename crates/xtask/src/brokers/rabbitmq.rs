@@ -1,0 +1,185 @@
+//! RabbitMQ 4: Debian trixie's package in a root folder of its own, an ordinary loopback process without a container engine.
+//!
+//! Debian 12's own RabbitMQ is 3.10, whose quorum queues lack what the adapter needs; so `mmdebstrap` builds a small root
+//! folder once, and the server runs in it by `chroot`. Every server has its mounts to itself (`unshare`): its folder is
+//! bound into the root folder, and nothing stays mounted when it ends.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::{Recipe, Site};
+
+const SUITE: &str = "trixie";
+/// Where the server's own folder is inside of the root folder.
+const INSIDE: &str = "/srv";
+const TOOLS: &[&str] = &["mmdebstrap", "unshare", "chroot", "mount"];
+
+/// The broker of the `amqp://` scheme.
+pub(crate) struct RabbitMq;
+
+impl Recipe for RabbitMq {
+    fn name(&self) -> &'static str {
+        "rabbitmq"
+    }
+
+    fn version(&self) -> &'static str {
+        "RabbitMQ 4.0 (Debian trixie)"
+    }
+
+    fn port_names(&self) -> &'static [&'static str] {
+        &["clients", "admin", "distribution", "port mapper"]
+    }
+
+    fn url(&self, ports: &[u16]) -> String {
+        format!("amqp://127.0.0.1:{}/%2f?admin=http://127.0.0.1:{}", ports[0], ports[1])
+    }
+
+    fn obstacle(&self, cache: &Path) -> Option<String> {
+        if !cfg!(target_os = "linux") {
+            return Some("it runs in a Debian root folder, which takes Linux".to_owned());
+        }
+        if !rustix::process::geteuid().is_root() {
+            return Some("it runs in a Debian root folder, which takes root".to_owned());
+        }
+        let is_built = is_complete(&home(cache));
+        let missing = TOOLS.iter().filter(|tool| !(is_installed(tool) || is_built && **tool == "mmdebstrap"));
+        let missing: Vec<&str> = missing.copied().collect();
+        (!missing.is_empty()).then(|| format!("{} not installed (Debian's package names)", missing.join(", ")))
+    }
+
+    fn install(&self, cache: &Path) -> Result<PathBuf> {
+        let home = home(cache);
+        if let Some(obstacle) = self.obstacle(cache) {
+            bail!("{obstacle}; or name a server in ANYBROKER_TEST_RABBITMQ_URL and use --how urls");
+        }
+        if is_complete(&home) {
+            return Ok(home);
+        }
+        eprintln!("RabbitMQ 4: building a root folder of Debian {SUITE} in {}", home.display());
+        fs::create_dir_all(cache)?;
+        // Built beside the final place and renamed: an interrupted build leaves nothing that looks complete.
+        let staging = tempfile::Builder::new().prefix("building-").tempdir_in(cache)?;
+        let root = staging.path().join("root");
+        let status = Command::new("mmdebstrap")
+            .args(["--quiet", "--variant=minbase", "--components=main", "--include=rabbitmq-server", SUITE])
+            .arg(&root)
+            .stdin(Stdio::null())
+            // Standard output belongs to the `export` lines.
+            .stdout(std::io::stderr())
+            .status()
+            .context("could not start mmdebstrap")?;
+        ensure!(status.success(), "mmdebstrap could not build the root folder ({status}); see its output above");
+        fs::create_dir_all(root.join(&INSIDE[1..]))?;
+        fs::rename(&root, &home).context("could not move the root folder to its place")?;
+        ensure!(is_complete(&home), "the root folder has no RabbitMQ");
+        Ok(home)
+    }
+
+    fn prepare(&self, site: &Site<'_>) -> Result<()> {
+        fs::create_dir_all(site.folder.join("home"))?;
+        fs::write(site.folder.join("rabbitmq.conf"), configuration(site))?;
+        fs::write(site.folder.join("plugins"), "[rabbitmq_management].\n")?;
+        Ok(())
+    }
+
+    /// The port mapper stays in the foreground and in the server's process group: it ends with it, whatever ends it.
+    fn command(&self, site: &Site<'_>) -> Command {
+        let script = "mount --bind \"$1\" \"$0$2\" && mount -t proc proc \"$0/proc\" && \
+            exec chroot \"$0\" sh -c 'epmd -port \"$ERL_EPMD_PORT\" & exec /usr/lib/rabbitmq/bin/rabbitmq-server'";
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", script]).arg(site.home).arg(site.folder).arg(INSIDE);
+        command.env_clear();
+        let own = |name: &str| format!("{INSIDE}/{name}");
+        command.envs([
+            ("PATH", "/usr/sbin:/usr/bin:/sbin:/bin".to_owned()),
+            ("LANG", "C.UTF-8".to_owned()),
+            ("HOME", own("home")),
+            ("RABBITMQ_NODENAME", format!("anybroker{}@localhost", site.ports[0])),
+            ("RABBITMQ_DIST_PORT", site.ports[2].to_string()),
+            ("ERL_EPMD_PORT", site.ports[3].to_string()),
+            ("ERL_EPMD_ADDRESS", "127.0.0.1".to_owned()),
+            ("RABBITMQ_CONFIG_FILE", own("rabbitmq.conf")),
+            ("RABBITMQ_ENABLED_PLUGINS_FILE", own("plugins")),
+            ("RABBITMQ_MNESIA_BASE", own("data")),
+            ("RABBITMQ_LOG_BASE", own("log")),
+            // Two schedulers: what a test machine has cores for.
+            ("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", "+S 2:2".to_owned()),
+        ]);
+        command
+    }
+
+    /// The management plugin comes last; clients are greeted before.
+    fn probe(&self, ports: &[u16]) -> Result<()> {
+        let limit = Duration::from_secs(1);
+        let connect = |port: u16| -> Result<TcpStream> {
+            let stream = TcpStream::connect_timeout(&SocketAddr::from((Ipv4Addr::LOCALHOST, port)), limit)?;
+            stream.set_read_timeout(Some(limit))?;
+            stream.set_write_timeout(Some(limit))?;
+            Ok(stream)
+        };
+        let mut stream = connect(ports[0])?;
+        stream.write_all(b"AMQP\x00\x00\x09\x01")?;
+        let mut lead = [0; 1];
+        std::io::Read::read_exact(&mut stream, &mut lead).context("it does not answer like a RabbitMQ server")?;
+        ensure!(lead[0] == 1, "it does not answer like a RabbitMQ server");
+        let mut stream = connect(ports[1])?;
+        stream.write_all(
+            b"GET /api/health/checks/local-alarms HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
+              Authorization: Basic Z3Vlc3Q6Z3Vlc3Q=\r\n\r\n",
+        )?;
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line)?;
+        ensure!(line.contains(" 200 "), "its management plugin answers {}", line.trim());
+        Ok(())
+    }
+}
+
+fn home(cache: &Path) -> PathBuf {
+    cache.join(format!("rabbitmq-{SUITE}"))
+}
+
+fn is_complete(home: &Path) -> bool {
+    home.join("usr/lib/rabbitmq/bin/rabbitmq-server").is_file() && home.join(&INSIDE[1..]).is_dir()
+}
+
+fn is_installed(tool: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(tool).is_file())
+}
+
+/// Everything on the loopback interface. The guest user may connect from there by default.
+fn configuration(site: &Site<'_>) -> String {
+    format!(
+        "listeners.tcp.1 = 127.0.0.1:{clients}\n\
+         management.tcp.ip = 127.0.0.1\n\
+         management.tcp.port = {admin}\n\
+         collect_statistics_interval = 1000\n\
+         disk_free_limit.absolute = 200MB\n\
+         log.file.level = warning\n",
+        clients = site.ports[0],
+        admin = site.ports[1],
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_url_names_the_admin_endpoint_too() {
+        let url = RabbitMq.url(&[20_001, 20_002, 20_003, 20_004]);
+        assert_eq!(url, "amqp://127.0.0.1:20001/%2f?admin=http://127.0.0.1:20002");
+    }
+
+    #[test]
+    fn a_folder_without_a_server_is_not_complete() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(!is_complete(folder.path()));
+    }
+}
