@@ -91,6 +91,13 @@ impl Env {
         if self.record.start_latest.is_given() { Start::Latest } else { Start::Earliest }
     }
 
+    /// How many of `count` messages of one key a member can hold unsettled at a time: a queue that locks a key while some of
+    /// it are out (message groups) brings what one receive brings.
+    pub(crate) fn of_one_key(&self, count: usize) -> usize {
+        let limit = self.record.limits.receive_batch.filter(|_| self.record.key_order.is_given());
+        limit.and_then(|limit| usize::try_from(limit).ok()).map_or(count, |limit| limit.min(count))
+    }
+
     /// A lease short enough to wait for.
     pub(crate) fn lease(&self) -> Duration {
         self.harness.lease().max(Duration::from_millis(self.record.limits.lease_min_ms.unwrap_or(0)))

@@ -118,7 +118,6 @@ impl SqsBroker {
             queues: prepared.0,
             lane: u32::try_from(lane).expect("few destinations"),
             lease: spec.lease,
-            on_failure: spec.on_failure,
             is_total: self.settings.is_total,
             leases: Mutex::default(),
             forgiven: Arc::clone(&self.forgiven),

@@ -27,7 +27,9 @@ pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
         at_least_once: Support::Native,
         key_order: given(is_fifo, fifo),
         total_order: given(is_fifo && settings.is_total, "set mode = \"fifo\" and message_group = \"one\""),
-        block_on_failure: given(is_fifo, fifo),
+        block_on_failure: refused(
+            "left in its place a failed message has SQS's count of hand-overs only; JetStream and the embedded broker block",
+        ),
         park_on_failure: refused("a queue cannot be asked for what is behind a message; the embedded broker parks"),
         parallelism: Parallelism::Any,
         ack_granularity: AckGranularity::Individual,
@@ -35,21 +37,17 @@ pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
         late_ack: LateAck::Refused,
         nack: Support::emulated(match is_fifo {
             false => "a copy that counts the failure, then the message is deleted: SQS counts hand-overs only",
-            true => "a copy at the end of its key, unless on_failure is block",
+            true => "a copy that counts the failure, at the end of its key; then the message is deleted",
         }),
         nack_delay: Support::emulated(match is_fifo {
             false => "SQS holds the copy back up to 900 s; beyond that it is received once and put back",
-            true => "the copy waits in a standard queue of the group, unless on_failure is block",
+            true => "the copy waits in a standard queue of the group, because FIFO queues delay no single messages",
         }),
         release: Support::emulated("SQS counts the hand-over; only this connection does not"),
         lease: Support::Native,
         lease_extension: Support::Native,
-        // Where a failed message blocks its key it cannot be replaced by a copy, and SQS's count is all there is.
-        attempt_count: if is_fifo { AttemptCount::Approximate } else { AttemptCount::Exact },
-        crash_count: match is_fifo {
-            false => Support::emulated("SQS's count, with what other connections have prefetched and given back"),
-            true => refused("where failures block their key, SQS has one count for both; set mode = \"standard\""),
-        },
+        attempt_count: AttemptCount::Exact,
+        crash_count: Support::emulated("SQS's count, with what other connections have prefetched and given back"),
         dead_letter: Support::emulated("a second request, before the source is deleted"),
         dead_letter_atomicity: DeadLetterAtomicity::StoredFirst,
         dead_letter_browse: Browse::Leasing,

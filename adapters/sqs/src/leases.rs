@@ -26,26 +26,41 @@ pub(crate) struct Lease {
 #[derive(Default)]
 pub(crate) struct Leases {
     out: HashMap<Bytes, Lease>,
+    /// How many of a message group are out.
+    groups: HashMap<String, u32>,
+    /// What goes back to its place as soon as nothing of its message group is out: SQS would hand it to another member
+    /// while this one holds later messages of the key.
+    returning: HashMap<String, Vec<Bytes>>,
 }
 
 impl Leases {
     pub(crate) fn hand_out(&mut self, handle: Bytes, lease: Lease) {
+        if let Some(group) = &lease.group {
+            match self.groups.get_mut(group) {
+                Some(count) => *count += 1,
+                None => drop(self.groups.insert(group.clone(), 1)),
+            }
+        }
         self.out.insert(handle, lease);
     }
 
     /// Takes the message from the member, unless its lease is over.
     pub(crate) fn take(&mut self, handle: &Bytes) -> Option<Lease> {
-        self.out.remove(handle).filter(|lease| lease.until > Instant::now())
+        let lease = self.out.remove(handle)?;
+        if let Some(group) = &lease.group
+            && let Some(count) = self.groups.get_mut(group)
+        {
+            *count -= 1;
+            if *count == 0 {
+                self.groups.remove(group);
+            }
+        }
+        (lease.until > Instant::now()).then_some(lease)
     }
 
     /// Whether the lease still holds.
     pub(crate) fn holds(&self, handle: &Bytes) -> bool {
         self.out.get(handle).is_some_and(|lease| lease.until > Instant::now())
-    }
-
-    /// The member has it again: settling it failed.
-    pub(crate) fn put_back(&mut self, handle: Bytes, lease: Lease) {
-        self.out.insert(handle, lease);
     }
 
     /// The lease was extended.
@@ -55,9 +70,34 @@ impl Leases {
         }
     }
 
+    /// Whether something of a message group is out.
+    pub(crate) fn has_out(&self, group: &str) -> bool {
+        self.groups.contains_key(group)
+    }
+
+    /// Remembers what goes back when the last of its message group is settled.
+    pub(crate) fn return_later(&mut self, group: String, handle: Bytes) {
+        self.returning.entry(group).or_default().push(handle);
+    }
+
+    /// What can go back now, of these message groups.
+    pub(crate) fn take_returning<'g>(&mut self, groups: impl Iterator<Item = &'g String>) -> Vec<Bytes> {
+        if self.returning.is_empty() {
+            return Vec::new();
+        }
+        let free = groups.filter(|group| !self.groups.contains_key(*group));
+        free.filter_map(|group| self.returning.remove(group)).flatten().collect()
+    }
+
     /// Everything that is out.
     pub(crate) fn drain(&mut self) -> Vec<(Bytes, Lease)> {
+        self.groups.clear();
         self.out.drain().collect()
+    }
+
+    /// Everything that was to go back later.
+    pub(crate) fn drain_returning(&mut self) -> Vec<Bytes> {
+        self.returning.drain().flat_map(|(_, returning)| returning).collect()
     }
 }
 

@@ -88,8 +88,7 @@ pub(crate) async fn bury_expired(source: &Source, expired: Vec<Arrival>) {
     }
     let verdict = Verdict::new(Reason::Expired);
     let parcels = expired.iter().map(|arrival| {
-        let failed = source.attempt(&arrival.message_id, arrival.count, &arrival.carried) - 1;
-        let note = Note::new(source, &verdict, failed, &arrival.carried);
+        let note = Note::new(source, &verdict, arrival.carried.failed, &arrival.carried);
         Parcel::new(codec::encode(&arrival.message, &Carried::default(), Some(&note.text())))
     });
     let route = Route::Queue(source.queues.letters.as_str().into());

@@ -3,8 +3,7 @@
 //!
 //! The copy waits for its delay in the queue itself. A FIFO queue delays no single messages: there a copy with a delay
 //! waits in a standard queue of the group, and whichever member sees it first when its time has come puts it at
-//! the end of its key. Where a failed message has to block its key, there is no copy: it stays in its place,
-//! invisible for its delay, and its attempts are SQS's count of hand-overs.
+//! the end of its key.
 
 use std::sync::Arc;
 use std::time::Duration;

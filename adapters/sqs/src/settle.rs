@@ -43,7 +43,8 @@ pub(crate) struct Entry {
 #[derive(Default)]
 struct Share {
     acks: Vec<Entry>,
-    changes: Vec<(Entry, Duration)>,
+    /// Those that go back to their place.
+    changes: Vec<Entry>,
     /// Failures of which a copy comes back.
     copies: Vec<(Entry, Duration)>,
     letters: Vec<(Entry, Box<Verdict>)>,
@@ -70,7 +71,10 @@ impl Settler for SqsSettler {
             outcomes.push(None);
             shares[lane].add(Entry { place, delivery, handle, lease }, settlement, &self.sources[lane]);
         }
-        if outcomes.iter().all(Option::is_some) {
+        for (share, source) in shares.iter_mut().zip(&self.sources).filter(|(_, source)| source.is_fifo()) {
+            share.put_off(source, &mut outcomes);
+        }
+        if outcomes.iter().all(Option::is_some) && shares.iter().all(|share| share.returning.is_empty()) {
             return Settling::ready(outcomes.into_iter().flatten().collect());
         }
         let work = self.sources.iter().zip(shares).map(|(source, share)| {
@@ -126,14 +130,22 @@ impl Settler for SqsSettler {
         let Some(handle) = handle(token) else { return };
         let Some(source) = self.sources.get(lane.index as usize).map(Arc::clone) else { return };
         let Some(lease) = source.leases.lock().take(&handle) else { return };
-        // A hand-over without an outcome, for the crash limit; where SQS's count is the attempt, it is no failure.
-        if source.is_blocking() {
-            source.forgiven.lock().forgive(lease.message_id);
-        }
+        // A hand-over without an outcome: it counts towards the crash limit.
         let behind = source.take_behind(lease.group.as_slice());
+        let mut now = Some(handle);
+        if let Some(group) = &lease.group {
+            let mut leases = source.leases.lock();
+            if leases.has_out(group)
+                && let Some(handle) = now.take()
+            {
+                leases.return_later(group.clone(), handle);
+            }
+        }
         self.runtime.spawn(async move {
             // Should it fail, the message comes back when its lease ends.
-            let _ = source.change(&[(handle, Duration::ZERO)], "release").await;
+            let now: Vec<_> = now.into_iter().map(|handle| (handle, Duration::ZERO)).collect();
+            let _ = source.change(&now, "release").await;
+            source.return_waiting(lease.group.iter()).await;
             source.give_back(behind).await;
         });
     }
@@ -147,23 +159,39 @@ impl Share {
             Settlement::Release => {
                 source.forgiven.lock().forgive(entry.lease.message_id.clone());
                 self.returning.extend(entry.lease.group.clone());
-                self.changes.push((entry, Duration::ZERO));
-            }
-            Settlement::Nack(nack) if source.is_blocking() => {
-                self.returning.extend(entry.lease.group.clone());
-                self.changes.push((entry, nack.delay));
+                self.changes.push(entry);
             }
             Settlement::Nack(nack) => self.copies.push((entry, nack.delay)),
         }
     }
 
+    /// What goes back while others of its message group are out waits for them: recorded here, and SQS's lease behind it.
+    fn put_off(&mut self, source: &Source, outcomes: &mut [Option<SettleOutcome>]) {
+        let mut leases = source.leases.lock();
+        for entry in std::mem::take(&mut self.changes) {
+            match &entry.lease.group {
+                Some(group) if leases.has_out(group) => {
+                    leases.return_later(group.clone(), entry.handle);
+                    outcomes[entry.place] = Some(Ok(AckLevel::Recorded));
+                }
+                _ => self.changes.push(entry),
+            }
+        }
+    }
+
+    /// The message groups of all that is settled.
+    fn groups(&self) -> Vec<String> {
+        let all = self.acks.iter().chain(&self.changes).chain(self.copies.iter().map(|(entry, _)| entry));
+        all.chain(self.letters.iter().map(|(entry, _)| entry)).filter_map(|entry| entry.lease.group.clone()).collect()
+    }
+
     async fn settle(self, source: Arc<Source>, behind: Vec<Arrival>) -> Vec<(usize, SettleOutcome)> {
-        let (acks, changes, copies, letters) = tokio::join!(
-            delete(self.acks, &source),
-            change(self.changes, &source),
-            send_copies(self.copies, &source),
-            bury(self.letters, &source)
-        );
+        let groups = self.groups();
+        let (acks, copies, letters) =
+            tokio::join!(delete(self.acks, &source), send_copies(self.copies, &source), bury(self.letters, &source));
+        // Behind the others: in a FIFO queue what goes back could be with another member before they are gone.
+        let changes = give_back(self.changes, &source).await;
+        source.return_waiting(groups.iter()).await;
         source.give_back(behind).await;
         acks.into_iter().chain(changes).chain(copies).chain(letters).collect()
     }
@@ -176,16 +204,10 @@ pub(crate) async fn delete(entries: Vec<Entry>, source: &Source) -> Vec<(usize, 
     entries.into_iter().zip(answers).map(|(entry, answer)| entry.outcome(answer, source)).collect()
 }
 
-async fn change(entries: Vec<(Entry, Duration)>, source: &Source) -> Vec<(usize, SettleOutcome)> {
-    let changes: Vec<_> = entries.iter().map(|(entry, delay)| (entry.handle.clone(), *delay)).collect();
+async fn give_back(entries: Vec<Entry>, source: &Source) -> Vec<(usize, SettleOutcome)> {
+    let changes: Vec<_> = entries.iter().map(|entry| (entry.handle.clone(), Duration::ZERO)).collect();
     let answers = source.change(&changes, "settle").await;
-    let done = entries.into_iter().zip(answers).map(|((entry, delay), answer)| {
-        if answer.is_ok() {
-            source.delays.lock().add(&source.queues.queue, Instant::now() + delay);
-        }
-        entry.outcome(answer, source)
-    });
-    done.collect()
+    entries.into_iter().zip(answers).map(|(entry, answer)| entry.outcome(answer, source)).collect()
 }
 
 impl Entry {
@@ -193,7 +215,7 @@ impl Entry {
         let Self { place, delivery, handle, lease } = self;
         let outcome = answer.map(|()| AckLevel::Confirmed).map_err(|error| {
             if error.kind() != ErrorKind::StaleDelivery {
-                source.leases.lock().put_back(handle, lease);
+                source.leases.lock().hand_out(handle, lease);
             }
             let error = error.with("group", delivery.group()).with("id", delivery.message().id());
             SettleError::new(delivery, error)

@@ -7,15 +7,15 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anybroker_core::{
-    Bytes, Delivery, DeliveryContext, DeliveryFacts, Destination, Error, ErrorKind, Group, Lane, Message, OnFailure,
-    Timestamp, Token,
+    Bytes, Delivery, DeliveryContext, DeliveryFacts, Destination, Error, ErrorKind, Group, Lane, Message, Timestamp,
+    Token,
 };
 use aws_sdk_sqs::types::{Message as Received, MessageSystemAttributeName as System};
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use crate::clients::Clients;
-use crate::codec::{self, Carried, Raw};
+use crate::codec::{self, Raw};
 use crate::config::LONGEST_POLL;
 use crate::error::failed;
 use crate::inbox::{Arrival, Inbox};
@@ -40,7 +40,6 @@ pub(crate) struct Source {
     pub(crate) queues: Prepared,
     pub(crate) lane: u32,
     pub(crate) lease: Duration,
-    pub(crate) on_failure: OnFailure,
     pub(crate) is_total: bool,
     pub(crate) leases: Mutex<Leases>,
     pub(crate) forgiven: Arc<Mutex<Forgiven>>,
@@ -57,11 +56,6 @@ impl Source {
     /// Whether it reads a FIFO queue.
     pub(crate) fn is_fifo(&self) -> bool {
         self.queues.retry.is_some()
-    }
-
-    /// Whether a failed message stays in its place, and its key waits for it.
-    pub(crate) fn is_blocking(&self) -> bool {
-        self.is_fifo() && self.on_failure == OnFailure::Block
     }
 
     /// Opens receives for `wanted` more messages, as far as `receivers` allows. The first waits as long as the caller does;
@@ -192,6 +186,17 @@ impl Source {
         })
     }
 
+    /// Puts back what waited until nothing of its message group was out.
+    pub(crate) async fn return_waiting<'g>(&self, groups: impl Iterator<Item = &'g String>) {
+        let waiting = self.leases.lock().take_returning(groups);
+        if waiting.is_empty() {
+            return;
+        }
+        let waiting: Vec<_> = waiting.into_iter().map(|handle| (handle, Duration::ZERO)).collect();
+        // Should it fail, they come back when their leases end.
+        let _ = self.change(&waiting, "release").await;
+    }
+
     async fn trouble(&self, error: Error) {
         match error.kind() {
             ErrorKind::NotFound | ErrorKind::PermissionDenied | ErrorKind::Unauthenticated => {
@@ -226,13 +231,12 @@ impl Source {
     pub(crate) async fn close(&self) {
         let mine = self.inbox.remove(|arrival| arrival.lane == self.lane);
         let out = self.leases.lock().drain();
-        let entries: Vec<_> = out
-            .into_iter()
-            .map(|(handle, lease)| {
-                self.forgiven.lock().forgive(lease.message_id);
-                (handle, Duration::ZERO)
-            })
-            .collect();
+        let held = out.into_iter().map(|(handle, lease)| {
+            self.forgiven.lock().forgive(lease.message_id);
+            (handle, Duration::ZERO)
+        });
+        let mut entries: Vec<_> = held.collect();
+        entries.extend(self.leases.lock().drain_returning().into_iter().map(|handle| (handle, Duration::ZERO)));
         let (..) = tokio::join!(self.give_back(mine), self.change(&entries, "release"));
     }
 
@@ -243,24 +247,16 @@ impl Source {
             return None;
         }
         let Arrival { until, handle, message_id, group, count, carried, message, .. } = arrival;
-        let attempt = self.attempt(&message_id, count, &carried);
         let handed_over = self.forgiven.lock().handed_over(&message_id, count);
         let facts = DeliveryFacts {
-            attempt,
-            deliveries: (!self.is_fifo()).then(|| carried.failed.saturating_add(handed_over)),
+            attempt: carried.failed.saturating_add(1),
+            deliveries: Some(carried.failed.saturating_add(handed_over)),
             lane: Lane { index: self.lane, epoch: 0 },
             lease_until: Some(Timestamp::now().after(until - now)),
             ..DeliveryFacts::new(Token::Bytes(handle.clone()))
         };
         self.leases.lock().hand_out(handle, Lease { until, message_id, group, carried });
         Some(Delivery::new(message, facts, context))
-    }
-
-    /// 1 + the failures that its copies have counted; where failures make no copies, SQS's count of hand-overs, less those
-    /// that this connection has given back.
-    pub(crate) fn attempt(&self, message_id: &str, count: u32, carried: &Carried) -> u32 {
-        let hand_overs = if self.is_blocking() { self.forgiven.lock().handed_over(message_id, count) } else { 1 };
-        carried.failed.saturating_add(hand_overs)
     }
 
     /// Which source an arrival belongs to.

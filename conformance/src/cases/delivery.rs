@@ -204,7 +204,7 @@ async fn concurrent_publishers(env: &Env) -> Proof {
     }
     let mut found = BTreeSet::new();
     while found.len() < 200 {
-        let came = subscription.take(50).await?;
+        let came = subscription.take(env.of_one_key(50)).await?;
         found.extend(held_ids(&came));
         ack_all(came).await?;
     }

@@ -75,19 +75,20 @@ async fn acked_before_close(env: &Env) -> Proof {
     let (destination, group) = (env.destination("d"), env.group("g"));
     let client = env.client().await?;
     let mut consumer = client.subscribe(env.spec(&destination, &group)).await?;
-    let sent = client.fill(&destination, "k", 50).await?;
-    let mut came = consumer.take(50).await?;
+    let count = env.of_one_key(50);
+    let sent = client.fill(&destination, "k", count).await?;
+    let mut came = consumer.take(count).await?;
     came.sort_by_key(|held| sent.iter().position(|message| message.id().to_string() == held.id()));
     // The first half, so that prefixes hold it too.
-    let kept = came.split_off(25);
+    let kept = came.split_off(count / 2);
     ack_all(came).await?;
     consumer.close().await?;
     drop(kept);
     client.close().await?;
     let left = env.client().await?.drain(env.spec(&destination, &group)).await?;
     let found: BTreeSet<_> = ids(&left).into_iter().collect();
-    ensure_eq!(found, ids(&sent[25..]).into_iter().collect::<BTreeSet<_>>(), "what comes after the close");
-    ensure_eq!(left.len(), 25, "how many come after the close");
+    ensure_eq!(found, ids(&sent[count / 2..]).into_iter().collect::<BTreeSet<_>>(), "what comes after the close");
+    ensure_eq!(left.len(), count - count / 2, "how many come after the close");
     Ok(())
 }
 
@@ -122,7 +123,8 @@ async fn prefetched(env: &Env) -> Proof {
     let (destination, group) = (env.destination("d"), env.group("g"));
     let client = env.client().await?;
     let mut first = client.subscribe(env.spec(&destination, &group).with_max_in_flight(100)).await?;
-    let sent = client.fill(&destination, "k", 20).await?;
+    let count = env.of_one_key(20);
+    let sent = client.fill(&destination, "k", count).await?;
     let held = first.one().await?;
     let seen = held.id();
     held.ack().await?;
@@ -130,7 +132,7 @@ async fn prefetched(env: &Env) -> Proof {
     first.close().await?;
     let other = env.client().await?;
     let mut second = other.subscribe(env.spec(&destination, &group)).await?;
-    let came = second.take(19).await?;
+    let came = second.take(count - 1).await?;
     ensure!(begin.elapsed() < env.patience(), "what was prefetched came back after {:?}", begin.elapsed());
     let mut found: BTreeSet<_> = held_ids(&came).into_iter().collect();
     found.insert(seen);
