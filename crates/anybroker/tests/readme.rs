@@ -4,21 +4,89 @@
 use std::fmt::Write;
 use std::fs;
 use std::path::PathBuf;
+use std::time::Duration;
 
-use anybroker::{Bus, Capabilities};
+use anybroker::Capabilities;
 use serde_json::Value;
 
 const BEGIN: &str = "<!-- guarantees:begin -->\n";
 const END: &str = "<!-- guarantees:end -->";
 
+/// An endpoint whose record is kept in `docs/capabilities`, and where it is.
+struct Endpoint {
+    name: &'static str,
+    built: bool,
+    /// The variable with the URL of a server; without one, the URL itself.
+    place: Place,
+    /// Added to the URL.
+    setting: &'static str,
+}
+
+enum Place {
+    Url(&'static str),
+    File,
+    Server(&'static str),
+}
+
+const ENDPOINTS: &[Endpoint] = &[
+    Endpoint { name: "memory", built: true, place: Place::Url("memory://"), setting: "" },
+    Endpoint { name: "embedded", built: true, place: Place::File, setting: "" },
+    server("kafka", cfg!(feature = "kafka"), "ANYBROKER_TEST_KAFKA_URL", ""),
+    server("rabbitmq", cfg!(feature = "rabbitmq"), "ANYBROKER_TEST_RABBITMQ_URL", ""),
+    server("jetstream", cfg!(feature = "nats"), "ANYBROKER_TEST_NATS_URL", ""),
+    server("sqs", cfg!(feature = "sqs"), "ANYBROKER_TEST_SQS_URL", ""),
+    server("sqs-fifo", cfg!(feature = "sqs"), "ANYBROKER_TEST_SQS_URL", "mode=fifo"),
+    server("sqs-sns", cfg!(feature = "sqs"), "ANYBROKER_TEST_MOTO_URL", ""),
+    server("pulsar", cfg!(feature = "pulsar"), "ANYBROKER_TEST_PULSAR_URL", ""),
+];
+
+const fn server(name: &'static str, built: bool, variable: &'static str, setting: &'static str) -> Endpoint {
+    Endpoint { name, built, place: Place::Server(variable), setting }
+}
+
+/// The records of servers are those of the versions that the tests run; where no server runs, they are taken as they are
+/// kept.
 #[tokio::test]
-async fn the_guarantee_matrix_is_what_the_brokers_declare() {
+async fn what_is_kept_of_each_endpoint_is_what_it_declares() {
     let folder = tempfile::tempdir().expect("a folder");
-    let embedded = format!("embedded://{}", folder.path().join("broker.db").display());
-    let endpoints = [
-        ("memory", anybroker::connect("memory://").await.expect("memory")),
-        ("embedded", anybroker::connect(embedded).await.expect("embedded")),
-    ];
+    let mut wrong = Vec::new();
+    for endpoint in ENDPOINTS {
+        let name = endpoint.name;
+        let mut url = match endpoint.place {
+            Place::Url(url) => url.to_owned(),
+            Place::File => format!("embedded://{}", folder.path().join("broker.db").display()),
+            Place::Server(variable) => match std::env::var(variable) {
+                Ok(url) if endpoint.built => url,
+                Ok(_) => {
+                    println!("{name}: not run, its feature is off");
+                    continue;
+                }
+                Err(_) => {
+                    println!("{name}: not run, {variable} is not set");
+                    assert!(std::env::var_os("ANYBROKER_TEST_REQUIRE_BROKERS").is_none(), "{variable} is not set");
+                    continue;
+                }
+            },
+        };
+        if !endpoint.setting.is_empty() {
+            url = format!("{url}{}{}", if url.contains('?') { '&' } else { '?' }, endpoint.setting);
+        }
+        let bus = anybroker::connect(url).await.unwrap_or_else(|error| panic!("{name}: {error}"));
+        let declared = serde_json::to_string_pretty(bus.capabilities()).expect("JSON") + "\n";
+        bus.close(Duration::from_secs(10)).await.expect("a close");
+        if std::env::var_os("UPDATE").is_some() {
+            fs::create_dir_all(record(name).parent().expect("a folder")).expect("docs is writable");
+            fs::write(record(name), declared).expect("docs is writable");
+        } else if fs::read_to_string(record(name)).ok() != Some(declared) {
+            wrong.push(name);
+        }
+    }
+    assert!(
+        wrong.is_empty(),
+        "the records of {wrong:?} in docs/capabilities are out of date: see the top of this file"
+    );
+    let endpoints: Vec<_> =
+        ENDPOINTS.iter().filter_map(|endpoint| Some((endpoint.name, kept(endpoint.name)?))).collect();
     let readme = fs::read_to_string(readme()).expect("README.md");
     let (before, rest) = readme.split_once(BEGIN).expect("the begin marker");
     let (found, after) = rest.split_once(END).expect("the end marker");
@@ -28,6 +96,15 @@ async fn the_guarantee_matrix_is_what_the_brokers_declare() {
     } else {
         assert!(found == matrix, "the matrix in README.md is out of date; it should be:\n{matrix}");
     }
+}
+
+fn record(name: &str) -> PathBuf {
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/capabilities")).join(format!("{name}.json"))
+}
+
+fn kept(name: &str) -> Option<Capabilities> {
+    let text = fs::read_to_string(record(name)).ok()?;
+    Some(serde_json::from_str(&text).unwrap_or_else(|error| panic!("docs/capabilities/{name}.json: {error}")))
 }
 
 #[test]
@@ -53,8 +130,8 @@ fn readme() -> PathBuf {
 }
 
 /// A row for each field of the record, notes below.
-fn matrix(endpoints: &[(&str, Bus)]) -> String {
-    let records: Vec<&Capabilities> = endpoints.iter().map(|(_, bus)| bus.capabilities()).collect();
+fn matrix(endpoints: &[(&str, Capabilities)]) -> String {
+    let records: Vec<&Capabilities> = endpoints.iter().map(|(_, record)| record).collect();
     let mut notes: Vec<String> = Vec::new();
     let mut table = String::new();
     let names: Vec<String> = endpoints.iter().map(|(name, _)| format!(" {name} |")).collect();
