@@ -47,6 +47,7 @@ pub(crate) struct ConsumerInfo {
     pub(crate) name: String,
     pub(crate) config: Value,
     pub(crate) ack_floor: Place,
+    pub(crate) delivered: Place,
     #[serde(default)]
     pub(crate) num_ack_pending: u64,
     #[serde(default)]
@@ -61,6 +62,7 @@ impl ConsumerInfo {
 
 #[derive(Debug, Deserialize)]
 pub(crate) struct Place {
+    pub(crate) consumer_seq: u64,
     pub(crate) stream_seq: u64,
 }
 

@@ -124,6 +124,20 @@ impl Shared {
         (entries.filter(is_waiting).count() as u64, (delayed.count() + here) as u64)
     }
 
+    /// How many messages of the feed this member accounts for: those that are here and not being settled, and those that
+    /// it delayed.
+    pub(crate) fn accounted_for(&self, feed: u32) -> u64 {
+        let now = Timestamp::now().as_millis();
+        let state = self.lock();
+        let here = state
+            .slots
+            .iter()
+            .filter_map(|slot| slot.entry.as_ref())
+            .filter(|entry| entry.feed == feed && !matches!(entry.phase, Phase::Settling { .. }));
+        let delayed = state.remembered.iter().filter(|((of, _), (record, _))| *of == feed && record.not_before > now);
+        (here.count() + delayed.count()) as u64
+    }
+
     /// Whether anything of the feed is being settled.
     pub(crate) fn is_settling(&self, feed: u32) -> bool {
         let state = self.lock();

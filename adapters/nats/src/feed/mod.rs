@@ -3,11 +3,14 @@
 //! It speaks the pull protocol itself. The client's own stream of messages does not end when its consumer is deleted
 //! while disconnected (nats.rs #1584), fetches ahead on its own (#1418), and cannot be told how much room there is.
 
+mod turn;
+
 use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::{Destination, Error, ErrorKind, Result, SubscriptionEvent, Timestamp};
 use async_nats::{HeaderMap, Message, StatusCode};
+use futures_util::FutureExt;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -17,7 +20,7 @@ use crate::desk::Desk;
 use crate::inbox::Inbox;
 use crate::link;
 use crate::lookup::{apply, look_up};
-use crate::owner::{Change, Owner};
+use crate::owner::Owner;
 use crate::state::{Arrival, Arrived};
 
 /// How long a pull waits at the server.
@@ -94,6 +97,10 @@ impl Feed {
             tokio::pin!(room);
             // Registered before there is looked for room, so that no wake-up is missed.
             room.as_mut().enable();
+            if self.link.borrow().epoch != self.epoch {
+                // Not asked for anything more before it is known what was lost.
+                self.on_link().await;
+            }
             if let Err(error) = self.pull(&mut look).await {
                 shared.fail(error);
                 break;
@@ -198,6 +205,9 @@ impl Feed {
         let subjects = self.desk.topology.api.subjects("receive", &scope.records, &filter).await?;
         let sequence = |subject: &String| subject.rsplit('.').next().and_then(|last| last.parse::<u64>().ok());
         self.look_below = subjects.iter().filter_map(sequence).max().unwrap_or(0);
+        if self.owner.is_some() && self.desk.shared.lock().feeds[self.index as usize].is_active {
+            self.count_lost().await?;
+        }
         Ok(())
     }
 
@@ -213,24 +223,6 @@ impl Feed {
             tracing::debug!(%error, "not everything could be given back");
         }
         self.desk.shared.room.notify_waiters();
-        Ok(())
-    }
-
-    /// Messages were sent to a connection that was lost, and come back when the server's patience ends. Under order
-    /// everything behind them goes back too, to come after them.
-    async fn wait_for_missing(&mut self) -> Result<()> {
-        let ack_wait = self.desk.shared.lock().feeds[self.index as usize].ack_wait;
-        tracing::debug!(destination = %self.destination, ?ack_wait, "waiting for deliveries that were lost");
-        self.take_in().await;
-        self.renew_inbox().await?;
-        let entries = self.desk.shared.surrender(self.index, false);
-        let deadline = Instant::now() + self.desk.settle_timeout;
-        let behind = ack_wait + Duration::from_millis(500);
-        if let Err(error) = self.desk.give_back(self.index, entries, behind, deadline).await {
-            tracing::debug!(%error, "not everything could be given back");
-        }
-        self.held_until = Some(Instant::now() + behind + Duration::from_millis(300));
-        (self.is_missing, self.last) = (false, None);
         Ok(())
     }
 
@@ -257,26 +249,6 @@ impl Feed {
                 }
             }
         }
-    }
-
-    async fn look_after_turn(&mut self, look: &mut Instant) -> Result<()> {
-        let Some(owner) = self.owner.as_mut().filter(|_| Instant::now() >= *look) else { return Ok(()) };
-        let shared = &self.desk.shared;
-        match owner.look().await {
-            Ok(Change::Gained) => shared.gain(self.index, self.destination.to_string(), owner.fence()),
-            Ok(Change::Renewed) => shared.keep_fence(self.index, owner.fence()),
-            Ok(Change::Lost) => {
-                shared.lose(self.index);
-                (self.last, self.is_missing, self.held_until) = (None, false, None);
-                self.renew_inbox().await?;
-            }
-            Ok(Change::None) => {}
-            Err(error) if is_final(&error) => return Err(error),
-            // The fence stops deliveries in time, should it stay like this.
-            Err(error) => tracing::debug!(%error, "could not look after the claim"),
-        }
-        *look = Instant::now() + self.owner.as_ref().map_or(HEARTBEAT, Owner::next);
-        Ok(())
     }
 
     async fn receive(&mut self, message: Message) -> Result<()> {
@@ -375,6 +347,7 @@ impl Feed {
     async fn on_link(&mut self) {
         let state = *self.link.borrow_and_update();
         if state.epoch != self.epoch {
+            self.take_buffered().await;
             self.epoch = state.epoch;
             self.is_ready = false;
             if !std::mem::replace(&mut self.is_degraded, true) {
@@ -387,6 +360,15 @@ impl Feed {
             if self.renew_inbox().await.is_ok() {
                 self.is_degraded = false;
                 self.desk.shared.tell(SubscriptionEvent::Recovered);
+            }
+        }
+    }
+
+    /// What came before the connection was lost.
+    async fn take_buffered(&mut self) {
+        while let Some(Some(message)) = self.inbox.next().now_or_never() {
+            if message.status.is_none() {
+                let _ = self.receive(message).await;
             }
         }
     }
