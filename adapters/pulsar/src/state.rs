@@ -44,6 +44,7 @@ pub(crate) struct Shared {
 #[derive(Default)]
 pub(crate) struct State {
     entries: HashMap<u64, Entry>,
+    places: HashMap<(u32, Place), u64>,
     next_key: u64,
     pub(crate) feeds: Vec<FeedState>,
     pub(crate) events: VecDeque<SubscriptionEvent>,
@@ -205,6 +206,7 @@ impl Shared {
         own.ready.clear();
         let lane = Lane { index: feed, epoch: own.epoch };
         state.entries.retain(|_, entry| entry.feed != feed);
+        state.places.retain(|(other, _), _| *other != feed);
         if is_lane && was_attached && !state.is_closing {
             state.events.push_back(SubscriptionEvent::Lost { lane });
         }
@@ -260,9 +262,15 @@ impl Shared {
         let mut state = self.lock();
         let own = &mut state.feeds[feed as usize];
         own.permits = own.permits.saturating_sub(arrivals.len());
-        let may_return = own.is_back || !self.keeps_order;
+        // On an Exclusive subscription the broker would give out everything again that is not acked.
+        let may_return = !self.keeps_order;
         let is_resting = self.rests(&state);
         for arrival in arrivals {
+            let place = (arrival.id.ledger_id, arrival.id.entry_id, arrival.id.batch_index());
+            if state.places.contains_key(&(feed, place)) {
+                // It is here already: the broker has given it out again.
+                continue;
+            }
             let is_full = state.entries.len() >= self.max_in_flight;
             if may_return && arrival.siblings.is_none() && (is_full || is_resting) {
                 returned.push((feed, arrival.id));
@@ -345,7 +353,7 @@ impl Shared {
 
     /// It is settled: it is not here any more. False when its consumer was lost meanwhile.
     pub(crate) fn settled(&self, key: u64) -> bool {
-        let was_here = self.lock().entries.remove(&key).is_some();
+        let was_here = self.lock().remove(key).is_some();
         self.room.notify_waiters();
         was_here
     }
@@ -487,11 +495,13 @@ impl State {
         if entry.phase == Phase::Ready {
             self.feeds[entry.feed as usize].ready.insert(entry.place(), key);
         }
+        self.places.insert((entry.feed, entry.place()), key);
         self.entries.insert(key, entry);
     }
 
     fn remove(&mut self, key: u64) -> Option<Entry> {
         let entry = self.entries.remove(&key)?;
+        self.places.remove(&(entry.feed, entry.place()));
         let ready = &mut self.feeds[entry.feed as usize].ready;
         if ready.get(&entry.place()) == Some(&key) {
             ready.remove(&entry.place());

@@ -166,7 +166,7 @@ async fn an_unloaded_topic_is_received_from_and_published_to_again() {
         let received = subscriber.receive_all(100, Duration::from_millis(200)).await.unwrap();
         degraded |= received.events.iter().any(|event| matches!(event, SubscriptionEvent::Degraded { .. }));
         events.extend(received.events);
-        ack(received.deliveries).await.into_iter().for_each(|outcome| drop(outcome.unwrap()));
+        ack(received.deliveries).await.into_iter().for_each(|outcome| assert!(outcome.is_ok(), "{outcome:?}"));
     }
     assert!(degraded);
     for outcome in ack(deliveries).await {
@@ -178,7 +178,7 @@ async fn an_unloaded_topic_is_received_from_and_published_to_again() {
         assert!(Instant::now() < deadline, "{seen:?}");
         let received = subscriber.receive(100, Duration::from_secs(1)).await.unwrap();
         seen.extend(received.iter().map(number));
-        ack(received).await.into_iter().for_each(|outcome| drop(outcome.unwrap()));
+        ack(received).await.into_iter().for_each(|outcome| assert!(outcome.is_ok(), "{outcome:?}"));
     }
     nothing(&mut subscriber).await;
     subscriber.close(LONG).await.unwrap();
@@ -244,7 +244,7 @@ async fn a_close_hands_the_order_over_at_once() {
     assert_eq!(came.iter().map(number).collect::<Vec<_>>(), (0..10).collect::<Vec<_>>());
     assert!(begun.elapsed() < Duration::from_secs(10), "{:?}", begun.elapsed());
     drop(held);
-    ack(came).await.into_iter().for_each(|outcome| drop(outcome.unwrap()));
+    ack(came).await.into_iter().for_each(|outcome| assert!(outcome.is_ok(), "{outcome:?}"));
     second.close(LONG).await.unwrap();
     bus.delete(name.as_str(), None).await.unwrap();
     bus.close(LONG).await.unwrap();
@@ -276,7 +276,7 @@ async fn many_batches_are_on_their_way_and_dropped_answers_lose_nothing() {
         let batch = subscriber.receive(1_000, LONG).await.unwrap();
         assert!(!batch.is_empty(), "{} of 10,000 came", came.len());
         came.extend(batch.iter().map(number));
-        ack(batch).await.into_iter().for_each(|outcome| drop(outcome.unwrap()));
+        ack(batch).await.into_iter().for_each(|outcome| assert!(outcome.is_ok(), "{outcome:?}"));
     }
     println!("10,000 received and acked in {:?}", begun.elapsed());
     assert_eq!(came, (0..10_000).collect::<Vec<_>>());
