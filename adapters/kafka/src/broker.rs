@@ -69,11 +69,11 @@ async fn reach(publisher: &Arc<Publisher>, timeout: Duration) -> Result<usize> {
             match answer {
                 Ok(metadata) => return Ok(metadata.brokers().len()),
                 Err(error) => {
-                    if let Some(refusal) = publisher.refusal() {
+                    if let Some(refusal) = publisher.final_refusal() {
                         return Err(refusal);
                     }
                     if std::time::Instant::now() >= deadline {
-                        return Err(unavailable(&error));
+                        return Err(publisher.refusal().unwrap_or_else(|| unavailable(&error)));
                     }
                     // Without a single connection it answers at once.
                     std::thread::sleep(Duration::from_millis(20).min(left));

@@ -6,6 +6,7 @@ use anybroker_core::{
 };
 
 use crate::config::Settings;
+use crate::settle::NO_DELAY;
 
 /// Room for key, headers and this library's own header within `message_max_bytes`.
 const ENVELOPE: u64 = 65_536;
@@ -32,12 +33,13 @@ pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
         ack_level: AckLevel::Recorded,
         late_ack: LateAck::Refused,
         nack: Support::emulated(if in_place { held } else { copied }),
-        nack_delay: Support::emulated(if in_place {
-            held
-        } else {
-            "held in a member's memory until its time, and on \
-            the retry topic until it is settled; clocks of members that differ shift it"
-        }),
+        nack_delay: match in_place {
+            true => absent(NO_DELAY),
+            false => Support::emulated(
+                "held in a member's memory until its time, and on the retry topic until it is settled; clocks of \
+                 members that differ shift it",
+            ),
+        },
         release: Support::emulated("handed out again by the same member"),
         lease: absent(
             "a partition belongs to its member as long as that lives; a queue (RabbitMQ, SQS) leases messages",

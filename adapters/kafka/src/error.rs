@@ -5,10 +5,11 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode as Code};
 
 /// A failure of a verb other than publish.
 pub(crate) fn failed(operation: &'static str, error: &KafkaError) -> Error {
-    let code = error.rdkafka_error_code();
+    let code = error.rdkafka_error_code().filter(|_| !matches!(error, KafkaError::ClientConfig(..)));
     let kind = match (code, error) {
         (Some(code), _) => kind(code),
-        (None, KafkaError::ClientConfig(..)) => ErrorKind::ConfigInvalid,
+        // A value that does not fit, or a certificate or key that cannot be read.
+        (None, KafkaError::ClientConfig(..) | KafkaError::ClientCreation(_)) => ErrorKind::ConfigInvalid,
         (None, _) => ErrorKind::Unexpected,
     };
     Error::new(kind, operation, error.to_string())

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anybroker_core::{ErrorKind, Result, Start};
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext};
-use rdkafka::error::RDKafkaErrorCode;
+use rdkafka::error::{KafkaResult, RDKafkaErrorCode};
 use rdkafka::topic_partition_list::TopicPartitionListElem;
 use rdkafka::{Offset, TopicPartitionList};
 
@@ -34,17 +34,22 @@ pub(crate) fn committed<C: ConsumerContext>(
     progress_of(consumer, &partitions_of(topics), operation)
 }
 
-/// Where the group is in each of these partitions.
-pub(crate) fn progress_of<C: ConsumerContext>(
+/// The first offset of a partition and the one behind its last. A leader that has just been elected is waited for.
+pub(crate) fn watermarks<C: ConsumerContext>(
     consumer: &BaseConsumer<C>,
-    partitions: &TopicPartitionList,
+    topic: &str,
+    partition: i32,
     operation: &'static str,
-) -> Result<Vec<Option<Progress>>> {
-    // The first group of a cluster waits for the offsets topic to be made.
+) -> Result<(i64, i64)> {
+    patiently(operation, || consumer.fetch_watermarks(topic, partition, REQUEST))
+}
+
+/// Asks again while the answer is that something is not there yet, for as long as a request may take.
+fn patiently<T>(operation: &'static str, mut ask: impl FnMut() -> KafkaResult<T>) -> Result<T> {
     let deadline = Instant::now() + REQUEST;
-    let offsets = loop {
-        match consumer.committed_offsets(partitions.clone(), REQUEST) {
-            Ok(offsets) => break offsets,
+    loop {
+        match ask() {
+            Ok(answer) => return Ok(answer),
             Err(error) => {
                 let error = failed(operation, &error);
                 let is_transient = matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Timeout);
@@ -54,7 +59,17 @@ pub(crate) fn progress_of<C: ConsumerContext>(
                 std::thread::sleep(Duration::from_millis(50));
             }
         }
-    };
+    }
+}
+
+/// Where the group is in each of these partitions.
+pub(crate) fn progress_of<C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    partitions: &TopicPartitionList,
+    operation: &'static str,
+) -> Result<Vec<Option<Progress>>> {
+    // The first group of a cluster waits for the offsets topic to be made.
+    let offsets = patiently(operation, || consumer.committed_offsets(partitions.clone(), REQUEST))?;
     Ok(partitions
         .elements()
         .iter()
@@ -92,8 +107,7 @@ pub(crate) fn fix_start<C: ConsumerContext>(
     };
     let mut offsets = TopicPartitionList::new();
     for partition in 0..partitions {
-        let (low, high) =
-            consumer.fetch_watermarks(topic, partition, REQUEST).map_err(|error| failed(operation, &error))?;
+        let (low, high) = watermarks(consumer, topic, partition, operation)?;
         let offset = match start {
             Start::Latest => high,
             Start::Position(position) => i64::try_from(position.major).unwrap_or(i64::MAX).clamp(low, high),
@@ -128,7 +142,7 @@ fn offsets_at<C: ConsumerContext>(
 ) -> Result<Vec<Option<i64>>> {
     let mut asked = partitions_of(&[(topic, partitions)]);
     asked.set_all_offsets(Offset::Offset(millis.max(0))).map_err(|error| failed(operation, &error))?;
-    let found = consumer.offsets_for_times(asked, REQUEST).map_err(|error| failed(operation, &error))?;
+    let found = patiently(operation, || consumer.offsets_for_times(asked.clone(), REQUEST))?;
     Ok((0..partitions)
         .map(|partition| match found.find_partition(topic, partition)?.offset() {
             Offset::Offset(offset) => Some(offset),

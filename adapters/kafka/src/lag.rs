@@ -2,11 +2,11 @@
 
 use anybroker_core::{Destination, Error, ErrorKind, Figure, Group, Lag, Precision, Result};
 use rdkafka::config::FromClientConfig;
-use rdkafka::consumer::{BaseConsumer, Consumer};
+use rdkafka::consumer::BaseConsumer;
 
 use crate::error::failed;
 use crate::progress::Progress;
-use crate::topology::{REQUEST, Topology};
+use crate::topology::Topology;
 use crate::{groups, names};
 
 /// What one partition has left. A member tells what is out and what is held back with its commits, some moments later.
@@ -54,9 +54,7 @@ pub(crate) async fn lag(topology: &Topology, destination: &Destination, group: &
             let text = "the group has no offsets of this topic";
             return Err(Error::new(ErrorKind::NotFound, "lag", text).with("group", group));
         }
-        let watermarks = |topic: &str, partition: i32| {
-            consumer.fetch_watermarks(topic, partition, REQUEST).map_err(|error| failed("lag", &error))
-        };
+        let watermarks = |topic: &str, partition: i32| groups::watermarks(&consumer, topic, partition, "lag");
         let (mut total, mut lanes) = (Left::default(), Vec::new());
         for (partition, progress) in (0..).zip(main) {
             let mut left = Left::of(progress.as_ref(), watermarks(&topic, partition)?);

@@ -13,12 +13,11 @@ use rdkafka::{Offset, TopicPartitionList};
 use crate::codec::Filling;
 use crate::config::Settings;
 use crate::error::failed;
+use crate::groups;
 use crate::names;
 use crate::note::{self, Letter};
 
 const OPERATION: &str = "dead letters";
-/// How long a request may take.
-const REQUEST: Duration = Duration::from_secs(10);
 /// How long reading may go on without a record.
 const SILENCE: Duration = Duration::from_secs(10);
 
@@ -65,8 +64,7 @@ impl Index {
     /// Reads what came since the last time.
     pub(crate) fn refresh(&mut self) -> Result<()> {
         let consumer = self.consumer()?;
-        let (low, high) =
-            consumer.fetch_watermarks(&self.topic, 0, REQUEST).map_err(|error| failed(OPERATION, &error))?;
+        let (low, high) = groups::watermarks(&consumer, &self.topic, 0, OPERATION)?;
         if high < self.next {
             // It was deleted, and is another one.
             (self.next, self.live, self.by_key) = Default::default();

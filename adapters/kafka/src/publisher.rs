@@ -110,7 +110,13 @@ impl Publisher {
 
     /// Why the cluster does not let this client in, if that is what happened.
     pub(crate) fn refusal(&self) -> Option<Error> {
-        self.current.faults.refusal.lock().as_ref().map(Error::duplicate)
+        self.current.faults.refusal.lock().as_ref().map(|(_, refusal)| refusal.duplicate())
+    }
+
+    /// The same, where trying again is in vain. A TLS handshake also fails when a server is just coming or going.
+    pub(crate) fn final_refusal(&self) -> Option<Error> {
+        let refusal = self.current.faults.refusal.lock();
+        refusal.as_ref().filter(|(code, _)| *code != RDKafkaErrorCode::SSL).map(|(_, refusal)| refusal.duplicate())
     }
 
     /// Hands a batch over, in order; waits only while librdkafka's buffers are full. `routes` answers the topic of
@@ -224,6 +230,9 @@ impl Publisher {
                 Ok(())
             }
             Err((error, record)) => {
+                if error.rdkafka_error_code() == Some(RDKafkaErrorCode::Fatal) {
+                    self.current.faults.is_fatal.store(true, Ordering::Release);
+                }
                 let headers = record.headers.unwrap_or_default();
                 Err((error, Outgoing { topic, partition, key, payload, headers, timestamp }))
             }
@@ -476,7 +485,7 @@ impl Future for Missing<'_> {
 #[derive(Default)]
 struct Faults {
     is_fatal: AtomicBool,
-    refusal: Mutex<Option<Error>>,
+    refusal: Mutex<Option<(RDKafkaErrorCode, Error)>>,
 }
 
 /// Receives librdkafka's delivery reports.
@@ -492,7 +501,7 @@ impl ClientContext for Reports {
             Some(RDKafkaErrorCode::Fatal) => self.faults.is_fatal.store(true, Ordering::Release),
             Some(code) => {
                 if let Some(refusal) = crate::error::refused(code, reason) {
-                    *self.faults.refusal.lock() = Some(refusal);
+                    *self.faults.refusal.lock() = Some((code, refusal));
                 }
             }
             None => {}

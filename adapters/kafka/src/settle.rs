@@ -19,6 +19,8 @@ use crate::note::{self, Origin, Retry};
 use crate::publisher::{OwnRecord, Publisher};
 use crate::state::Shared;
 
+/// Why a failure that is held in place has no delay: it would not survive its member.
+pub(crate) const NO_DELAY: &str = "a delay that is kept in memory ends with its member; nack=retry_topic keeps it";
 /// How long a retry or a dead letter may take to be stored.
 const STORE: Duration = Duration::from_secs(30);
 
@@ -65,6 +67,10 @@ impl Settler for KafkaSettler {
                     let back =
                         self.shared.with_entry_locked(&mut state, lane, token, |state, place| state.give_back(place));
                     outcomes.push(Some(recorded(delivery, back)));
+                    continue;
+                }
+                Settlement::Nack(nack) if self.in_place && !nack.delay.is_zero() => {
+                    outcomes.push(Some(Err(SettleError::new(delivery, Error::unsupported("settle", NO_DELAY)))));
                     continue;
                 }
                 Settlement::Nack(nack) if self.in_place => {

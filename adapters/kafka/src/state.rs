@@ -19,6 +19,9 @@ use crate::lanes::{Log, Partition, Stage};
 use crate::note::{self, Origin, Retry};
 use crate::progress::{Commit, Progress};
 
+/// More than any delay that this adapter writes: a note that says more is not its own.
+const LONGEST_WAIT: Duration = Duration::from_secs(48 * 3600);
+
 /// See the module's documentation.
 pub(crate) struct Shared {
     state: Mutex<State>,
@@ -146,7 +149,8 @@ impl Shared {
                     let (attempt, due) = retry.map_or((1, 0), |retry| (retry.attempt, retry.due));
                     if track.push(chunk, index, Stage::Held, attempt) {
                         let wait = due.saturating_sub(Timestamp::now().as_millis()).max(0).unsigned_abs();
-                        state.held.push(Reverse((Instant::now() + Duration::from_millis(wait), place)));
+                        let wait = Duration::from_millis(wait).min(LONGEST_WAIT);
+                        state.held.push(Reverse((Instant::now() + wait, place)));
                         state.held_count += 1;
                         state.held_bytes += chunk.weight(index);
                     }

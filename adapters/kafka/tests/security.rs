@@ -65,7 +65,7 @@ async fn works(url: String) {
 /// The kind of the refusal, which comes within the timeout and tells no secret.
 async fn refused(url: String) -> ErrorKind {
     let start = Instant::now();
-    let error = try_connect(format!("{url}&connect_timeout=4s")).await.map(drop).unwrap_err();
+    let error = try_connect(format!("{url}&connect_timeout=3s")).await.map(drop).unwrap_err();
     println!("{error:?}");
     assert!(start.elapsed() < Duration::from_secs(6), "{:?} for {error}", start.elapsed());
     assert!(!format!("{error} {error:?}").contains("secret"), "{error:?}");
