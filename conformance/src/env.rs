@@ -98,6 +98,11 @@ impl Env {
         limit.and_then(|limit| usize::try_from(limit).ok()).map_or(count, |limit| limit.min(count))
     }
 
+    /// A key for messages of which many are out at a time: none where a queue locks a key while some of it are out.
+    pub(crate) fn loose_key(&self) -> Option<&'static str> {
+        (self.of_one_key(usize::MAX) == usize::MAX).then_some("k")
+    }
+
     /// A lease short enough to wait for.
     pub(crate) fn lease(&self) -> Duration {
         self.harness.lease().max(Duration::from_millis(self.record.limits.lease_min_ms.unwrap_or(0)))

@@ -25,6 +25,8 @@ use crate::topology::Topology;
 
 /// How many requests to one FIFO queue may be on their way.
 const LANES: u128 = 8;
+/// The way of messages that have no order: their requests wait for no other.
+const LOOSE: u8 = u8::MAX;
 
 /// Sends to queues and topics.
 pub(crate) struct Publisher {
@@ -91,10 +93,12 @@ impl Publisher {
                     continue;
                 }
             };
-            let lane = parcel
-                .lane
-                .as_ref()
-                .map_or(0, |(group, _)| u8::try_from(fnv1a(group.as_bytes()) % LANES).expect("few lanes"));
+            let lane = match &parcel.lane {
+                Some((group, _)) if self.is_total || message.key().is_some() => {
+                    u8::try_from(fnv1a(group.as_bytes()) % LANES).expect("few lanes")
+                }
+                _ => LOOSE,
+            };
             let request = open.entry((route.clone(), lane)).or_insert_with(Request::new);
             let is_full =
                 request.parcels.len() == BATCH || request.bytes + parcel.encoded.size > self.clients.request_bytes;
@@ -181,7 +185,7 @@ impl Publisher {
         };
         let Request { parcels, places, .. } = request;
         // In call order: the lane's next request waits for this one.
-        let (done, turn) = match self.is_fifo {
+        let (done, turn) = match way.1 != LOOSE {
             true => {
                 let (done, next) = oneshot::channel();
                 (Some(done), self.lanes.lock().insert(way.clone(), next))

@@ -50,7 +50,7 @@ async fn max_in_flight(env: &Env) -> Proof {
     let destination = env.destination("d");
     let client = env.client().await?;
     let mut consumer = client.subscribe(env.spec(&destination, &env.group("g")).with_max_in_flight(4)).await?;
-    let sent: BTreeSet<_> = ids(&client.fill(&destination, "k", 12).await?).into_iter().collect();
+    let sent: BTreeSet<_> = ids(&client.fill(&destination, env.loose_key(), 12).await?).into_iter().collect();
     let mut held = consumer.take(4).await?;
     let mut seen: BTreeSet<_> = held_ids(&held).into_iter().collect();
     for _ in 0..8 {

@@ -174,7 +174,7 @@ async fn dropped_confirm(env: &Env) -> Proof {
     let (destination, group) = (env.destination("d"), env.group("g"));
     let client = env.client().await?;
     let mut consumer = client.subscribe(env.spec(&destination, &group)).await?;
-    let sent = client.messages(&destination, "k", 10);
+    let sent = client.messages(&destination, env.loose_key(), 10);
     for message in &sent {
         client.submit_and_forget(vec![message.clone()]).await?;
     }
@@ -201,7 +201,7 @@ async fn pipelined(env: &Env) -> Proof {
     let sent: Vec<String> = batches.iter().flat_map(ids).collect();
     let mut came = Vec::new();
     while came.len() < 90 {
-        let more = consumer.take((90 - came.len()).min(20)).await?;
+        let more = consumer.take((90 - came.len()).min(env.of_one_key(20))).await?;
         came.extend(held_ids(&more));
         ack_all(more).await?;
     }
