@@ -3,6 +3,8 @@
 //! Payload, key, headers, a tombstone and the content type (as the property `content-type`) travel natively; what Pulsar
 //! has no place for goes into properties of this library's. Properties are texts: headers that are none all travel packed.
 
+use std::time::Duration;
+
 use anybroker_core::{Bytes, Destination, Headers, Message, MessageId, Timestamp};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -56,6 +58,11 @@ impl Notes {
             origin: (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?),
         })
     }
+}
+
+/// When a delay that begins now has ended. One millisecond more: `now` was cut to whole ones.
+pub(crate) fn due(delay: Duration) -> i64 {
+    Timestamp::now().after(delay).as_millis().saturating_add(1)
 }
 
 /// A property.

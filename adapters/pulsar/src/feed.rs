@@ -41,6 +41,21 @@ struct Attached {
     inbound: mpsc::UnboundedReceiver<Inbound>,
 }
 
+/// A consumer that is being made. Given up, it is closed: the broker may have made it nevertheless.
+struct Opening {
+    conn: Arc<Conn>,
+    consumer: u64,
+    is_done: bool,
+}
+
+impl Drop for Opening {
+    fn drop(&mut self) {
+        if !self.is_done {
+            self.conn.abandon_consumer(self.consumer);
+        }
+    }
+}
+
 /// Why a consumer ended.
 enum End {
     Closing,
@@ -172,16 +187,10 @@ impl Feed {
             }),
             ..command(Type::Subscribe)
         };
-        match conn.ask(operation, subscribe).await {
-            Ok(_) => Ok(Attached { conn, consumer: consumer_id, inbound }),
-            Err(error) => {
-                if !conn.is_closed() && error.kind() == ErrorKind::Unavailable {
-                    // It may have been made nevertheless.
-                    let _ = tokio::time::timeout(Duration::from_secs(1), conn.close_consumer(consumer_id)).await;
-                }
-                Err(error)
-            }
-        }
+        let mut opening = Opening { conn: Arc::clone(&conn), consumer: consumer_id, is_done: false };
+        conn.ask(operation, subscribe).await?;
+        opening.is_done = true;
+        Ok(Attached { conn, consumer: consumer_id, inbound })
     }
 
     async fn work(&self, mut attached: Attached) -> End {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anybroker_core::{
     Bytes, Confirms, Destination, Effect, Error, ErrorKind, Message, PublishOrder, PublishOutcome, PublishTerms,
-    Receipt, Result, Timestamp,
+    Receipt, Result,
 };
 use parking_lot::Mutex;
 use tokio::time::Instant;
@@ -126,8 +126,7 @@ impl Publisher {
         deadline: Instant,
     ) -> Result<()> {
         let delay = message.delay().filter(|delay| !delay.is_zero());
-        let notes =
-            delay.map(|delay| Notes { not_before: Timestamp::now().after(delay).as_millis(), ..Notes::default() });
+        let notes = delay.map(|delay| Notes { not_before: codec::due(delay), ..Notes::default() });
         let payload = codec::encode(message, notes);
         let weight = weight(payload.data.len());
         if !self.topology.window.enter(weight, deadline).await {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anybroker_core::{
     AckLevel, Delivery, Effect, Error, ErrorKind, Lane, Result, SettleError, SettleOutcome, Settlement, Settler,
-    Settling, Timestamp, Token, Verdict,
+    Settling, Token, Verdict,
 };
 use async_trait::async_trait;
 use futures_util::future::join_all;
@@ -79,8 +79,7 @@ impl Settler for PulsarSettler {
             outcomes.push(None);
             match settlement {
                 Settlement::Nack(nack) => {
-                    let not_before =
-                        if nack.delay.is_zero() { 0 } else { Timestamp::now().after(nack.delay).as_millis() };
+                    let not_before = if nack.delay.is_zero() { 0 } else { codec::due(nack.delay) };
                     let notes = Notes {
                         failures: taken.notes.failures + 1,
                         not_before,

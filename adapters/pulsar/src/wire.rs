@@ -224,6 +224,16 @@ impl Conn {
         self.ask("close", close).await.map(drop)
     }
 
+    /// Ends a consumer that nobody waits for.
+    pub(crate) fn abandon_consumer(&self, consumer_id: u64) {
+        self.consumers.lock().remove(&consumer_id);
+        let request_id = self.next_id();
+        self.tell(BaseCommand {
+            close_consumer: Some(proto::CommandCloseConsumer { consumer_id, request_id }),
+            ..command(Type::CloseConsumer)
+        });
+    }
+
     pub(crate) fn add_producer(&self, id: u64, producer: &Arc<Producer>) {
         self.producers.lock().insert(id, Arc::clone(producer));
     }
