@@ -17,8 +17,8 @@
 //!
 //! # Features
 //!
-//! One per adapter (`memory`, `embedded`, `kafka`, `nats`, `pulsar`, `sqs`), `worker` and `events`. A feature adds an
-//! adapter and changes nothing else; without default features no broker client is built.
+//! One per adapter (`memory`, `embedded`, `kafka`, `nats`, `pulsar`, `rabbitmq`, `sqs`), `worker` and `events`. A feature
+//! adds an adapter and changes nothing else; without default features no broker client is built.
 
 pub use anybroker_core::*;
 
@@ -34,6 +34,8 @@ pub use anybroker_memory as memory;
 pub use anybroker_nats as nats;
 #[cfg(feature = "pulsar")]
 pub use anybroker_pulsar as pulsar;
+#[cfg(feature = "rabbitmq")]
+pub use anybroker_rabbitmq as rabbitmq;
 #[cfg(feature = "sqs")]
 pub use anybroker_sqs as sqs;
 #[cfg(feature = "worker")]
@@ -53,6 +55,8 @@ pub fn registry() -> Registry {
     let registry = registry.with(nats::NatsDriver);
     #[cfg(feature = "pulsar")]
     let registry = registry.with(pulsar::PulsarDriver);
+    #[cfg(feature = "rabbitmq")]
+    let registry = registry.with(rabbitmq::RabbitDriver);
     #[cfg(feature = "sqs")]
     let registry = registry.with(sqs::SqsDriver);
     registry

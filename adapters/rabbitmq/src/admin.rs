@@ -1,0 +1,172 @@
+//! The management plugin's HTTP interface: what AMQP 0-9-1 cannot tell.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anybroker_core::{Bytes, Effect, Error, ErrorKind, Result};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use http::header::AUTHORIZATION;
+use http::{HeaderValue, Request, StatusCode};
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+use crate::config::Settings;
+
+const REQUEST: Duration = Duration::from_secs(10);
+/// An answer is not larger; the longest is a list of bindings.
+const LONGEST_ANSWER: usize = 64 * 1_048_576;
+const PAGE: usize = 500;
+
+pub(crate) struct Admin {
+    address: String,
+    vhost: String,
+    authorization: HeaderValue,
+    client: Client<HttpConnector, Empty<Bytes>>,
+}
+
+/// A binding of an exchange.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Binding {
+    pub(crate) destination: String,
+    pub(crate) destination_type: String,
+    #[serde(default)]
+    pub(crate) arguments: serde_json::Value,
+}
+
+/// What the plugin knows of a queue; figures are missing until its first statistics.
+#[derive(Debug, Deserialize)]
+pub(crate) struct QueueFigures {
+    pub(crate) name: String,
+    pub(crate) messages_unacknowledged: Option<u64>,
+}
+
+#[derive(Deserialize)]
+struct Page {
+    items: Vec<QueueFigures>,
+    page_count: usize,
+}
+
+#[derive(Deserialize)]
+struct Overview {
+    rabbitmq_version: String,
+}
+
+impl Admin {
+    pub(crate) fn new(settings: &Arc<Settings>) -> Option<Self> {
+        let address = settings.admin.clone()?;
+        let credentials = STANDARD.encode(format!("{}:{}", settings.user, settings.password.reveal()));
+        let mut authorization =
+            HeaderValue::from_str(&format!("Basic {credentials}")).expect("base64 is a header value");
+        authorization.set_sensitive(true);
+        let client = Client::builder(TokioExecutor::new()).build_http();
+        Some(Self { address, vhost: escaped(&settings.vhost), authorization, client })
+    }
+
+    /// The server's version.
+    pub(crate) async fn version(&self) -> Result<String> {
+        Ok(self.found::<Overview>("connect", "/api/overview").await?.rabbitmq_version)
+    }
+
+    /// What is bound to an exchange; `None` where there is no such exchange.
+    pub(crate) async fn bindings(&self, operation: &'static str, exchange: &str) -> Result<Option<Vec<Binding>>> {
+        let path = format!("/api/exchanges/{}/{}/bindings/source", self.vhost, escaped(exchange));
+        self.ask(operation, &path).await
+    }
+
+    /// The figures of one queue; `None` where there is no such queue.
+    pub(crate) async fn queue(&self, operation: &'static str, queue: &str) -> Result<Option<QueueFigures>> {
+        let columns = "name,messages_unacknowledged";
+        let path = format!("/api/queues/{}/{}?columns={columns}", self.vhost, escaped(queue));
+        self.ask(operation, &path).await
+    }
+
+    /// The queues whose names begin like that.
+    pub(crate) async fn queues(&self, operation: &'static str, start: &str) -> Result<Vec<QueueFigures>> {
+        let mut found = Vec::new();
+        // Of a name only `.` means something in a regular expression.
+        let pattern = escaped(&format!("^{}", start.replace('.', "\\.")));
+        for page in 1.. {
+            let path = format!(
+                "/api/queues/{}?page={page}&page_size={PAGE}&name={pattern}&use_regex=true\
+                 &columns=name,messages_unacknowledged",
+                self.vhost
+            );
+            let answer: Page = self.found(operation, &path).await?;
+            found.extend(answer.items);
+            if page >= answer.page_count {
+                break;
+            }
+        }
+        found.retain(|queue| queue.name.starts_with(start));
+        Ok(found)
+    }
+
+    async fn found<T: DeserializeOwned>(&self, operation: &'static str, path: &str) -> Result<T> {
+        let missing = || self.error(ErrorKind::NotFound, operation, "the management plugin has no such resource");
+        self.ask(operation, path).await?.ok_or_else(missing)
+    }
+
+    async fn ask<T: DeserializeOwned>(&self, operation: &'static str, path: &str) -> Result<Option<T>> {
+        let request = Request::get(format!("{}{path}", self.address))
+            .header(AUTHORIZATION, self.authorization.clone())
+            .body(Empty::new())
+            .map_err(|_| self.error(ErrorKind::ConfigInvalid, operation, "the setting `admin` is no address"))?;
+        let asking = async {
+            let response = self.client.request(request).await.map_err(|error| {
+                self.error(
+                    ErrorKind::Unavailable,
+                    operation,
+                    format!("the management plugin cannot be reached: {error}"),
+                )
+            })?;
+            let status = response.status();
+            let body = Limited::new(response.into_body(), LONGEST_ANSWER).collect().await.map_err(|error| {
+                self.error(
+                    ErrorKind::Unavailable,
+                    operation,
+                    format!("the management plugin's answer broke off: {error}"),
+                )
+            })?;
+            Ok::<_, Error>((status, body.to_bytes()))
+        };
+        let (status, body) = match tokio::time::timeout(REQUEST, asking).await {
+            Ok(answer) => answer?,
+            Err(_) => return Err(self.error(ErrorKind::Timeout, operation, "the management plugin does not answer")),
+        };
+        let kind = match status {
+            StatusCode::NOT_FOUND => return Ok(None),
+            StatusCode::UNAUTHORIZED => ErrorKind::Unauthenticated,
+            StatusCode::FORBIDDEN => ErrorKind::PermissionDenied,
+            status if status.is_success() => {
+                return serde_json::from_slice(&body).map(Some).map_err(|error| {
+                    self.error(ErrorKind::Unexpected, operation, format!("the management plugin's answer: {error}"))
+                });
+            }
+            status if status.is_server_error() => ErrorKind::Unavailable,
+            _ => ErrorKind::Unexpected,
+        };
+        Err(self.error(kind, operation, format!("the management plugin answers {status}")))
+    }
+
+    fn error(&self, kind: ErrorKind, operation: &'static str, text: impl Into<String>) -> Error {
+        Error::new(kind, operation, text.into()).with("admin", &self.address).with_effect(Effect::NotDone)
+    }
+}
+
+/// Percent-encoded, so that it is one part of a path or a query.
+fn escaped(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-_.~".contains(&byte) {
+            escaped.push(char::from(byte));
+        } else {
+            escaped.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    escaped
+}

@@ -1,0 +1,94 @@
+//! What RabbitMQ's quorum queues give through this adapter.
+
+use std::time::Duration;
+
+use anybroker_core::{
+    AckGranularity, AckLevel, AttemptCount, Browse, Capabilities, DeadLetterAtomicity, LagPrecision, LateAck, Limits,
+    Parallelism, Precision, Support, capability::millis,
+};
+
+use crate::config::Settings;
+
+/// All headers of a message lie in one frame, 128 KiB by default: key, headers at their limits, and a dead letter's note.
+const LONGEST_KEY: u64 = 16_384;
+const LONGEST_HEADERS: u64 = 24_576;
+const MOST_HEADERS: u64 = 512;
+/// The server's times to live are milliseconds in 32 bits: 49 days.
+pub(crate) const LONGEST_DELAY: Duration = Duration::from_secs(30 * 24 * 3600);
+
+pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
+    let unwritten = || Support::refused("not written yet in this adapter");
+    let absent = |text: &str| Support::refused(text);
+    let ordered = || {
+        Support::emulated("one member of the group works while order is kept, many keys at once; the others stand by")
+    };
+    let has_admin = settings.admin.is_some();
+    let approximate = Some(Precision::Approximate);
+    let by_admin = || {
+        if has_admin {
+            Support::Native
+        } else {
+            absent("AMQP cannot list; set `admin` to the management plugin's address")
+        }
+    };
+    Capabilities {
+        at_least_once: Support::Native,
+        key_order: ordered(),
+        total_order: ordered(),
+        block_on_failure: unwritten(),
+        park_on_failure: unwritten(),
+        parallelism: Parallelism::Any,
+        ack_granularity: AckGranularity::Individual,
+        ack_level: AckLevel::Sent,
+        late_ack: LateAck::Refused,
+        nack: Support::emulated("a confirmed copy with its count, stored before the source is acked"),
+        nack_delay: Support::emulated(
+            "a confirmed copy in a queue of its range of delays; late by at most half its length, when a longer one of \
+             the range is ahead",
+        ),
+        release: Support::emulated("handed out again by the same member"),
+        lease: Support::emulated("kept by the member; ends early with its connection"),
+        lease_extension: Support::emulated("kept by the member, up to the server's consumer timeout"),
+        attempt_count: AttemptCount::Exact,
+        crash_count: Support::emulated("the queue's count, which what a close or a pause gives back raises too"),
+        dead_letter: Support::emulated("a confirmed copy in a queue of the source and group"),
+        dead_letter_atomicity: DeadLetterAtomicity::StoredFirst,
+        dead_letter_browse: Browse::Leasing,
+        redrive: Support::emulated("a confirmed copy in the queue of this group alone"),
+        purge: Support::Native,
+        groups: Support::Native,
+        kept_before_group: absent("declare the group first; a log (Kafka, JetStream) keeps messages for later groups"),
+        replay: absent("a log (Kafka, JetStream) is read again"),
+        start_latest: Support::Native,
+        patterns: unwritten(),
+        delayed_publish: Support::emulated("it waits in a queue of its range of delays"),
+        ttl: Support::Native,
+        publish_confirm: Support::Native,
+        unroutable_detected: Support::Native,
+        publish_dedup: absent("JetStream dedups by id"),
+        transactions: absent("Kafka has transactions over destinations"),
+        tombstones: Support::emulated("a flag in this library's header; other readers see an empty payload"),
+        declare: Support::Native,
+        describe: by_admin(),
+        delete: by_admin(),
+        lag: LagPrecision {
+            ready: approximate,
+            in_flight: approximate.filter(|_| has_admin),
+            delayed: approximate.filter(|_| has_admin),
+            oldest_age: None,
+        },
+        admin_needed: true,
+        survives_process_kill: Support::Native,
+        survives_power_loss: Support::Native,
+        limits: Limits {
+            payload: Some(settings.max_message),
+            key: Some(LONGEST_KEY),
+            headers: Some(LONGEST_HEADERS),
+            header_count: Some(MOST_HEADERS),
+            lease_min_ms: Some(100),
+            lease_max_ms: Some(millis(settings.consumer_timeout / 2)),
+            delay_max_ms: Some(millis(LONGEST_DELAY)),
+            ..Limits::default()
+        },
+    }
+}

@@ -1,0 +1,301 @@
+//! Consuming from one group's queue: one task, one channel at a time, attached anew when it is lost.
+//!
+//! There is never more than one consumer of a feed: each lives on the channel of its attachment, and a new channel is opened
+//! only after the old one is gone.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anybroker_core::{Bytes, Error, ErrorKind, Lane, Reason, Result, SubscriptionEvent, Verdict};
+use futures_util::{FutureExt, StreamExt};
+use lapin::message::Delivery;
+use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions};
+use lapin::types::FieldTable;
+use lapin::{Channel, Consumer};
+use tokio::time::Instant;
+
+use crate::codec::{decode, notes};
+use crate::desk::Desk;
+use crate::error::failed;
+use crate::link::{Link, bounded, passes};
+use crate::owner::Owner;
+use crate::state::Arrival;
+
+/// How long a request of an attachment may take.
+const REQUEST: Duration = Duration::from_secs(10);
+/// How soon a lost channel is attached again, at first and at most.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const LONGEST_PAUSE: Duration = Duration::from_millis(500);
+/// Messages that are taken in before anything else is looked at.
+const BURST: usize = 256;
+
+pub(crate) struct Feed {
+    pub(crate) index: u32,
+    pub(crate) desk: Arc<Desk>,
+    pub(crate) link: Arc<Link>,
+    pub(crate) keeps_order: bool,
+    pub(crate) prefetch: u16,
+}
+
+/// How an attachment ended.
+enum Ended {
+    /// The subscription closes; everything is given back.
+    Closed,
+    /// It can be attached again.
+    Lost(Error),
+    /// It cannot.
+    Over(Error),
+}
+
+/// One channel, and what consumes on it.
+struct Session {
+    channel: Arc<Channel>,
+    lane: Lane,
+    consumer: Option<Consumer>,
+    /// Set when the server was told to send ahead less than it may, because older messages are out still: the last of them.
+    narrow: Option<u64>,
+    owner: Option<Owner>,
+}
+
+impl Feed {
+    pub(crate) async fn run(self) {
+        let shared = Arc::clone(&self.desk.shared);
+        let (mut pause, mut is_degraded) = (FIRST_PAUSE, false);
+        loop {
+            let ended = match self.attach().await {
+                Ok(session) => {
+                    if is_degraded {
+                        shared.tell(SubscriptionEvent::Recovered);
+                    }
+                    (pause, is_degraded) = (FIRST_PAUSE, false);
+                    let lane = session.lane;
+                    let ended = self.serve(session).await;
+                    shared.detach(self.index);
+                    if self.keeps_order && !matches!(ended, Ended::Closed) {
+                        shared.tell(SubscriptionEvent::Lost { lane });
+                    }
+                    ended
+                }
+                Err(error) if passes(&error) => Ended::Lost(error),
+                Err(error) => Ended::Over(error),
+            };
+            match ended {
+                Ended::Closed => break,
+                Ended::Over(error) => {
+                    shared.fail(error);
+                    break;
+                }
+                Ended::Lost(error) => {
+                    if !is_degraded {
+                        is_degraded = true;
+                        shared.tell(SubscriptionEvent::Degraded { cause: error.message().to_owned() });
+                    }
+                    let mut closing = shared.closing.subscribe();
+                    if tokio::time::timeout(pause, closing.wait_for(Option::is_some)).await.is_ok() {
+                        break;
+                    }
+                    pause = (pause * 2).min(LONGEST_PAUSE);
+                }
+            }
+        }
+        shared.working.send_modify(|working| *working -= 1);
+    }
+
+    fn queue(&self) -> &str {
+        &self.desk.queues[self.index as usize]
+    }
+
+    async fn attach(&self) -> Result<Session> {
+        let deadline = Instant::now() + REQUEST;
+        let channel = Arc::new(self.link.channel("receive", deadline).await?);
+        let owner = match self.keeps_order {
+            true => Some(Owner::stand_by(&self.link, &self.desk, self.queue(), deadline).await?),
+            false => None,
+        };
+        let lane = self.desk.shared.attach(self.index, Arc::clone(&channel));
+        Ok(Session { channel, lane, consumer: None, narrow: None, owner })
+    }
+
+    async fn serve(&self, mut session: Session) -> Ended {
+        let shared = &self.desk.shared;
+        let mut closing = shared.closing.subscribe();
+        let tick = (shared.lease / 20).clamp(Duration::from_millis(10), Duration::from_millis(500));
+        let mut looked = Instant::now();
+        loop {
+            let changed = shared.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if closing.borrow_and_update().is_some() {
+                return self.close(session).await;
+            }
+            if let Err(error) = self.adjust(&mut session).await {
+                return self.ended(error, &session).await;
+            }
+            if looked.elapsed() >= tick {
+                looked = Instant::now();
+                shared.end_leases(self.index);
+                if !session.channel.status().connected() || session.owner.as_ref().is_some_and(|owner| !owner.stands())
+                {
+                    return Ended::Lost(self.gone());
+                }
+            }
+            tokio::select! {
+                next = next(&mut session.consumer) => {
+                    if let Err(error) = self.take_in(next, &mut session) {
+                        return self.ended(error, &session).await;
+                    }
+                }
+                gained = gained(&mut session.owner) => match gained {
+                    Ok(()) => {
+                        let name = self.queue().to_owned();
+                        shared.tell(SubscriptionEvent::Assigned { lane: session.lane, name });
+                    }
+                    Err(error) => return self.ended(error, &session).await,
+                },
+                () = &mut changed => {}
+                _ = closing.changed() => {}
+                () = tokio::time::sleep_until(looked + tick) => {}
+            }
+        }
+    }
+
+    fn gone(&self) -> Error {
+        Error::new(ErrorKind::Unavailable, "receive", "the channel is gone").with("queue", self.queue())
+    }
+
+    /// Begins or ends consuming, as it is wanted.
+    async fn adjust(&self, session: &mut Session) -> Result<()> {
+        let shared = &self.desk.shared;
+        let deadline = Instant::now() + REQUEST;
+        let is_turn = session.owner.as_ref().is_none_or(Owner::is_active);
+        // Under order nothing is given back while older messages are out: it would come back before them.
+        let is_wanted = is_turn && (self.keeps_order || !shared.is_resting());
+        let is_narrow = session.narrow.is_some_and(|last| !shared.has_unacked_to(self.index, last));
+        if session.consumer.is_some() && (!is_wanted || is_narrow) {
+            self.stop(session, deadline).await?;
+            shared.surrender(self.index);
+        }
+        if session.consumer.is_none() && is_wanted {
+            let (unacked, last) = shared.unacked(self.index);
+            let room = usize::from(self.prefetch).saturating_sub(unacked);
+            let Some(room) = u16::try_from(room).ok().filter(|room| *room > 0) else { return Ok(()) };
+            let channel = &session.channel;
+            bounded("receive", deadline, channel.basic_qos(room, BasicQosOptions::default())).await?;
+            let (options, none) = (BasicConsumeOptions::default(), FieldTable::default());
+            let consuming = channel.basic_consume(self.queue().into(), "".into(), options, none);
+            session.consumer = Some(bounded("receive", deadline, consuming).await?);
+            session.narrow = (unacked > 0).then_some(last);
+        }
+        Ok(())
+    }
+
+    /// Cancels the consumer, and takes in what was on its way: an ack of several messages must not cover one that nobody
+    /// has seen.
+    async fn stop(&self, session: &mut Session, deadline: Instant) -> Result<()> {
+        let Some(mut consumer) = session.consumer.take() else { return Ok(()) };
+        let cancelling = session.channel.basic_cancel(consumer.tag(), BasicCancelOptions::default());
+        bounded("receive", deadline, cancelling).await?;
+        loop {
+            match tokio::time::timeout_at(deadline, consumer.next()).await {
+                Ok(Some(Ok(delivery))) => self.arrive(delivery),
+                Ok(Some(Err(error))) => return Err(failed("receive", &error)),
+                Ok(None) => return Ok(()),
+                Err(_) => return Err(self.gone()),
+            }
+        }
+    }
+
+    fn take_in(&self, first: Option<lapin::Result<Delivery>>, session: &mut Session) -> Result<()> {
+        let mut next = Some(first);
+        for _ in 0..BURST {
+            match next {
+                None => return Ok(()),
+                Some(Some(Ok(delivery))) => self.arrive(delivery),
+                Some(Some(Err(error))) => return Err(failed("receive", &error)),
+                // The server has cancelled it, or the channel is gone.
+                Some(None) => return Err(self.gone()),
+            }
+            next = session.consumer.as_mut().and_then(|consumer| consumer.next().now_or_never());
+        }
+        if let Some(Some(Ok(delivery))) = next {
+            self.arrive(delivery);
+        }
+        Ok(())
+    }
+
+    fn arrive(&self, delivery: Delivery) {
+        let noted = notes(&delivery.properties);
+        let destination = self.desk.shared.lock().feeds[self.index as usize].destination.clone();
+        let message = decode(&destination, &delivery.properties, Bytes::from(delivery.data));
+        let delivered = noted.returned.saturating_add(1);
+        let arrival = Arrival { feed: self.index, tag: delivery.delivery_tag, message, hop: noted.hop, delivered };
+        if let Some(over) = self.desk.shared.arrive(arrival) {
+            let verdict = Verdict::new(Reason::Expired);
+            tokio::spawn(Arc::clone(&self.desk).bury(over, verdict));
+        }
+    }
+
+    /// Why an attachment ended: a queue that is gone is told apart from a connection that is.
+    async fn ended(&self, error: Error, session: &Session) -> Ended {
+        if matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::Unauthenticated | ErrorKind::Closed) {
+            return Ended::Over(error);
+        }
+        if session.channel.status().connected() || error.kind() == ErrorKind::NotFound {
+            let deadline = Instant::now() + REQUEST;
+            if let Ok(None) = self.desk.topology.look(self.queue(), "receive", deadline).await {
+                let (destination, group) = {
+                    let state = self.desk.shared.lock();
+                    let own = &state.feeds[self.index as usize];
+                    (own.destination.clone(), own.group.clone())
+                };
+                return Ended::Over(crate::topology::missing("receive", &destination, Some(&group)));
+            }
+        }
+        // A channel that stands still must not keep messages from the next one.
+        let _ = tokio::time::timeout(REQUEST, session.channel.close(200, "".into())).await;
+        Ended::Lost(error)
+    }
+
+    /// Gives everything back: the server takes what is unacked when the channel closes, in order, after all acks before it.
+    async fn close(&self, mut session: Session) -> Ended {
+        let shared = &self.desk.shared;
+        let deadline = shared.closing.borrow().unwrap_or_else(Instant::now);
+        let _ = self.stop(&mut session, deadline).await;
+        loop {
+            let changed = shared.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if !shared.is_settling(self.index) || tokio::time::timeout_at(deadline, changed).await.is_err() {
+                break;
+            }
+        }
+        if session.channel.status().connected() {
+            let _ = tokio::time::timeout_at(deadline, session.channel.close(200, "closed".into())).await;
+        }
+        if let Some(owner) = session.owner.take() {
+            owner.release(deadline).await;
+        }
+        Ended::Closed
+    }
+}
+
+/// The next message of a consumer; never, without one.
+async fn next(consumer: &mut Option<Consumer>) -> Option<lapin::Result<Delivery>> {
+    match consumer {
+        Some(consumer) => consumer.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// When it becomes this member's turn; never, without order.
+async fn gained(owner: &mut Option<Owner>) -> Result<()> {
+    match owner {
+        Some(owner) => owner.gained().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Acks one message of a channel that has no others of ours.
+pub(crate) fn ack_alone(channel: &Channel, tag: u64) {
+    let _ = channel.basic_ack(tag, BasicAckOptions::default()).now_or_never();
+}

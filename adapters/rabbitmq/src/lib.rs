@@ -1,0 +1,53 @@
+//! RabbitMQ adapter of AnyBroker: a fanout exchange for each destination, a quorum queue for each group.
+//!
+//! What the words of the contract mean here, what is refused, and what is needed of the server: see the README beside
+//! this crate.
+
+mod admin;
+mod broker;
+mod capabilities;
+mod codec;
+mod config;
+mod dead_letter;
+mod delay;
+mod desk;
+mod error;
+mod feed;
+mod link;
+mod names;
+mod outlet;
+mod owner;
+mod publisher;
+mod settle;
+mod state;
+mod subscription;
+mod topology;
+
+use std::sync::Arc;
+
+use anybroker_core::config::{Field, Problem, Section};
+use anybroker_core::{Broker, Driver, Result};
+use async_trait::async_trait;
+
+/// Connects `amqp://` URLs, and `amqps://` ones, whose connection is encrypted.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RabbitDriver;
+
+#[async_trait]
+impl Driver for RabbitDriver {
+    fn schemes(&self) -> &'static [&'static str] {
+        &["amqp", "amqps"]
+    }
+
+    fn fields(&self) -> &'static [Field] {
+        config::FIELDS
+    }
+
+    fn check(&self, section: &Section) -> Vec<Problem> {
+        config::Settings::check(section)
+    }
+
+    async fn connect(&self, section: Section) -> Result<Arc<dyn Broker>> {
+        Ok(Arc::new(broker::RabbitBroker::connect(config::Settings::read(&section)).await?))
+    }
+}

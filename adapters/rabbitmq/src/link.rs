@@ -1,0 +1,134 @@
+//! A connection that is made anew when it is lost.
+//!
+//! The client's own recovery is not used: it replays consumers and pending confirms by itself (lapin #312, #364, #416), and
+//! two recoveries would register a consumer twice. Here a lost connection is gone with all its channels, and whoever needs
+//! one asks for the next.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anybroker_core::{Effect, Error, ErrorKind, Result};
+use lapin::uri::AMQPUri;
+use lapin::{Channel, Connection, ConnectionProperties};
+use tokio::sync::Mutex;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use crate::config::Settings;
+use crate::error::{failed, late, unconnected};
+
+/// How soon a failed connection is tried again, at first and at most.
+const FIRST_PAUSE: Duration = Duration::from_millis(50);
+const LONGEST_PAUSE: Duration = Duration::from_millis(500);
+
+/// One connection, at a time.
+pub(crate) struct Link {
+    settings: Arc<Settings>,
+    current: Mutex<Option<Arc<Connection>>>,
+    is_closed: AtomicBool,
+}
+
+impl Link {
+    pub(crate) fn new(settings: Arc<Settings>) -> Self {
+        Self { settings, current: Mutex::default(), is_closed: AtomicBool::new(false) }
+    }
+
+    /// The connection, made if there is none. One attempt.
+    pub(crate) async fn connection(&self, operation: &'static str, deadline: Instant) -> Result<Arc<Connection>> {
+        let Ok(mut current) = timeout_at(deadline, self.current.lock()).await else { return Err(late(operation)) };
+        if self.is_closed.load(Ordering::Acquire) {
+            return Err(Error::closed(operation));
+        }
+        if let Some(connection) = current.as_ref().filter(|connection| connection.status().connected()) {
+            return Ok(Arc::clone(connection));
+        }
+        *current = None;
+        let connection = Arc::new(self.connect(deadline).await?);
+        *current = Some(Arc::clone(&connection));
+        Ok(connection)
+    }
+
+    async fn connect(&self, deadline: Instant) -> Result<Connection> {
+        let addresses = self.settings.addresses();
+        let deadline = deadline.min(Instant::now() + self.settings.connect_timeout);
+        let (mut last, mut left) = (None, u32::try_from(addresses.len()).unwrap_or(1));
+        for address in addresses {
+            // A host that does not answer must not use up the time of the others.
+            let share = deadline.saturating_duration_since(Instant::now()) / left.max(1);
+            left = left.saturating_sub(1);
+            let host = format!("{}:{}", address.authority.host, address.authority.port);
+            let error = match timeout(share, self.reach(address)).await {
+                Ok(Ok(connection)) => return Ok(connection),
+                Ok(Err(error)) => error,
+                Err(_) => Error::new(ErrorKind::Timeout, "connect", format!("no answer within {share:?}"))
+                    .with_effect(Effect::NotDone),
+            };
+            last = Some(error.with("host", host));
+        }
+        Err(last.unwrap_or_else(|| Error::new(ErrorKind::ConfigInvalid, "connect", "no host is configured")))
+    }
+
+    async fn reach(&self, address: AMQPUri) -> Result<Connection> {
+        let tls = self.settings.tls().await?;
+        let properties = ConnectionProperties::default().with_connection_name("anybroker".into());
+        let runtime = lapin::runtime::default_runtime().map_err(|error| unconnected(&error))?;
+        Connection::connect_uri_with_config(address, properties, tls, runtime)
+            .await
+            .map_err(|error| unconnected(&error))
+    }
+
+    /// A new channel. One attempt.
+    pub(crate) async fn channel(&self, operation: &'static str, deadline: Instant) -> Result<Channel> {
+        let connection = self.connection(operation, deadline).await?;
+        // Every request has a deadline: on a connection that ends, the client may leave one unanswered (lapin #246, #409).
+        match timeout_at(deadline, connection.create_channel()).await {
+            Err(_) => Err(late(operation)),
+            Ok(Ok(channel)) => Ok(channel),
+            Ok(Err(error)) => Err(failed(operation, &error)),
+        }
+    }
+
+    /// A new channel, tried until the deadline while the server cannot be reached.
+    pub(crate) async fn channel_until(&self, operation: &'static str, deadline: Instant) -> Result<Channel> {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            match self.channel(operation, deadline).await {
+                Err(error) if passes(&error) && Instant::now() + pause < deadline => tokio::time::sleep(pause).await,
+                other => return other,
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// Whether the server has stopped taking messages from this connection (memory or disk alarm).
+    pub(crate) async fn is_blocked(&self) -> bool {
+        self.current.lock().await.as_ref().is_some_and(|connection| connection.status().blocked())
+    }
+
+    /// Closes it for good.
+    pub(crate) async fn close(&self, deadline: Instant) {
+        self.is_closed.store(true, Ordering::Release);
+        let connection = self.current.lock().await.take();
+        if let Some(connection) = connection.filter(|connection| connection.status().connected()) {
+            // What was on its way has been waited for; a server that does not answer gives everything back anyway.
+            let _ = timeout_at(deadline, connection.close(200, "closed".into())).await;
+        }
+    }
+}
+
+/// Whether the same attempt may succeed later.
+pub(crate) fn passes(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Timeout | ErrorKind::RateLimited)
+}
+
+/// Bounds one request of the client's.
+pub(crate) async fn bounded<T>(
+    operation: &'static str,
+    deadline: Instant,
+    request: impl Future<Output = lapin::Result<T>>,
+) -> Result<T> {
+    match timeout_at(deadline, request).await {
+        Err(_) => Err(late(operation)),
+        Ok(answer) => answer.map_err(|error| failed(operation, &error)),
+    }
+}

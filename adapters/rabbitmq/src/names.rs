@@ -1,0 +1,112 @@
+//! Logical names and RabbitMQ's: names of exchanges and queues are texts of at most 255 bytes.
+
+use std::fmt::Write;
+
+use anybroker_core::{Destination, Group};
+
+/// What a name may be long before it is hashed: two of them, a prefix and a suffix stay below 255.
+const LONGEST: usize = 96;
+/// What is kept readable of a longer one.
+const READABLE: usize = 60;
+
+/// The names of one connection, all under its prefix.
+#[derive(Debug, Clone)]
+pub(crate) struct Names {
+    prefix: String,
+}
+
+impl Names {
+    pub(crate) fn new(prefix: &str) -> Self {
+        Self { prefix: prefix.to_owned() }
+    }
+
+    /// The fanout exchange of a destination.
+    pub(crate) fn exchange(&self, destination: &Destination) -> String {
+        format!("{}.{}", self.prefix, token(destination))
+    }
+
+    /// The queue of a group. `=g=`, and what follows `=` below, come out of no name.
+    pub(crate) fn queue(&self, destination: &Destination, group: &Group) -> String {
+        format!("{}.{}=g={}", self.prefix, token(destination), token(group))
+    }
+
+    /// What the names of all queues of groups of the destination with that exchange begin with.
+    pub(crate) fn all_groups(exchange: &str) -> String {
+        format!("{exchange}=g=")
+    }
+
+    /// The dead letters of the group with that queue.
+    pub(crate) fn letters(queue: &str) -> String {
+        format!("{queue}=letters")
+    }
+
+    /// Where the members of the group with that queue agree who works under order.
+    pub(crate) fn owner(queue: &str) -> String {
+        format!("{queue}=owner")
+    }
+
+    /// The queue in which messages for `of` (an exchange or a group's queue) wait, of one range of delays.
+    pub(crate) fn waiting(of: &str, range: &str) -> String {
+        format!("{of}=wait={range}")
+    }
+}
+
+/// Injective: letters, digits, `.`, `-` and `_` stay, every other byte is `=` and two hexadecimal digits.
+fn token(name: &str) -> String {
+    let mut text = String::with_capacity(name.len() + 8);
+    for byte in name.bytes() {
+        if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.') {
+            text.push(char::from(byte));
+        } else {
+            write!(text, "={byte:02x}").expect("writing to a string cannot fail");
+        }
+    }
+    if text.len() > LONGEST {
+        // `h` is no hexadecimal digit: no escaped name looks like this. Everything in it is ASCII.
+        text = format!("{}=h{:032x}", &text[..READABLE], fnv1a(name.as_bytes()));
+    }
+    text
+}
+
+/// FNV-1a of 128 bits: not against an adversary, but far beyond chance for names.
+pub(crate) fn fnv1a(bytes: &[u8]) -> u128 {
+    bytes.iter().fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d, |hash: u128, byte| {
+        (hash ^ u128::from(*byte)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn names_stay_apart_and_short_enough() {
+        let long = "x".repeat(300);
+        let names = ["orders", "orders.a", "orders=2ea", "orders-a", "Orders", "", ".", "*", "#", "a b", "ключ", "a/b"]
+            .into_iter()
+            .map(str::to_owned)
+            .chain([long.clone(), format!("{long}y"), "ы".repeat(200)]);
+        let all = Names::new(&"p".repeat(32));
+        let mut seen = HashSet::new();
+        for name in names {
+            let queue = all.queue(&name.as_str().into(), &long.as_str().into());
+            assert!(Names::waiting(&queue, "1234567890").len() <= 255, "{queue}");
+            assert!(seen.insert(queue), "{name}");
+        }
+    }
+
+    #[test]
+    fn what_belongs_to_two_groups_lies_apart() {
+        let all = Names::new("anybroker");
+        let pairs = [("a", "b"), ("a=g=b", "c"), ("a", "b=g=c"), ("a", "b=letters"), ("a.b", "c"), ("a", "b=owner")];
+        let mut seen = HashSet::new();
+        for (destination, group) in pairs {
+            let queue = all.queue(&destination.into(), &group.into());
+            assert!(seen.insert(all.exchange(&destination.into())) || destination == "a");
+            assert!(seen.insert(Names::letters(&queue)) && seen.insert(Names::owner(&queue)));
+            assert!(seen.insert(Names::waiting(&queue, "1")) && seen.insert(queue));
+        }
+    }
+}

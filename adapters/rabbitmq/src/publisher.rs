@@ -1,0 +1,191 @@
+//! Publishing: entries are handed to the client in call order, one channel for each destination.
+//!
+//! A missing exchange closes the channel that published to it, with everything on its way (AMQP 0-9-1). So destinations do
+//! not share one.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use anybroker_core::{
+    Bytes, Confirms, Destination, Effect, Error, ErrorKind, Message, PublishOrder, PublishOutcome, PublishTerms,
+    Receipt, Result, Timestamp,
+};
+use parking_lot::Mutex;
+use tokio::time::{Instant, timeout_at};
+
+use crate::codec::{Hop, encode};
+use crate::delay::millis;
+use crate::error::late;
+use crate::link::Link;
+use crate::outlet::{Answer, Board, Outlet, Parcel};
+use crate::topology::Topology;
+
+/// Destinations with a channel at the same time. A connection has 2,047 channels by default.
+const MOST_ROUTES: usize = 256;
+
+/// One destination.
+struct Route {
+    exchange: String,
+    outlet: Outlet,
+    /// Batches take their turn; also while the destination is looked up, or later ones would overtake.
+    turn: tokio::sync::Mutex<()>,
+    is_known: AtomicBool,
+    used: AtomicU64,
+}
+
+/// Publishes on one connection.
+pub(crate) struct Publisher {
+    link: Arc<Link>,
+    topology: Arc<Topology>,
+    creates: bool,
+    routes: Mutex<HashMap<Destination, Arc<Route>>>,
+    clock: AtomicU64,
+}
+
+impl Publisher {
+    pub(crate) fn new(link: Arc<Link>, topology: Arc<Topology>, creates: bool) -> Self {
+        Self { link, topology, creates, routes: Mutex::default(), clock: AtomicU64::new(0) }
+    }
+
+    fn route(&self, destination: &Destination) -> Arc<Route> {
+        let now = self.clock.fetch_add(1, Ordering::Relaxed);
+        let mut routes = self.routes.lock();
+        if !routes.contains_key(destination) {
+            if routes.len() >= MOST_ROUTES {
+                // The one that was idle for longest; when none is idle, there is one more for a while.
+                let idle = routes.iter().filter(|(_, route)| Arc::strong_count(route) == 1 && route.outlet.is_idle());
+                let oldest = idle.min_by_key(|(_, route)| route.used.load(Ordering::Relaxed));
+                if let Some(oldest) = oldest.map(|(destination, _)| destination.clone()) {
+                    routes.remove(&oldest);
+                }
+            }
+            let route = Route {
+                exchange: self.topology.names.exchange(destination),
+                outlet: Outlet::new(Arc::clone(&self.link), "publish"),
+                turn: tokio::sync::Mutex::default(),
+                is_known: AtomicBool::new(false),
+                used: AtomicU64::new(now),
+            };
+            routes.insert(destination.clone(), Arc::new(route));
+        }
+        let route = Arc::clone(&routes[destination]);
+        route.used.store(now, Ordering::Relaxed);
+        route
+    }
+
+    /// Whether nothing is on its way.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.routes.lock().values().all(|route| route.outlet.is_idle())
+    }
+
+    pub(crate) async fn publish(&self, batch: Vec<Message>, terms: &PublishTerms) -> Confirms {
+        let deadline = Instant::now() + terms.timeout;
+        let board = Board::new(batch.len());
+        let mut failed_keys: HashSet<(Destination, Bytes)> = HashSet::new();
+        let mut scratch = Vec::with_capacity(64);
+        let mut named = Vec::with_capacity(batch.len());
+        let mut entries = batch.into_iter().enumerate().peekable();
+        while let Some((_, first)) = entries.peek() {
+            // Neighbours of one destination share a turn.
+            let destination = first.destination().clone();
+            let route = self.route(&destination);
+            let turn = timeout_at(deadline, route.turn.lock()).await;
+            while let Some((index, message)) = entries.next_if(|(_, next)| *next.destination() == destination) {
+                let place = || message.key_bytes().map(|key| (destination.clone(), key.clone()));
+                let sent = if turn.is_err() {
+                    Err(late("publish").with_effect(Effect::NotDone))
+                } else if !failed_keys.is_empty() && place().is_some_and(|place| failed_keys.contains(&place)) {
+                    Err(held_back())
+                } else {
+                    self.send(&route, &message, (&board, index), &mut scratch, deadline).await
+                };
+                if let Err(error) = sent {
+                    if terms.order == PublishOrder::Key {
+                        failed_keys.extend(place());
+                    }
+                    board.note(index, Answer::Failed(error));
+                }
+                named.push((message.id().clone(), Arc::clone(&route), destination.clone()));
+            }
+        }
+        Confirms::waiting(async move {
+            board.wait(deadline).await;
+            let outcome = |(index, (id, route, destination)): (usize, (_, Arc<Route>, _))| {
+                outcome(board.take(index, "publish"), &route).map_err(|error| {
+                    error
+                        .with("id", &id as &anybroker_core::MessageId)
+                        .with("destination", &destination as &Destination)
+                })
+            };
+            named.into_iter().enumerate().map(outcome).collect()
+        })
+    }
+
+    async fn send(
+        &self,
+        route: &Route,
+        message: &Message,
+        place: (&Arc<Board>, usize),
+        scratch: &mut Vec<u8>,
+        deadline: Instant,
+    ) -> Result<()> {
+        if !route.is_known.load(Ordering::Acquire) {
+            let ensured = self.topology.ensure(message.destination(), self.creates, "publish", deadline).await;
+            ensured.map_err(|error| error.with_effect(Effect::NotDone))?;
+            route.is_known.store(true, Ordering::Release);
+        }
+        let expires = message.ttl().map(|ttl| {
+            let begins = message.delay().unwrap_or_default();
+            Hop { expires: Timestamp::now().after(begins.saturating_add(ttl)).as_millis(), ..Hop::default() }
+        });
+        let mut properties = encode(message, expires.as_ref(), scratch);
+        let payload = message.payload().cloned().unwrap_or_default();
+        let delay = message.delay().filter(|delay| !delay.is_zero());
+        let (exchange, routing_key) = match delay {
+            None => (route.exchange.clone(), String::new()),
+            Some(delay) => {
+                let waiting = self.topology.ensure_waiting(&route.exchange, true, delay, "publish", deadline).await;
+                (String::new(), waiting.map_err(|error| error.with_effect(Effect::NotDone))?)
+            }
+        };
+        if let Some(wait) = delay.or(message.ttl()) {
+            properties = properties.with_expiration(expiration(wait));
+        }
+        let parcel = Parcel {
+            exchange: exchange.as_str().into(),
+            routing_key: routing_key.as_str().into(),
+            properties,
+            payload,
+        };
+        route.outlet.send(parcel, place, deadline).await
+    }
+}
+
+/// A time as AMQP's `expiration`: milliseconds as a text, below 2^32.
+pub(crate) fn expiration(wait: Duration) -> lapin::types::ShortString {
+    millis(wait).min(u64::from(u32::MAX)).to_string().as_str().into()
+}
+
+fn outcome(answer: Answer, route: &Route) -> PublishOutcome {
+    match answer {
+        Answer::Stored => Ok(Receipt { position: None, duplicate: false }),
+        Answer::Unroutable => {
+            let text = "the destination has no group, and nothing is kept before one exists; declare a group first";
+            Err(Error::new(ErrorKind::NotFound, "publish", text).with_effect(Effect::NotDone))
+        }
+        Answer::Failed(error) => {
+            if error.kind() == ErrorKind::NotFound {
+                // Deleted underneath: the next publish looks again.
+                route.is_known.store(false, Ordering::Release);
+            }
+            Err(error)
+        }
+    }
+}
+
+fn held_back() -> Error {
+    let text = "order: not attempted, because an earlier message of this key in the batch failed";
+    Error::new(ErrorKind::Unavailable, "publish", text).with_effect(Effect::NotDone)
+}

@@ -1,0 +1,514 @@
+//! What one subscription holds: messages that are ready, that are out, that are being settled.
+//!
+//! Delivery tags belong to a channel: acking one on another channel, or twice, closes the channel and gives back everything
+//! that is unacked on it. So every entry belongs to its channel, frames go out under the lock that changes the entries, and
+//! an entry whose channel is gone cannot be settled.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anybroker_core::{
+    Delivery, DeliveryContext, DeliveryFacts, Destination, Error, Group, Lane, Message, Received, SubscriptionEvent,
+    Timestamp, Token,
+};
+use futures_util::FutureExt;
+use lapin::Channel;
+use lapin::options::{BasicAckOptions, BasicNackOptions};
+use parking_lot::{Mutex, MutexGuard};
+use tokio::sync::{Notify, watch};
+use tokio::time::Instant;
+
+use crate::codec::Hop;
+
+/// Shared by the subscription, its feeds and its settler.
+pub(crate) struct Shared {
+    state: Mutex<State>,
+    pub(crate) lease: Duration,
+    /// Something can be received.
+    pub(crate) arrived: Notify,
+    /// Something about consuming changed.
+    pub(crate) changed: Notify,
+    /// Set when the subscription closes: until when it may take.
+    pub(crate) closing: watch::Sender<Option<Instant>>,
+    /// How many feeds work.
+    pub(crate) working: watch::Sender<usize>,
+}
+
+#[derive(Default)]
+pub(crate) struct State {
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    pub(crate) feeds: Vec<FeedState>,
+    pub(crate) events: VecDeque<SubscriptionEvent>,
+    pub(crate) failure: Option<Error>,
+    pub(crate) is_paused: bool,
+    pub(crate) is_closing: bool,
+    is_receiving: bool,
+    received: Option<Instant>,
+    next_feed: usize,
+}
+
+#[derive(Default)]
+struct Slot {
+    generation: u64,
+    entry: Option<Entry>,
+}
+
+/// One destination of the subscription.
+pub(crate) struct FeedState {
+    pub(crate) destination: Destination,
+    pub(crate) group: Group,
+    pub(crate) keeps_order: bool,
+    epoch: u32,
+    channel: Option<Arc<Channel>>,
+    ready: BTreeMap<u64, u32>,
+    /// Everything that is unacked on the channel.
+    unacked: BTreeMap<u64, u32>,
+}
+
+impl FeedState {
+    pub(crate) fn new(destination: Destination, group: Group, keeps_order: bool) -> Self {
+        let (epoch, channel, ready, unacked) = Default::default();
+        Self { destination, group, keeps_order, epoch, channel, ready, unacked }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Ready,
+    Out { until: Instant },
+    Settling { until: Instant },
+}
+
+/// A message that is with this member.
+struct Entry {
+    feed: u32,
+    tag: u64,
+    message: Arc<Message>,
+    hop: Hop,
+    /// How often the server has handed it out since it was stored, this time included.
+    delivered: u32,
+    arrived_at: Timestamp,
+    /// Hand-overs by this member beyond the first.
+    again: u32,
+    was_out: bool,
+    phase: Phase,
+}
+
+impl Entry {
+    fn deliveries(&self) -> u32 {
+        self.hop.deliveries.saturating_add(self.delivered).saturating_add(self.again)
+    }
+
+    fn facts(&self, token: Token, lane: Lane, lease_until: Timestamp) -> DeliveryFacts {
+        let attempt = self.hop.failures + 1;
+        let mut facts = DeliveryFacts::new(token);
+        (facts.attempt, facts.deliveries, facts.lane) = (attempt, Some(self.deliveries().max(attempt)), lane);
+        facts.lease_until = Some(lease_until);
+        facts
+    }
+}
+
+/// A message as it came from the server.
+pub(crate) struct Arrival {
+    pub(crate) feed: u32,
+    pub(crate) tag: u64,
+    pub(crate) message: Message,
+    pub(crate) hop: Hop,
+    pub(crate) delivered: u32,
+}
+
+/// Slot and generation: an entry, and no other that takes its slot later.
+pub(crate) type Key = (u32, u64);
+
+/// What a settle needs of an entry.
+pub(crate) struct Taken {
+    pub(crate) key: Key,
+    pub(crate) feed: u32,
+    /// As it is after a failure: one more is counted by whoever stores it.
+    pub(crate) hop: Hop,
+    pub(crate) message: Arc<Message>,
+}
+
+impl Shared {
+    pub(crate) fn new(lease: Duration, feeds: Vec<FeedState>) -> Self {
+        let working = watch::Sender::new(feeds.len());
+        let state = Mutex::new(State { feeds, received: Some(Instant::now()), ..State::default() });
+        let (arrived, changed, closing) = (Notify::new(), Notify::new(), watch::Sender::new(None));
+        Self { state, lease, arrived, changed, closing, working }
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock()
+    }
+
+    /// Stops consuming and receiving; what is here goes back until `deadline`. Idempotent.
+    pub(crate) fn close(&self, deadline: Instant) {
+        self.lock().is_closing = true;
+        self.closing.send_if_modified(|closing| {
+            let is_first = closing.is_none();
+            *closing = Some(closing.unwrap_or(deadline));
+            is_first
+        });
+        self.arrived.notify_one();
+        self.changed.notify_waiters();
+    }
+
+    /// Waits until no feed works any more; false at the deadline.
+    pub(crate) async fn ended(&self, deadline: Instant) -> bool {
+        let mut working = self.working.subscribe();
+        let ended = working.wait_for(|working| *working == 0);
+        tokio::time::timeout_at(deadline, ended).await.is_ok()
+    }
+
+    /// Ends the subscription with an error that every receive answers from now on.
+    pub(crate) fn fail(&self, error: Error) {
+        let mut state = self.lock();
+        if state.failure.is_none() && !state.is_closing {
+            state.failure = Some(error);
+        }
+        drop(state);
+        self.arrived.notify_one();
+    }
+
+    pub(crate) fn tell(&self, event: SubscriptionEvent) {
+        self.lock().events.push_back(event);
+        self.arrived.notify_one();
+    }
+
+    /// A feed has a channel. What was on an earlier one is gone already.
+    pub(crate) fn attach(&self, feed: u32, channel: Arc<Channel>) -> Lane {
+        let mut state = self.lock();
+        let own = &mut state.feeds[feed as usize];
+        own.epoch += 1;
+        own.channel = Some(channel);
+        Lane { index: feed, epoch: own.epoch }
+    }
+
+    /// The channel is gone: the server gives everything on it out again, and nothing of it can be settled here.
+    pub(crate) fn detach(&self, feed: u32) {
+        let mut state = self.lock();
+        let own = &mut state.feeds[feed as usize];
+        own.channel = None;
+        own.ready.clear();
+        let gone: Vec<u32> = std::mem::take(&mut own.unacked).into_values().collect();
+        for slot in gone {
+            state.slots[slot as usize].entry = None;
+            state.free.push(slot);
+        }
+        drop(state);
+        self.changed.notify_waiters();
+    }
+
+    /// Takes a message in; the key of one that nobody may be handed any more, because its time to live is over.
+    pub(crate) fn arrive(&self, arrival: Arrival) -> Option<Taken> {
+        let now = Timestamp::now();
+        let is_over = arrival.hop.expires != 0 && arrival.hop.expires <= now.as_millis();
+        let mut state = self.lock();
+        let entry = Entry {
+            feed: arrival.feed,
+            tag: arrival.tag,
+            message: Arc::new(arrival.message),
+            hop: arrival.hop,
+            delivered: arrival.delivered,
+            arrived_at: now,
+            again: 0,
+            was_out: false,
+            phase: Phase::Ready,
+        };
+        let key = state.insert(entry);
+        let own = &mut state.feeds[arrival.feed as usize];
+        own.unacked.insert(arrival.tag, key.0);
+        if is_over {
+            return state.take(key);
+        }
+        own.ready.insert(arrival.tag, key.0);
+        drop(state);
+        self.arrived.notify_one();
+        None
+    }
+
+    /// Hands out up to `max`; an error ends the subscription, `None` is nothing at the moment.
+    pub(crate) fn take(&self, max: usize, context: &Arc<DeliveryContext>) -> Result<Option<Received>, Error> {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let mut received = Received { deliveries: Vec::new(), events: state.events.drain(..).collect() };
+        if state.failure.is_none() && !state.is_paused {
+            let (until, lease_until) = (Instant::now() + self.lease, Timestamp::now().after(self.lease));
+            let feeds = state.feeds.len();
+            for offset in 0..feeds {
+                let feed = (state.next_feed + offset) % feeds;
+                while received.deliveries.len() < max
+                    && let Some((_, slot)) = state.feeds[feed].ready.pop_first()
+                {
+                    received.deliveries.push(state.hand_out(slot, until, lease_until, context));
+                }
+            }
+            state.next_feed = state.next_feed.wrapping_add(1) % feeds;
+        }
+        if received.deliveries.is_empty() && received.events.is_empty() {
+            return state.failure.as_ref().map_or(Ok(None), |failure| Err(failure.duplicate()));
+        }
+        Ok(Some(received))
+    }
+
+    /// Begins to settle a delivery; `None` when its lease or its channel is gone.
+    pub(crate) fn begin(&self, token: &Token, lane: Lane) -> Option<Taken> {
+        let mut state = self.lock();
+        let key = state.out(token, lane)?;
+        state.take(key)
+    }
+
+    /// Acks what is being settled; tells for each whether it was handed to the client. Neighbours from the oldest
+    /// on go in one frame.
+    pub(crate) fn ack(&self, keys: &[Key]) -> Vec<bool> {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let mut tags: BTreeMap<u32, BTreeMap<u64, usize>> = BTreeMap::new();
+        let mut outcomes = vec![false; keys.len()];
+        for (index, key) in keys.iter().enumerate() {
+            if let Some(entry) = state.entry(*key) {
+                tags.entry(entry.feed).or_default().insert(entry.tag, index);
+            }
+        }
+        for (feed, tags) in tags {
+            let own = &mut state.feeds[feed as usize];
+            let Some(channel) = own.channel.clone() else { continue };
+            let together = own.unacked.keys().zip(tags.keys()).take_while(|(unacked, tag)| unacked == tag).count();
+            let mut is_sent = true;
+            for (place, (tag, index)) in tags.iter().enumerate() {
+                if place + 1 >= together {
+                    let options = BasicAckOptions { multiple: place + 1 == together && together > 1 };
+                    is_sent = handed_over(channel.basic_ack(*tag, options));
+                }
+                outcomes[*index] = is_sent;
+            }
+            // All or nothing: what the frame with several did not do, none of them did.
+            if let Some((_, last)) = tags.iter().nth(together.saturating_sub(1)) {
+                let is_done = outcomes[*last];
+                tags.values().take(together).for_each(|index| outcomes[*index] = is_done);
+            }
+        }
+        for (key, is_sent) in keys.iter().zip(&outcomes) {
+            if *is_sent && state.entry(*key).is_some() {
+                state.remove(key.0);
+            }
+        }
+        drop(guard);
+        self.changed.notify_waiters();
+        outcomes
+    }
+
+    /// It could not be settled: it is the application's again.
+    pub(crate) fn unsettled(&self, key: Key) {
+        if let Some(entry) = self.lock().entry(key)
+            && let Phase::Settling { until } = entry.phase
+        {
+            entry.phase = Phase::Out { until };
+        }
+        self.changed.notify_waiters();
+    }
+
+    /// Gives a delivery back to be handed out again by this member, in its place. `counts` tells whether it was a
+    /// hand-over without an outcome.
+    pub(crate) fn give_back(&self, token: &Token, lane: Lane, counts: bool) -> bool {
+        let mut state = self.lock();
+        let Some(key) = state.out(token, lane) else { return false };
+        if let Some(entry) = state.entry(key)
+            && !counts
+        {
+            (entry.was_out, entry.again) = (entry.again > 0, entry.again.saturating_sub(1));
+        }
+        state.make_ready(key);
+        drop(state);
+        self.arrived.notify_one();
+        self.changed.notify_waiters();
+        true
+    }
+
+    /// Keeps a delivery for `lease` from now.
+    pub(crate) fn extend(&self, token: &Token, lane: Lane, lease: Duration) -> bool {
+        let mut state = self.lock();
+        let Some(key) = state.out(token, lane) else { return false };
+        let Some(entry) = state.entry(key) else { return false };
+        entry.phase = Phase::Out { until: Instant::now() + lease };
+        true
+    }
+
+    /// Ends the leases of a feed that are over: the server gives the messages to whoever is free; under order this member
+    /// hands them out again, in their places.
+    pub(crate) fn end_leases(&self, feed: u32) {
+        let now = Instant::now();
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let is_over = |slot: &&u32| {
+            let entry = state.slots[**slot as usize].entry.as_ref();
+            entry.is_some_and(|entry| matches!(entry.phase, Phase::Out { until } if until <= now))
+        };
+        let over: Vec<u32> = state.feeds[feed as usize].unacked.values().filter(is_over).copied().collect();
+        if over.is_empty() {
+            return;
+        }
+        for slot in over {
+            if state.feeds[feed as usize].keeps_order {
+                // A new generation: the delivery that is out is stale.
+                let own = &mut state.slots[slot as usize];
+                own.generation += 1;
+                let key = (slot, own.generation);
+                state.make_ready(key);
+            } else {
+                state.return_to_server(slot);
+            }
+        }
+        drop(guard);
+        self.arrived.notify_one();
+        self.changed.notify_waiters();
+    }
+
+    /// Gives what is ready back to the server.
+    pub(crate) fn surrender(&self, feed: u32) {
+        let mut state = self.lock();
+        let ready: Vec<u32> = state.feeds[feed as usize].ready.values().copied().collect();
+        for slot in ready {
+            state.return_to_server(slot);
+        }
+    }
+
+    /// How many of a feed's messages are unacked, and up to which tag.
+    pub(crate) fn unacked(&self, feed: u32) -> (usize, u64) {
+        let state = self.lock();
+        let unacked = &state.feeds[feed as usize].unacked;
+        (unacked.len(), unacked.last_key_value().map_or(0, |(tag, _)| *tag))
+    }
+
+    /// Whether anything up to that tag is unacked.
+    pub(crate) fn has_unacked_to(&self, feed: u32, tag: u64) -> bool {
+        let state = self.lock();
+        state.feeds[feed as usize].unacked.first_key_value().is_some_and(|(first, _)| *first <= tag)
+    }
+
+    /// Whether anything of the feed is being settled.
+    pub(crate) fn is_settling(&self, feed: u32) -> bool {
+        let state = self.lock();
+        let entry = |slot: &u32| state.slots[*slot as usize].entry.as_ref();
+        let mut entries = state.feeds[feed as usize].unacked.values().filter_map(entry);
+        entries.any(|entry| matches!(entry.phase, Phase::Settling { .. }))
+    }
+
+    /// Messages that this member has prefetched, which the server counts as in flight.
+    pub(crate) fn prefetched(&self, destination: &Destination, group: &Group) -> u64 {
+        let state = self.lock();
+        let own = state.feeds.iter().filter(|feed| feed.destination == *destination && feed.group == *group);
+        own.map(|feed| feed.ready.len() as u64).sum()
+    }
+
+    /// Whether what is prefetched should rather go to others: paused, or nobody has received for long.
+    pub(crate) fn is_resting(&self) -> bool {
+        let state = self.lock();
+        state.is_paused || (!state.is_receiving && state.received.is_some_and(|at| at.elapsed() > self.lease / 2))
+    }
+
+    /// A receive begins or ends.
+    pub(crate) fn receiving(&self, is_receiving: bool) {
+        let mut state = self.lock();
+        let was_late = state.received.is_none_or(|at| at.elapsed() > self.lease / 2);
+        (state.is_receiving, state.received) = (is_receiving, Some(Instant::now()));
+        drop(state);
+        if is_receiving && was_late {
+            self.changed.notify_waiters();
+        }
+    }
+}
+
+/// Frames are handed to the client in the first poll; what is left is to wait until they are written.
+fn handed_over(request: impl Future<Output = lapin::Result<()>>) -> bool {
+    !matches!(request.now_or_never(), Some(Err(_)))
+}
+
+impl State {
+    fn insert(&mut self, entry: Entry) -> Key {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(Slot::default());
+            u32::try_from(self.slots.len() - 1).expect("memory ends before 2^32 entries")
+        });
+        let own = &mut self.slots[slot as usize];
+        own.generation += 1;
+        own.entry = Some(entry);
+        (slot, own.generation)
+    }
+
+    fn entry(&mut self, (slot, generation): Key) -> Option<&mut Entry> {
+        let slot = self.slots.get_mut(slot as usize).filter(|slot| slot.generation == generation)?;
+        slot.entry.as_mut()
+    }
+
+    fn remove(&mut self, slot: u32) -> Option<Entry> {
+        let entry = self.slots[slot as usize].entry.take()?;
+        self.free.push(slot);
+        let own = &mut self.feeds[entry.feed as usize];
+        own.ready.remove(&entry.tag);
+        own.unacked.remove(&entry.tag);
+        Some(entry)
+    }
+
+    /// The server gives it out again.
+    fn return_to_server(&mut self, slot: u32) {
+        let Some(entry) = self.remove(slot) else { return };
+        if let Some(channel) = &self.feeds[entry.feed as usize].channel {
+            // On a channel that is gone it goes back anyway.
+            handed_over(channel.basic_nack(entry.tag, BasicNackOptions { multiple: false, requeue: true }));
+        }
+    }
+
+    fn make_ready(&mut self, key: Key) {
+        let Some(entry) = self.entry(key) else { return };
+        entry.phase = Phase::Ready;
+        let (feed, tag) = (entry.feed, entry.tag);
+        self.feeds[feed as usize].ready.insert(tag, key.0);
+    }
+
+    fn hand_out(
+        &mut self,
+        slot: u32,
+        until: Instant,
+        lease_until: Timestamp,
+        context: &Arc<DeliveryContext>,
+    ) -> Delivery {
+        let own = &mut self.slots[slot as usize];
+        let generation = own.generation;
+        let entry = own.entry.as_mut().expect("what is ready is an entry");
+        if entry.was_out {
+            entry.again += 1;
+        }
+        (entry.phase, entry.was_out) = (Phase::Out { until }, true);
+        let lane = Lane { index: entry.feed, epoch: self.feeds[entry.feed as usize].epoch };
+        let facts = entry.facts(Token::Pair(u64::from(slot), generation), lane, lease_until);
+        Delivery::shared(Arc::clone(&entry.message), facts, context)
+    }
+
+    /// The entry that a delivery stands for, while it is out and its lease holds.
+    fn out(&mut self, token: &Token, lane: Lane) -> Option<Key> {
+        let Token::Pair(slot, generation) = token else { return None };
+        let key = (u32::try_from(*slot).ok()?, *generation);
+        if self.feeds.get(lane.index as usize).is_none_or(|feed| feed.epoch != lane.epoch) {
+            return None;
+        }
+        let entry = self.entry(key)?;
+        matches!(entry.phase, Phase::Out { until } if Instant::now() < until).then_some(key)
+    }
+
+    /// Takes an entry to settle it.
+    fn take(&mut self, key: Key) -> Option<Taken> {
+        let entry = self.entry(key)?;
+        let until = match entry.phase {
+            Phase::Out { until } => until,
+            Phase::Ready | Phase::Settling { .. } => Instant::now(),
+        };
+        entry.phase = Phase::Settling { until };
+        let is_first = entry.hop.first == 0 && entry.deliveries() == 1;
+        let first = if is_first { entry.arrived_at.as_millis() } else { entry.hop.first };
+        let hop = Hop { deliveries: entry.deliveries(), first, ..entry.hop };
+        Some(Taken { key, feed: entry.feed, hop, message: Arc::clone(&entry.message) })
+    }
+}

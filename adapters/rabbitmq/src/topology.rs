@@ -1,0 +1,357 @@
+//! Exchanges, queues and bindings.
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anybroker_core::{
+    Declared, Description, Destination, Error, ErrorKind, Figure, Group, GroupDescription, Lag, Precision, Result,
+    TopologySpec,
+};
+use lapin::options::{
+    ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
+};
+use lapin::types::{AMQPValue, FieldTable, LongString};
+use lapin::{Channel, ExchangeKind};
+use parking_lot::Mutex;
+use tokio::time::Instant;
+
+use crate::admin::Admin;
+use crate::config::Settings;
+use crate::delay::Range;
+use crate::link::{Link, bounded};
+use crate::names::Names;
+
+/// How long a request about topology may take.
+const REQUEST: Duration = Duration::from_secs(20);
+/// The argument of a binding that holds the group's own name.
+const GROUP: &str = "anybroker-group";
+
+pub(crate) struct Topology {
+    pub(crate) names: Names,
+    pub(crate) link: Arc<Link>,
+    pub(crate) admin: Option<Admin>,
+    consumer_timeout: Duration,
+    /// Queues of waiting messages that were declared on this connection.
+    waiting: Mutex<HashSet<String>>,
+}
+
+fn text(value: &str) -> AMQPValue {
+    AMQPValue::LongString(LongString::from(value))
+}
+
+/// Returns of a message after which the server buries it: never, in practice. Its default is 20 (RabbitMQ 4.0, "Quorum
+/// Queues", "Repeated Redeliveries"). Not -1: only with a limit does what comes back go near the head of the queue.
+const DELIVERY_LIMIT: i64 = 1_000_000_000;
+/// How long a new quorum queue is left alone. The server writes its name down some time after it answers: one that is killed
+/// before has lost the queue with all that it has confirmed ("configured member of queue … was not found on this node").
+const SETTLES: Duration = Duration::from_secs(1);
+
+/// A quorum queue that never buries a message by itself.
+fn quorum() -> FieldTable {
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-queue-type".into(), text("quorum"));
+    arguments.insert("x-delivery-limit".into(), AMQPValue::LongLongInt(DELIVERY_LIMIT));
+    arguments
+}
+
+/// What expires goes on to `exchange`, and is kept until every queue there has confirmed it. That takes an overflow that
+/// refuses rather than drops.
+fn forwarding(mut arguments: FieldTable, exchange: &str, routing_key: &str) -> FieldTable {
+    arguments.insert("x-dead-letter-exchange".into(), text(exchange));
+    arguments.insert("x-dead-letter-routing-key".into(), text(routing_key));
+    arguments.insert("x-dead-letter-strategy".into(), text("at-least-once"));
+    arguments.insert("x-overflow".into(), text("reject-publish"));
+    arguments
+}
+
+impl Topology {
+    pub(crate) fn new(settings: &Arc<Settings>, link: Arc<Link>) -> Self {
+        Self {
+            names: Names::new(&settings.prefix),
+            link,
+            admin: Admin::new(settings),
+            consumer_timeout: settings.consumer_timeout,
+            waiting: Mutex::default(),
+        }
+    }
+
+    async fn channel(&self, operation: &'static str, deadline: Instant) -> Result<Channel> {
+        self.link.channel_until(operation, deadline).await
+    }
+
+    async fn make_exchange(channel: &Channel, name: &str, operation: &'static str, deadline: Instant) -> Result<()> {
+        let options = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
+        let request = channel.exchange_declare(name.into(), ExchangeKind::Fanout, options, FieldTable::default());
+        bounded(operation, deadline, request).await
+    }
+
+    async fn make_queue(
+        channel: &Channel,
+        name: &str,
+        arguments: FieldTable,
+        operation: &'static str,
+        deadline: Instant,
+    ) -> Result<()> {
+        let request = channel.queue_declare(name.into(), QueueDeclareOptions::durable(), arguments);
+        bounded(operation, deadline, request).await.map(drop)
+    }
+
+    async fn has_exchange(&self, name: &str, operation: &'static str, deadline: Instant) -> Result<bool> {
+        let channel = self.channel(operation, deadline).await?;
+        let options = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
+        let request = channel.exchange_declare(name.into(), ExchangeKind::Fanout, options, FieldTable::default());
+        present(bounded(operation, deadline, request).await).map(|found| found.is_some())
+    }
+
+    /// Messages that are ready and consumers; `None` where there is no such queue.
+    pub(crate) async fn look(
+        &self,
+        queue: &str,
+        operation: &'static str,
+        deadline: Instant,
+    ) -> Result<Option<(u64, u32)>> {
+        let channel = self.channel(operation, deadline).await?;
+        let request =
+            channel.queue_declare(queue.into(), QueueDeclareOptions::durable().passive(), FieldTable::default());
+        let found = present(bounded(operation, deadline, request).await)?;
+        Ok(found.map(|queue| (u64::from(queue.message_count()), queue.consumer_count())))
+    }
+
+    /// Makes sure that a destination is there: creates it, or finds it.
+    pub(crate) async fn ensure(
+        &self,
+        destination: &Destination,
+        creates: bool,
+        operation: &'static str,
+        deadline: Instant,
+    ) -> Result<()> {
+        let exchange = self.names.exchange(destination);
+        if creates {
+            let channel = self.channel(operation, deadline).await?;
+            return Self::make_exchange(&channel, &exchange, operation, deadline).await;
+        }
+        match self.has_exchange(&exchange, operation, deadline).await? {
+            true => Ok(()),
+            false => Err(missing(operation, destination, None)),
+        }
+    }
+
+    /// Creates a group's queues, or finds them as they should be.
+    pub(crate) async fn ensure_group(
+        &self,
+        destination: &Destination,
+        group: &Group,
+        operation: &'static str,
+    ) -> Result<Declared> {
+        let deadline = Instant::now() + REQUEST;
+        let (exchange, queue) = (self.names.exchange(destination), self.names.queue(destination, group));
+        let existed = self.look(&queue, operation, deadline).await?.is_some();
+        let channel = self.channel(operation, deadline).await?;
+        Self::make_exchange(&channel, &exchange, operation, deadline).await?;
+        // First the letters, then the queue that may forward to them, then the binding that fills it.
+        let letters = Names::letters(&queue);
+        Self::make_queue(&channel, &letters, quorum(), operation, deadline).await?;
+        let mut arguments = forwarding(quorum(), "", &letters);
+        let timeout = i64::try_from(self.consumer_timeout.as_millis()).unwrap_or(i64::MAX);
+        arguments.insert("x-consumer-timeout".into(), AMQPValue::LongLongInt(timeout));
+        Self::make_queue(&channel, &queue, arguments, operation, deadline).await?;
+        let mut own = FieldTable::default();
+        own.insert(GROUP.into(), text(group));
+        let options = QueueBindOptions::default();
+        let binding = channel.queue_bind(queue.as_str().into(), exchange.as_str().into(), "".into(), options, own);
+        bounded(operation, deadline, binding).await?;
+        if existed {
+            return Ok(Declared::Existed);
+        }
+        tokio::time::sleep(SETTLES).await;
+        Ok(Declared::Created)
+    }
+
+    /// The queue where the members of a group that keep order agree who works: whoever holds a message of it. It has one
+    /// active consumer, and goes on to the next when that one goes.
+    pub(crate) async fn ensure_owner(&self, queue: &str, operation: &'static str) -> Result<()> {
+        let deadline = Instant::now() + REQUEST;
+        let mut arguments = quorum();
+        arguments.insert("x-single-active-consumer".into(), AMQPValue::Boolean(true));
+        let timeout = i64::from(u32::MAX);
+        arguments.insert("x-consumer-timeout".into(), AMQPValue::LongLongInt(timeout));
+        let channel = self.channel(operation, deadline).await?;
+        Self::make_queue(&channel, &Names::owner(queue), arguments, operation, deadline).await
+    }
+
+    /// The queue where a message waits for `delay` before it goes on: to the exchange `of`, or to the group's queue `of`.
+    pub(crate) async fn ensure_waiting(
+        &self,
+        of: &str,
+        is_exchange: bool,
+        delay: Duration,
+        operation: &'static str,
+        deadline: Instant,
+    ) -> Result<String> {
+        let name = Names::waiting(of, &Range::of(delay).to_string());
+        if self.waiting.lock().contains(&name) {
+            return Ok(name);
+        }
+        let (exchange, routing_key) = if is_exchange { (of, "") } else { ("", of) };
+        let existed = self.look(&name, operation, deadline).await?.is_some();
+        let channel = self.channel(operation, deadline).await?;
+        let arguments = forwarding(quorum(), exchange, routing_key);
+        Self::make_queue(&channel, &name, arguments, operation, deadline).await?;
+        if !existed {
+            tokio::time::sleep(SETTLES).await;
+        }
+        self.waiting.lock().insert(name.clone());
+        Ok(name)
+    }
+
+    /// A queue of waiting messages was found missing.
+    pub(crate) fn forget_waiting(&self, name: &str) {
+        self.waiting.lock().remove(name);
+    }
+
+    pub(crate) async fn declare(&self, spec: &TopologySpec) -> Result<Declared> {
+        let operation = "declare";
+        if let Some(group) = &spec.group {
+            return self.ensure_group(&spec.destination, group, operation).await;
+        }
+        let deadline = Instant::now() + REQUEST;
+        let existed = self.has_exchange(&self.names.exchange(&spec.destination), operation, deadline).await?;
+        self.ensure(&spec.destination, true, operation, deadline).await?;
+        Ok(if existed { Declared::Existed } else { Declared::Created })
+    }
+
+    pub(crate) async fn verify(&self, spec: &TopologySpec, operation: &'static str) -> Result<()> {
+        self.ensure(&spec.destination, false, operation, Instant::now() + REQUEST).await?;
+        match &spec.group {
+            Some(group) => self.expect_group(&spec.destination, group, operation).await.map(drop),
+            None => Ok(()),
+        }
+    }
+
+    /// The queue of a group that has to be there, and how much of it is ready.
+    pub(crate) async fn expect_group(
+        &self,
+        destination: &Destination,
+        group: &Group,
+        operation: &'static str,
+    ) -> Result<(String, u64)> {
+        let queue = self.names.queue(destination, group);
+        match self.look(&queue, operation, Instant::now() + REQUEST).await? {
+            Some((ready, _)) => Ok((queue, ready)),
+            None => Err(missing(operation, destination, Some(group))),
+        }
+    }
+
+    fn admin(&self, operation: &'static str) -> Result<&Admin> {
+        let absent =
+            || Error::unsupported(operation, "AMQP cannot list; set `admin` to the management plugin's address");
+        self.admin.as_ref().ok_or_else(absent)
+    }
+
+    pub(crate) async fn describe(&self, destination: &Destination) -> Result<Description> {
+        let operation = "describe";
+        let admin = self.admin(operation)?;
+        let exchange = self.names.exchange(destination);
+        // The plugin tells no bindings of an exchange that is missing, too.
+        self.ensure(destination, false, operation, Instant::now() + REQUEST).await?;
+        let bindings = admin.bindings(operation, &exchange).await?;
+        let bindings = bindings.ok_or_else(|| missing(operation, destination, None))?;
+        let mut groups = Vec::new();
+        for binding in bindings.iter().filter(|binding| binding.destination_type == "queue") {
+            // Queues that others bound are no groups of ours.
+            let Some(group) = binding.arguments[GROUP].as_str().map(Group::from) else { continue };
+            let (lag, letters) = (self.lag(destination, &group).await?, Names::letters(&binding.destination));
+            let count = self.look(&letters, operation, Instant::now() + REQUEST).await?.map(|(count, _)| count);
+            groups.push(GroupDescription {
+                group,
+                physical: binding.destination.clone(),
+                dead_letters: letters,
+                dead_letter_count: count,
+                lag,
+            });
+        }
+        groups.sort_by(|a, b| a.group.cmp(&b.group));
+        let settings =
+            [("exchange", "fanout"), ("queues", "quorum")].map(|(name, value)| (name.to_owned(), value.to_owned()));
+        // Each group has messages of its own; the destination itself keeps none.
+        Ok(Description {
+            destination: destination.clone(),
+            physical: exchange,
+            groups,
+            messages: None,
+            settings: BTreeMap::from(settings),
+        })
+    }
+
+    pub(crate) async fn delete(&self, destination: &Destination, group: Option<&Group>) -> Result<()> {
+        let operation = "delete";
+        let admin = self.admin(operation)?;
+        let deadline = Instant::now() + REQUEST;
+        let exchange = self.names.exchange(destination);
+        // Only what ends like this belongs to it: other names may begin with this one.
+        let (mut queues, starts) = match group {
+            Some(group) => {
+                let queue = self.expect_group(destination, group, operation).await?.0;
+                let waiting = Names::waiting(&queue, "");
+                (vec![queue.clone(), Names::letters(&queue), Names::owner(&queue)], vec![waiting])
+            }
+            None if self.has_exchange(&exchange, operation, deadline).await? => {
+                (Vec::new(), vec![Names::all_groups(&exchange), Names::waiting(&exchange, "")])
+            }
+            None => return Err(missing(operation, destination, None)),
+        };
+        for start in starts {
+            queues.extend(admin.queues(operation, &start).await?.into_iter().map(|queue| queue.name));
+        }
+        let channel = self.channel(operation, deadline).await?;
+        if group.is_none() {
+            // First, so that nothing new comes in.
+            let options = ExchangeDeleteOptions::default();
+            bounded(operation, deadline, channel.exchange_delete(exchange.as_str().into(), options)).await?;
+        }
+        for queue in queues {
+            // One that is missing is no error to the server.
+            let request = channel.queue_delete(queue.as_str().into(), QueueDeleteOptions::default());
+            bounded(operation, deadline, request).await?;
+            self.forget_waiting(&queue);
+        }
+        Ok(())
+    }
+
+    pub(crate) async fn lag(&self, destination: &Destination, group: &Group) -> Result<Lag> {
+        let operation = "lag";
+        let (queue, ready) = self.expect_group(destination, group, operation).await?;
+        let approximate = |count| Some((count, Precision::Approximate)) as Figure;
+        let mut lag = Lag { ready: approximate(ready), ..Lag::default() };
+        if let Some(admin) = &self.admin {
+            let figures = admin.queue(operation, &queue).await?;
+            lag.in_flight = approximate(figures.and_then(|figures| figures.messages_unacknowledged).unwrap_or(0));
+            let mut delayed = 0;
+            for waiting in admin.queues(operation, &Names::waiting(&queue, "")).await? {
+                let ready = self.look(&waiting.name, operation, Instant::now() + REQUEST).await?;
+                delayed += ready.map_or(0, |(ready, _)| ready) + waiting.messages_unacknowledged.unwrap_or(0);
+            }
+            lag.delayed = approximate(delayed);
+        }
+        Ok(lag)
+    }
+}
+
+/// An answer about something that may be missing.
+fn present<T>(answer: Result<T>) -> Result<Option<T>> {
+    match answer {
+        Ok(found) => Ok(Some(found)),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+pub(crate) fn missing(operation: &'static str, destination: &Destination, group: Option<&Group>) -> Error {
+    match group {
+        None => Error::new(ErrorKind::NotFound, operation, "there is no such destination"),
+        Some(group) => Error::new(ErrorKind::NotFound, operation, "there is no such group of this destination")
+            .with("group", group),
+    }
+    .with("destination", destination)
+}

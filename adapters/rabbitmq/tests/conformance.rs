@@ -1,0 +1,33 @@
+//! The conformance suite on a running server.
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
+mod common;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anybroker_conformance::{Options, UrlHarness, run};
+use common::{try_connect, url};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_default_mode_passes_every_case() {
+    let Some(url) = url() else { return };
+    let (fresh, strict) = (url.clone(), url.clone());
+    let harness = UrlHarness::new("rabbitmq", move || {
+        let url = fresh.clone();
+        Box::pin(async move { try_connect(&url, "").await })
+    })
+    .with_strict(move || {
+        let url = strict.clone();
+        Box::pin(async move { try_connect(&url, "create_destinations=false").await })
+    })
+    .with_lease(Duration::from_secs(1))
+    .with_quiet(Duration::from_millis(500));
+    let mut options = Options::default().with_parallelism(12);
+    if let Ok(filter) = std::env::var("ANYBROKER_TEST_CASES") {
+        options = options.with_filter(filter);
+    }
+    let report = run(Arc::new(harness), options).await.unwrap();
+    println!("{}", report.text());
+    assert!(report.is_green(), "{}", report.summary());
+}

@@ -1,0 +1,280 @@
+//! What a killed, restarted or frozen server and a killed consumer must not break.
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
+mod common;
+
+use std::collections::{HashMap, HashSet};
+use std::process::Command;
+use std::time::Duration;
+
+use anybroker_core::{
+    Bus, Effect, ErrorKind, Message, Order, PublishOptions, Settlement, SubscriptionEvent, ack, settle,
+};
+use common::{LONG, connect, number, numbered, publish, receive, unique, url};
+use tokio::time::Instant;
+
+const CRASHER: &str = "ANYBROKER_RABBITMQ_TEST_CRASHER";
+
+/// A server of this test's own, by the project's own commands; `None` after saying why there is none.
+struct Server {
+    instance: String,
+    url: String,
+}
+
+impl Server {
+    fn start(name: &str) -> Option<Self> {
+        url()?;
+        let Ok(xtask) = std::env::var("ANYBROKER_XTASK") else {
+            println!("not run: ANYBROKER_XTASK is not set (the path of the project's xtask binary)");
+            let is_required = std::env::var("ANYBROKER_TEST_REQUIRE_BROKERS").is_ok_and(|value| value == "1");
+            assert!(!is_required, "ANYBROKER_XTASK is not set, and ANYBROKER_TEST_REQUIRE_BROKERS demands it");
+            return None;
+        };
+        let instance = format!("rabbitmq-{name}-{}", std::process::id());
+        let up = Command::new(xtask)
+            .args(["brokers", "--instance", &instance, "up", "rabbitmq", "--how", "native"])
+            .output()
+            .unwrap();
+        assert!(up.status.success(), "{}", String::from_utf8_lossy(&up.stderr));
+        let output = String::from_utf8(up.stdout).unwrap();
+        let url = output.split('\'').nth(1).unwrap().to_owned();
+        Some(Self { instance, url })
+    }
+
+    fn run(&self, verb: &str) {
+        let xtask = std::env::var("ANYBROKER_XTASK").unwrap();
+        let done =
+            Command::new(xtask).args(["brokers", "--instance", &self.instance, verb, "rabbitmq"]).output().unwrap();
+        assert!(done.status.success(), "{verb}: {}", String::from_utf8_lossy(&done.stderr));
+    }
+
+    async fn does(&self, verb: &'static str) {
+        let server = Self { instance: self.instance.clone(), url: self.url.clone() };
+        tokio::task::spawn_blocking(move || {
+            server.run(verb);
+            std::mem::forget(server);
+        })
+        .await
+        .unwrap();
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.run("down");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_is_killed_in_the_middle_loses_nothing_that_was_confirmed() {
+    const PUBLISHERS: u32 = 4;
+    const EACH: u32 = 2_000;
+    let Some(server) = Server::start("kill") else { return };
+    let name = unique("killed");
+    let bus = connect(&server.url, "publish_timeout=3s").await;
+    let mut members = Vec::new();
+    for _ in 0..2 {
+        members.push(
+            bus.subscribe(bus.subscription(name.as_str(), "g").with_lease(Duration::from_secs(5))).await.unwrap(),
+        );
+    }
+    let publishers: Vec<_> = (0..PUBLISHERS)
+        .map(|publisher| {
+            let (bus, name) = (bus.clone(), name.clone());
+            tokio::spawn(async move {
+                for start in (0..EACH).step_by(50) {
+                    let numbers = (start..start + 50).map(|number| publisher * EACH + number);
+                    let batch: Vec<_> = numbers.map(|number| Message::new(name.as_str(), number.to_string())).collect();
+                    publish_until_confirmed(&bus, batch).await;
+                    // So that the crash falls in the middle.
+                    tokio::time::sleep(Duration::from_millis(40)).await;
+                }
+            })
+        })
+        .collect();
+    let consumers: Vec<_> = members
+        .into_iter()
+        .map(|mut member| {
+            tokio::spawn(async move {
+                let (mut seen, mut deliveries, mut events) = (HashSet::new(), 0, Vec::new());
+                let mut quiet_since = Instant::now();
+                while quiet_since.elapsed() < Duration::from_secs(12) {
+                    let received = member.receive_all(100, Duration::from_secs(1)).await.unwrap();
+                    events.extend(received.events);
+                    if !received.deliveries.is_empty() {
+                        quiet_since = Instant::now();
+                        deliveries += received.deliveries.len();
+                        seen.extend(received.deliveries.iter().map(number));
+                        // An ack that the crash swallowed gives the delivery back, and that brings it again.
+                        drop(ack(received.deliveries).await);
+                    }
+                }
+                member.close(LONG).await.unwrap();
+                (seen, deliveries, events)
+            })
+        })
+        .collect();
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    let killed = Instant::now();
+    server.does("kill").await;
+    server.does("restart").await;
+    println!("killed and ready again after {:?}", killed.elapsed());
+    for publisher in publishers {
+        publisher.await.unwrap();
+    }
+    let (mut seen, mut deliveries) = (HashSet::new(), 0);
+    for consumer in consumers {
+        let (more, count, events) = consumer.await.unwrap();
+        assert!(events.iter().any(|event| matches!(event, SubscriptionEvent::Degraded { .. })), "{events:?}");
+        assert!(events.contains(&SubscriptionEvent::Recovered), "{events:?}");
+        seen.extend(more);
+        deliveries += count;
+    }
+    let lost: Vec<_> = (0..PUBLISHERS * EACH).filter(|number| !seen.contains(number)).collect();
+    assert!(lost.is_empty(), "{} lost: {:?}", lost.len(), &lost[..lost.len().min(20)]);
+    assert_eq!(seen.len(), (PUBLISHERS * EACH) as usize, "nothing that was never published");
+    println!("{} messages, {deliveries} deliveries", seen.len());
+    bus.close(LONG).await.unwrap();
+}
+
+/// Publishes what has no confirmation again, with the same ids.
+async fn publish_until_confirmed(bus: &Bus, mut batch: Vec<Message>) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !batch.is_empty() {
+        assert!(Instant::now() < deadline, "{} messages are not confirmed", batch.len());
+        let outcomes = bus.publish(batch.clone()).await;
+        let mut outcomes = outcomes.into_iter();
+        let mut first = None;
+        batch.retain(|_| match outcomes.next().unwrap() {
+            Ok(_) => false,
+            Err(error) => {
+                first.get_or_insert(error);
+                true
+            }
+        });
+        if let Some(error) = first {
+            println!("{} not confirmed yet: {error}", batch.len());
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn attempts_and_delays_survive_a_killed_server() {
+    let Some(server) = Server::start("attempts") else { return };
+    let name = unique("attempts");
+    let bus = connect(&server.url, "").await;
+    let spec = bus.subscription(name.as_str(), "g").with_max_attempts(None).with_lease(Duration::from_secs(5));
+    let mut subscriber = bus.subscribe(spec).await.unwrap();
+    publish(&bus, numbered(&name, 0..3)).await;
+    let delay = Duration::from_secs(4);
+    let nacked = Instant::now();
+    let mut deliveries = receive(&mut subscriber, 3).await;
+    let kept = deliveries.split_off(1);
+    deliveries.remove(0).nack(delay).await.unwrap();
+    for outcome in ack(kept).await {
+        outcome.unwrap();
+    }
+    server.does("kill").await;
+    server.does("restart").await;
+    let back = loop {
+        let mut came = receive(&mut subscriber, 1).await;
+        let came = came.remove(0);
+        // The source of the copy that waits may have come back too, with its own attempt.
+        if number(&came) == 0 && came.attempt() == 1 {
+            drop(came.ack().await);
+            continue;
+        }
+        // An ack is sent and not confirmed: a kill may bring the message again.
+        if number(&came) == 0 {
+            break came;
+        }
+        assert_eq!(came.attempt(), 1);
+        drop(came.ack().await);
+    };
+    assert!(nacked.elapsed() >= delay, "it came back after {:?} of {delay:?}", nacked.elapsed());
+    assert_eq!(back.attempt(), 2);
+    back.ack().await.unwrap();
+    subscriber.close(LONG).await.unwrap();
+    bus.close(LONG).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_frozen_server_leaves_publishes_unknown_at_their_deadline_and_nothing_hangs() {
+    let Some(server) = Server::start("frozen") else { return };
+    let name = unique("frozen");
+    let bus = connect(&server.url, "").await;
+    let mut subscriber = bus.subscribe(bus.subscription(name.as_str(), "g")).await.unwrap();
+    publish(&bus, numbered(&name, 0..1)).await;
+    server.does("pause").await;
+    // The signal may reach the server's threads a moment later.
+    let probe = PublishOptions::default().with_timeout(Duration::from_millis(300));
+    while bus.submit(vec![Message::new(unique("probe").as_str(), "x")], &probe).await.await.remove(0).is_ok() {}
+    let begun = Instant::now();
+    let options = PublishOptions::default().with_timeout(Duration::from_secs(1));
+    let message = Message::new(name.as_str(), "1");
+    let error = bus.submit(vec![message.clone()], &options).await.await.remove(0).unwrap_err();
+    assert_eq!((error.kind(), error.effect()), (ErrorKind::Timeout, Effect::Unknown));
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    server.does("resume").await;
+    publish_until_confirmed(&bus, vec![message]).await;
+    // The first attempt may have been stored too: the server keeps both, under one id.
+    let mut seen = HashSet::new();
+    while seen.len() < 2 {
+        for delivery in receive(&mut subscriber, 1).await {
+            seen.insert(number(&delivery));
+            drop(delivery.ack().await);
+        }
+    }
+    subscriber.close(LONG).await.unwrap();
+    bus.close(LONG).await.unwrap();
+}
+
+/// Receives, fails one, and dies holding the rest. Run as a process of its own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn crasher() {
+    let Ok(name) = std::env::var(CRASHER) else { return };
+    let bus = connect(&url().unwrap(), "").await;
+    let ordered = bus.subscription(name.as_str(), "g").with_lease(Duration::from_secs(2)).with_order(Order::Key);
+    let mut subscriber = bus.subscribe(ordered).await.unwrap();
+    let mut deliveries = receive(&mut subscriber, 3).await;
+    let failed = deliveries.remove(0);
+    settle(vec![(failed, Settlement::Nack(anybroker_core::Nack { delay: Duration::from_secs(6), error_type: None }))])
+        .await
+        .into_iter()
+        .for_each(|outcome| assert!(outcome.is_ok()));
+    std::process::abort();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_killed_consumer_held_comes_back_in_order_with_its_attempts() {
+    let Some(url) = url() else { return };
+    let name = unique("crashed");
+    let bus = connect(&url, "").await;
+    let spec = bus.subscription(name.as_str(), "g").with_lease(Duration::from_secs(2)).with_order(Order::Key);
+    // The group exists before anything is published.
+    bus.subscribe(spec.clone()).await.unwrap().close(LONG).await.unwrap();
+    publish(&bus, numbered(&name, 0..6)).await;
+    let begun = Instant::now();
+    let died = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "crasher", "--nocapture"])
+        .env(CRASHER, &name)
+        .output()
+        .unwrap();
+    assert!(!died.status.success(), "the crasher came to its end");
+    let mut subscriber = bus.subscribe(spec).await.unwrap();
+    let mut came = Vec::new();
+    while came.len() < 6 {
+        for delivery in receive(&mut subscriber, 1).await {
+            came.push((number(&delivery), delivery.attempt()));
+            delivery.ack().await.unwrap();
+        }
+    }
+    let order: Vec<_> = came.iter().map(|(number, _)| *number).filter(|number| *number != 0).collect();
+    assert_eq!(order, [1, 2, 3, 4, 5], "what the dead member held comes before what is behind it");
+    let attempts: HashMap<u32, u32> = came.into_iter().collect();
+    assert_eq!(attempts[&0], 2, "its failure is remembered");
+    assert!((1..6).all(|number| attempts[&number] == 1), "a crash is no failure: {attempts:?}");
+    assert!(begun.elapsed() >= Duration::from_secs(6), "its delay is kept");
+    subscriber.close(LONG).await.unwrap();
+    bus.close(LONG).await.unwrap();
+}
