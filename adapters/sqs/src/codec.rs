@@ -5,6 +5,7 @@
 //! are attributes, so that foreign readers see them; one binary attribute of this library's holds their order, the
 //! headers that do not fit, and what SQS has no place for.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 
 use anybroker_core::{ByteString, Bytes, Destination, Headers, Message, MessageId, Timestamp};
@@ -114,7 +115,8 @@ pub(crate) fn encode(message: &Message, carried: &Carried, letter: Option<&str>)
         .iter()
         .map(|(name, value)| match value {
             Value::Text(text) => name.len() + "String".len() + text.len(),
-            Value::Binary(bytes) => name.len() + "Binary".len() + bytes.len(),
+            // As the longer of its two forms.
+            Value::Binary(bytes) => name.len() + "Binary".len() + bytes.len().div_ceil(3) * 4,
         })
         .sum();
     Encoded { size: body.len() + of_attributes, body, attributes }
@@ -195,8 +197,12 @@ pub(crate) struct Decoded {
 /// Decodes; what this library did not write is a text body with the attributes as headers, and its message group as key.
 pub(crate) fn decode(raw: Raw, destination: &Destination) -> Decoded {
     let Raw { body, attributes, id, sent, group } = raw;
-    let meta = attributes.get(META).and_then(MessageAttributeValue::binary_value);
-    if let Some(decoded) = meta.and_then(|meta| decode_own(meta.as_ref(), &body, &attributes, destination)) {
+    // Bytes from a queue, base64 from a topic.
+    let meta = attributes.get(META).and_then(|value| match value.binary_value() {
+        Some(bytes) => Some(Cow::Borrowed(bytes.as_ref())),
+        None => STANDARD.decode(value.string_value()?).ok().map(Cow::Owned),
+    });
+    if let Some(decoded) = meta.and_then(|meta| decode_own(&meta, &body, &attributes, destination)) {
         return decoded;
     }
     let time = sent.unwrap_or_else(Timestamp::now);

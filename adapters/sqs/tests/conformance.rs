@@ -29,7 +29,7 @@ async fn fifo_queues_in_total_order_hold_what_their_record_claims() {
     conform(format!("{url}&mode=fifo&message_group=one"), 24).await;
 }
 
-#[ignore = "moto 5.2.5 answers 500 to binary attributes behind a topic (TypeError in its checksum)"]
+#[ignore = "moto 5.2.5 hands a message to two receives at once and is too slow for the cases of many messages"]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn topics_with_standard_queues_hold_what_their_record_claims() {
     let Some(url) = moto_url() else { return };
