@@ -73,7 +73,7 @@ async fn totals_are_the_same_on_every_server_that_runs() {
         let mut config = Config::from_file(&file).unwrap().with("url", url.as_str());
         let section = url.split_once(':').unwrap().0;
         for (key, value) in settings.iter().filter_map(|setting| setting.split_once('=')) {
-            config = config.with(&format!("{section}.{key}"), value);
+            config = config.with(format!("{section}.{key}"), value);
         }
         let summary = run(config, &folder.path().join(name)).await;
         assert_eq!(summary.totals, expected(), "{name}");
