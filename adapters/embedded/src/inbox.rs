@@ -82,6 +82,8 @@ struct Waiting {
     /// The file may have been changed by another process.
     look: bool,
     closed: bool,
+    /// How many commands so far may bring a message back.
+    returns: u64,
 }
 
 impl Inbox {
@@ -91,10 +93,16 @@ impl Inbox {
         if waiting.closed {
             return Err(command);
         }
+        waiting.returns += u64::from(command.returns());
         waiting.commands.push_back(command);
         drop(waiting);
         self.arrived.notify_one();
         Ok(())
+    }
+
+    /// How many commands that may bring a message back were sent so far. They are taken in that order.
+    pub(crate) fn returns(&self) -> u64 {
+        self.waiting.lock().returns
     }
 
     /// The file may have changed.
@@ -162,6 +170,16 @@ impl Inbox {
 }
 
 impl Command {
+    /// Whether it may bring a message back, which then comes before later ones of its lane.
+    pub(crate) fn returns(&self) -> bool {
+        match self {
+            // A redrive is a call.
+            Self::GiveBack { .. } | Self::Leave { .. } | Self::Call(_) => true,
+            Self::Settle(settles) => settles.batch.iter().any(|(_, settlement)| !matches!(settlement, Settlement::Ack)),
+            Self::Publish(_) | Self::Fetch(..) | Self::Join(_) | Self::Close(_) => false,
+        }
+    }
+
     /// Does its part of a transaction. It may be done again, when the transaction was taken back.
     pub(crate) fn execute(&mut self, store: &Store<'_>) -> Step<()> {
         match self {

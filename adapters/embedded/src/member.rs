@@ -31,6 +31,8 @@ pub(crate) struct Member {
     pub(crate) lease: Duration,
     /// How many deliveries a waiting receive asks for; zero when nobody waits.
     pub(crate) want: AtomicUsize,
+    /// Under an order: which of the commands that may bring a message back have to be done before anything is brought.
+    pub(crate) needs: AtomicU64,
     /// When something falls due that nobody commits: the end of a lease, a delay, a time to live. Milliseconds.
     pub(crate) next_due: AtomicI64,
     pub(crate) shelf: Mutex<Brought>,
@@ -48,8 +50,8 @@ pub(crate) struct Member {
 pub(crate) struct Brought {
     pub(crate) ready: VecDeque<Ready>,
     pub(crate) events: Vec<SubscriptionEvent>,
-    /// The look that brought it.
-    pub(crate) look: u64,
+    /// How many commands that may bring a message back had been done before.
+    pub(crate) returns: u64,
     /// The subscription cannot go on.
     pub(crate) error: Option<Error>,
     /// The last event said that the broker does not serve.
@@ -94,6 +96,7 @@ impl Member {
             on_failure: spec.on_failure,
             lease: spec.lease,
             want: AtomicUsize::new(0),
+            needs: AtomicU64::new(0),
             next_due: AtomicI64::new(i64::MAX),
             shelf: Mutex::default(),
             awake: Notify::new(),
@@ -123,18 +126,23 @@ impl Member {
         Self::of_claim(claim) == self.id
     }
 
+    /// Whether what is looked for now is in order, when so many commands that may bring a message back are done.
+    pub(crate) fn may_have(&self, returns: u64) -> bool {
+        self.order == Order::None || returns >= self.needs.load(Ordering::Acquire)
+    }
+
     pub(crate) fn wants(&self) -> usize {
         self.want.load(Ordering::Acquire)
     }
 
     /// Brings deliveries to the subscription.
-    pub(crate) fn bring(&self, ready: Vec<Ready>, look: u64) {
+    pub(crate) fn bring(&self, ready: Vec<Ready>, returns: u64) {
         let mut shelf = self.shelf.lock();
         if std::mem::take(&mut shelf.degraded) {
             shelf.events.push(SubscriptionEvent::Recovered);
         }
         shelf.ready.extend(ready);
-        shelf.look = look;
+        shelf.returns = returns;
         // Under the lock, as it is set: what was asked for is there, and is not brought twice.
         self.want.store(0, Ordering::Release);
         drop(shelf);

@@ -48,8 +48,8 @@ impl FileSubscription {
         Self { keeper, clock, member, context, paused: false }
     }
 
-    /// Takes what the writer has brought, or says how much is wanted. `first` is the first look of this receive.
-    fn take(&self, max: usize, first: u64) -> Result<Taken> {
+    /// Takes what the writer has brought, or says how much is wanted.
+    fn take(&self, max: usize) -> Result<Taken> {
         let mut shelf = self.member.shelf.lock();
         if let Some(error) = &shelf.error {
             return Err(error.duplicate());
@@ -57,7 +57,7 @@ impl FileSubscription {
         let now = Timestamp::from_millis(self.clock.now());
         // What was brought for a receive that was cancelled may have lost half of its lease, or all of it. Where order
         // is kept, what was given back since may have to come first.
-        let late = self.member.order != Order::None && shelf.look < first;
+        let late = !self.member.may_have(shelf.returns);
         let good =
             |until: Option<Timestamp>| !late && until.is_none_or(|until| until.since(now) * 2 >= self.member.lease);
         let mut stale = Vec::new();
@@ -106,6 +106,13 @@ impl FileSubscription {
         }
     }
 
+    /// Nothing is brought from here on before what was given back by now.
+    fn mark(&self) {
+        if self.member.order != Order::None {
+            self.member.needs.store(self.keeper.inbox.returns(), Ordering::Release);
+        }
+    }
+
     /// Asks the writer to look; the number of that look.
     fn ask(&self) -> Result<u64> {
         let number = self.member.asked.fetch_add(1, Ordering::AcqRel) + 1;
@@ -145,12 +152,13 @@ impl Subscription for FileSubscription {
         }
         let member = Arc::clone(&self.member);
         let _waiting = Waiting(&member);
-        // The number of the look that is asked for, 0 when none is, and of the first one.
-        let (mut asked, mut first, mut expired) = (0, u64::MAX, false);
+        self.mark();
+        // The number of the look that is asked for, 0 when none is.
+        let (mut asked, mut expired) = (0, false);
         loop {
             // Read first: what a look has brought lies there before the look is told of.
             let looked = asked > 0 && member.looked.load(Ordering::Acquire) >= asked;
-            match self.take(max, first)? {
+            match self.take(max)? {
                 Taken::Something(received) => return Ok(received),
                 Taken::Nothing if looked && expired => {
                     // What is brought from here on is for the next receive to judge.
@@ -159,13 +167,13 @@ impl Subscription for FileSubscription {
                 Taken::Nothing => {}
                 Taken::GaveBack => {
                     // A look that was asked for before that may be taken before it, too.
-                    (asked, first) = (0, u64::MAX);
+                    self.mark();
+                    asked = 0;
                     continue;
                 }
             }
             if asked == 0 {
                 asked = self.ask()?;
-                first = first.min(asked);
             }
             let looked = member.looked.load(Ordering::Acquire) >= asked;
             let next_due = member.next_due.load(Ordering::Acquire);

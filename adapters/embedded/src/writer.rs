@@ -22,7 +22,7 @@ use crate::wake::{Bell, GroupSync};
 /// A member as the writer sees it.
 struct Seat {
     member: Arc<Member>,
-    /// The last look that was asked for, and before it everything that was handed over before it was.
+    /// The last look that was asked for.
     look: u64,
     /// The state of the file in which nothing was ready for it.
     idle_at: Option<u64>,
@@ -41,6 +41,8 @@ pub(crate) struct Writer {
     data_version: i64,
     /// Grows with every commit, ours or another process's.
     state: u64,
+    /// How many commands that may bring a message back were taken.
+    returns: u64,
     /// Settled messages since a destination was trimmed.
     settled: HashMap<i64, usize>,
     group_sync: Option<GroupSync>,
@@ -75,6 +77,7 @@ impl Writer {
             seats: Vec::new(),
             data_version: 0,
             state: 1,
+            returns: 0,
             settled: HashMap::new(),
             group_sync,
             bell,
@@ -108,6 +111,7 @@ impl Writer {
         let mut asks = Vec::new();
         let mut looks = Vec::new();
         for command in commands {
+            self.returns += u64::from(command.returns());
             match command {
                 Command::Fetch(member, number) => {
                     if let Some(seat) = self.seats.iter().position(|seat| Arc::ptr_eq(&seat.member, &member)) {
@@ -233,7 +237,7 @@ impl Writer {
                     .iter()
                     .any(|source| touched.destinations.contains(&source.dest) || touched.groups.contains(&source.group))
             };
-            if wanted == 0 || !(asks.contains(&index) || touched()) {
+            if wanted == 0 || !seat.member.may_have(self.returns) || !(asks.contains(&index) || touched()) {
                 continue;
             }
             let fetched = fetch::fetch(&store, &seat.member, wanted, seat.turn)?;
@@ -278,7 +282,7 @@ impl Writer {
                 // It had much to look at and found nothing yet.
                 let _ = self.inbox.send(Command::Fetch(Arc::clone(&seat.member), seat.look));
             } else {
-                seat.member.bring(fetched.ready, seat.look);
+                seat.member.bring(fetched.ready, self.returns);
             }
         }
     }

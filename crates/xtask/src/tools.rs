@@ -17,7 +17,7 @@ struct Tool {
     /// The name of Debian's package.
     package: &'static str,
     is_there: fn() -> bool,
-    /// Only real brokers need it.
+    /// Nothing is built with it: what it is for says that it was not run without it. Most of these are for real brokers.
     for_brokers: bool,
 }
 
@@ -40,6 +40,8 @@ const TOOLS: &[Tool] = &[
     built_with("libssl-dev", || has_library("libssl", "/usr/include/openssl/ssl.h")),
     built_with("zlib1g-dev", || has_library("zlib", "/usr/include/zlib.h")),
     built_with("protobuf-compiler", || on_path("protoc")),
+    // The embedded broker's power losses.
+    run_with("strace", || on_path("strace")),
     run_with("openssl", || on_path("openssl")),
     run_with("default-jre-headless", || on_path("java")),
     run_with("maven", || on_path("mvn")),
