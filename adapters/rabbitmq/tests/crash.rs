@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::process::Command;
 use std::time::Duration;
 
@@ -262,18 +262,19 @@ async fn what_a_killed_consumer_held_comes_back_in_order_with_its_attempts() {
         .unwrap();
     assert!(!died.status.success(), "the crasher came to its end");
     let mut subscriber = bus.subscribe(spec).await.unwrap();
-    let mut came = Vec::new();
-    while came.len() < 6 {
+    // The failed copy is confirmed before its source is acked; that the ack was written when the process died is not known
+    // (`ack_level` is sent). Then the source comes back beside its copy, once.
+    let mut came: Vec<(u32, u32)> = Vec::new();
+    while !came.contains(&(0, 2)) || came.iter().filter(|(number, _)| *number != 0).count() < 5 {
         for delivery in receive(&mut subscriber, 1).await {
             came.push((number(&delivery), delivery.attempt()));
             delivery.ack().await.unwrap();
         }
     }
-    let order: Vec<_> = came.iter().map(|(number, _)| *number).filter(|number| *number != 0).collect();
-    assert_eq!(order, [1, 2, 3, 4, 5], "what the dead member held comes before what is behind it");
-    let attempts: HashMap<u32, u32> = came.into_iter().collect();
-    assert_eq!(attempts[&0], 2, "its failure is remembered");
-    assert!((1..6).all(|number| attempts[&number] == 1), "a crash is no failure: {attempts:?}");
+    let (failed, held): (Vec<_>, Vec<_>) = came.into_iter().partition(|(number, _)| *number == 0);
+    assert!([&[(0, 2)][..], &[(0, 1), (0, 2)]].contains(&&failed[..]), "its failure is remembered: {failed:?}");
+    let expected: Vec<_> = (1..6).map(|number| (number, 1)).collect();
+    assert_eq!(held, expected, "what the dead member held comes before what is behind it, and a crash is no failure");
     assert!(begun.elapsed() >= Duration::from_secs(6), "its delay is kept");
     subscriber.close(LONG).await.unwrap();
     bus.close(LONG).await.unwrap();
