@@ -272,8 +272,8 @@ async fn behind_a_failed_message_its_key_waits_through_lost_leases_and_members()
     let again = receive(&mut first, 1).await.remove(0);
     assert_eq!((number(&late), late.attempt(), number(&again), again.attempt()), (0, 2, 0, 2));
     assert_eq!(late.ack().await.unwrap_err().error().kind(), ErrorKind::StaleDelivery);
-    again.nack(Duration::from_secs(2)).await.unwrap();
     let nacked = Instant::now();
+    again.nack(Duration::from_secs(2)).await.unwrap();
     first.close(LONG).await.unwrap();
     let mut second = bus.subscribe(spec).await.unwrap();
     for expected in [(0, 3), (1, 1), (2, 1)] {
