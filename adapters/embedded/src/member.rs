@@ -158,7 +158,12 @@ impl Member {
 
     /// Ends the subscription with an error.
     pub(crate) fn fail(&self, error: Error) {
-        self.shelf.lock().error = Some(error);
+        let mut shelf = self.shelf.lock();
+        shelf.error = Some(error);
+        // Under the lock, as it is set. A receive that still waits has not been told yet: nothing is claimed for it any
+        // more, least of all what its own member gives back as it leaves.
+        self.want.store(0, Ordering::Release);
+        drop(shelf);
         self.awake.notify_one();
     }
 

@@ -52,6 +52,25 @@ async fn every_verb_of_a_closed_connection_answers_closed() {
 }
 
 #[tokio::test]
+async fn what_a_closed_connection_gives_back_is_not_claimed_for_its_own_receive_that_still_waits() {
+    let place = Place::new();
+    let bus = real(&place.path()).await;
+    let mut subscriber = bus.subscribe(bus.subscription("orders", "g")).await.unwrap();
+    publish(&bus, "orders", &["1"]).await;
+    let held = one(&mut subscriber).await;
+    let waiting = tokio::spawn(async move { subscriber.receive(1, SOON).await.map(|found| found.len()) });
+    tokio::task::yield_now().await;
+    // Closed by another thread while this one waits: the receive cannot run, and what it asked for stands.
+    let closing = || tokio::runtime::Runtime::new().unwrap().block_on(bus.close(SOON));
+    std::thread::scope(|scope| scope.spawn(closing).join()).unwrap().unwrap();
+    assert_eq!(waiting.await.unwrap().unwrap_err().kind(), ErrorKind::Closed);
+    let other = real(&place.path()).await;
+    let mut other = other.subscribe(bus.subscription("orders", "g")).await.unwrap();
+    assert_eq!(one(&mut other).await.attempt(), 1);
+    drop(held);
+}
+
+#[tokio::test]
 async fn a_subscriber_that_is_dropped_gives_everything_back() {
     let (bus, _clock, _place) = manual().await;
     publish(&bus, "orders", &["1"]).await;
