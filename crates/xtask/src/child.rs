@@ -57,7 +57,8 @@ pub(crate) fn quietly(command: &mut Command, limit: Duration) -> Result<ExitStat
     wait(command.stdout(Stdio::null()).stderr(Stdio::null()), limit)
 }
 
-fn wait(command: &mut Command, limit: Duration) -> Result<ExitStatus> {
+/// Waits for `command`, and ends it with all that it started when `limit` is over or an interrupt comes.
+pub(crate) fn wait(command: &mut Command, limit: Duration) -> Result<ExitStatus> {
     let line = describe(command);
     // Its own group, so that one signal reaches all that it started and Ctrl-C comes to it through us, once.
     let mut child =

@@ -5,6 +5,7 @@ mod brokers;
 mod child;
 mod folders;
 mod interrupt;
+mod lanes;
 mod report;
 mod test;
 mod tools;

@@ -1,5 +1,6 @@
 //! `cargo xtask test`: everything that must hold before a change goes in.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -10,6 +11,7 @@ use clap::Args;
 use crate::brokers::{self, Endpoint, How, PrivateInstance};
 use crate::child::{self, cargo, output_of};
 use crate::folders;
+use crate::lanes::Tests;
 use crate::report::{Report, Verdict};
 use crate::tools;
 use crate::workspace;
@@ -104,11 +106,11 @@ impl Test {
 
     /// Unit, integration and documentation tests with the brokers that they look for in the environment.
     fn tests(&self, report: &mut Report) -> Result<()> {
-        let test = || cargo(["test", "--workspace", "--all-features", "--no-fail-fast"]);
+        let mut tests = Tests { environment: BTreeMap::new(), servers: BTreeMap::new(), limit: STEP_LIMIT };
         if self.fast || self.no_brokers {
             let reason = if self.fast { "--fast" } else { "--no-brokers" };
             report.step(BROKERS_UP, || not_run(reason))?;
-            report.step(TESTS, || passes(test()))?;
+            report.step(TESTS, || tests.run().map(|()| Verdict::Passed))?;
             return report.step(BROKERS_DOWN, || not_run(reason));
         }
         let mut instance = PrivateInstance::new()?;
@@ -121,18 +123,19 @@ impl Test {
             if all_up { Ok(Verdict::Passed) } else { not_run(&left_out.join("; ")) }
         })?;
         let tested = report.step(TESTS, || {
-            let mut command = test();
-            // So that a test can have its broker killed: $ANYBROKER_XTASK brokers kill kafka
-            command.env("ANYBROKER_INSTANCE", instance.name()).env("ANYBROKER_XTASK", std::env::current_exe()?);
             if all_up {
                 // Then a test that misses its broker has to fail, not to say that it was not run.
-                command.env("ANYBROKER_TEST_REQUIRE_BROKERS", "1");
+                tests.environment.insert("ANYBROKER_TEST_REQUIRE_BROKERS".to_owned(), "1".to_owned());
             }
+            // So that a test can have its broker killed: $ANYBROKER_XTASK brokers kill kafka
+            let xtask = std::env::current_exe()?.display().to_string();
+            tests.servers.insert("ANYBROKER_XTASK".to_owned(), xtask);
+            tests.servers.insert("ANYBROKER_INSTANCE".to_owned(), instance.name().to_owned());
             for Endpoint { variable, url } in &endpoints {
                 println!("{variable}={url}");
-                command.env(variable, url);
+                tests.servers.insert((*variable).to_owned(), url.clone());
             }
-            passes(command)
+            tests.run().map(|()| Verdict::Passed)
         });
         let ended = report.step(BROKERS_DOWN, || {
             println!("ended {}", instance.down()?.join(", "));
