@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use anybroker_core::{AckLevel, Delivery, Error, Message, Nack, Settlement, Subscriber, SubscriptionEvent, Verdict};
+use anybroker_core::{
+    AckLevel, Delivery, Error, ErrorKind, Message, Nack, Settlement, Subscriber, SubscriptionEvent, Verdict,
+};
 use futures_util::FutureExt;
 use tokio::time::Instant;
 
@@ -118,11 +120,26 @@ impl<'e> Consumer<'e> {
         self.silence(why).await?;
         let destination = self.subscriber.spec().destinations[0].clone();
         let canary = client.message(&destination, "canary");
+        let leased = self.env.now();
         client.publish_ok(vec![canary.clone()]).await?;
         let held = self.one().await?;
         let id = held.message().id().clone();
         ensure!(id == *canary.id(), "{why}: expected the canary next, came {id}");
-        held.ack().await
+        self.ack_in_time(held, leased).await
+    }
+
+    /// Acks a delivery that cannot have been leased before `leased`. On a machine that stood still for so long its lease
+    /// may have ended in truth; then it comes again, and is acked then.
+    pub(crate) async fn ack_in_time(&mut self, mut held: Held<'e>, leased: u64) -> Proof {
+        let (id, lease) = (held.id(), self.subscriber.spec().lease);
+        loop {
+            let Err((_, error)) = held.settle(Settlement::Ack).await? else { return Ok(()) };
+            if error.kind() != ErrorKind::StaleDelivery || !self.env.has_waited(leased, lease) {
+                return Err(error.into());
+            }
+            held = self.one().await?;
+            ensure!(held.id() == id, "the lease of {id} had ended, then came {}", held.id());
+        }
     }
 
     /// Stops or resumes deliveries.

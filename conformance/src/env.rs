@@ -165,7 +165,7 @@ impl Env {
                 _ => {}
             }
         }
-        bus.close(Duration::from_secs(5)).await?;
+        bus.close(self.harness.patience()).await?;
         result
     }
 }

@@ -120,7 +120,7 @@ pub async fn run(harness: Arc<dyn Harness>, options: Options) -> Result<Report> 
     let bus = harness.connect().await?;
     let record = Arc::new(bus.capabilities().clone());
     let endpoint = EndpointReport::of(harness.as_ref(), &bus);
-    bus.close(Duration::from_secs(5)).await?;
+    bus.close(harness.patience()).await?;
 
     let run_id = format!("conform-{:08x}", rand::rng().random::<u32>());
     let chosen: Vec<&'static Case> = cases().iter().filter(|case| options.chooses(case)).collect();

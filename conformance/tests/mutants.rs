@@ -10,7 +10,7 @@ use anybroker_conformance::{CaseReport, Harness, Options, Outcome, UrlHarness, c
 use anybroker_memory::{Memory, MemoryBuilder};
 use futures_util::StreamExt;
 
-fn memory() -> Arc<dyn Harness> {
+fn memory(patience: Duration) -> Arc<dyn Harness> {
     let clients = |builder: MemoryBuilder| {
         let memory = builder.build();
         move || -> futures_util::future::BoxFuture<'static, anybroker_core::Result<anybroker_core::Bus>> {
@@ -22,18 +22,17 @@ fn memory() -> Arc<dyn Harness> {
         .with_strict(clients(Memory::builder().create_destinations(false)))
         .with_lease(Duration::from_millis(500))
         .with_quiet(Duration::from_millis(100))
-        // What a mutant has lost does not come: the case that waits for it waits so long.
-        .with_patience(Duration::from_secs(5));
+        .with_patience(patience);
     Arc::new(harness)
 }
 
-async fn on(mutant: Mutant, options: Options) -> Vec<CaseReport> {
-    run(Arc::new(mutant.harness(memory())), options).await.unwrap().cases
+async fn on(mutant: Mutant, patience: Duration, options: Options) -> Vec<CaseReport> {
+    run(Arc::new(mutant.harness(memory(patience))), options).await.unwrap().cases
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_wrapper_without_a_fault_passes_every_case() {
-    let reports = on(unmutated(), Options::default().with_parallelism(16)).await;
+    let reports = on(unmutated(), Duration::from_secs(30), Options::default().with_parallelism(16)).await;
     let failed: Vec<_> = reports
         .iter()
         .filter(|case| matches!(case.outcome, Outcome::Fail | Outcome::Inconclusive))
@@ -44,10 +43,15 @@ async fn the_wrapper_without_a_fault_passes_every_case() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_mutant_is_killed_by_the_case_named_for_it() {
+    // What a mutant has lost does not come: the case that waits for it waits so long.
+    const PATIENCE: Duration = Duration::from_secs(5);
     let mut survivors = Vec::new();
-    let mut runs = futures_util::stream::iter(mutants())
-        .map(|mutant| async move { (mutant, on(mutant, Options::default().with_filter(mutant.killed_by)).await) })
-        .buffered(8);
+    let mut runs =
+        futures_util::stream::iter(mutants())
+            .map(|mutant| async move {
+                (mutant, on(mutant, PATIENCE, Options::default().with_filter(mutant.killed_by)).await)
+            })
+            .buffered(8);
     let mut count = 0;
     while let Some((mutant, reports)) = runs.next().await {
         count += 1;

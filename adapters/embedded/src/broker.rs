@@ -118,8 +118,9 @@ fn start(path: &Path, settings: Settings, clock: FileClock, inbox: Arc<Inbox>) -
     };
     let watcher = wake::watch(path, &inbox);
     let bell = Bell::new(path);
+    let safety = settings.look_every.unwrap_or_else(|| safety(watcher.is_some()));
     Writer::start(connection, settings, clock, Arc::clone(&inbox), group_sync, bell).map_err(failed)?;
-    Ok(Keeper { inbox, safety: safety(watcher.is_some()), _watcher: watcher })
+    Ok(Keeper { inbox, safety, _watcher: watcher })
 }
 
 #[async_trait]

@@ -81,6 +81,10 @@ pub struct Settings {
     pub max_file_size: Option<u64>,
     /// Bytes of published messages that may wait for their commit.
     pub buffer: usize,
+    /// How often a waiting receive looks by itself. Only there to prove that nothing hangs on it where the system
+    /// notifies.
+    #[doc(hidden)]
+    pub look_every: Option<Duration>,
 }
 
 impl Settings {
@@ -97,6 +101,7 @@ impl Settings {
             retention_messages: 100_000,
             max_file_size: None,
             buffer: 64 << 20,
+            look_every: None,
         }
     }
 
@@ -113,6 +118,7 @@ impl Settings {
             retention_messages: whole("retention_messages"),
             max_file_size: section.optional_integer("max_file_size").and_then(|bytes| u64::try_from(bytes).ok()),
             buffer: usize::try_from(section.integer("buffer")).unwrap_or(usize::MAX),
+            look_every: None,
         }
     }
 }

@@ -158,21 +158,25 @@ pub(crate) fn join(store: &Store<'_>, spec: &SubscribeSpec) -> Step<(i64, Vec<So
 fn keep_order(store: &Store<'_>, source: &Source, spec: &SubscribeSpec) -> Step<()> {
     let before = store.number("SELECT policy FROM consumers WHERE id = ?1", [source.group])?;
     let after = stated(spec);
-    if before == after {
-        return Ok(());
-    }
     let members = store.all("SELECT id, pid, born FROM members WHERE grp = ?1", [source.group], |row| {
         Ok((row.get::<_, i64>(0)?, row.get::<_, i64>(1)?, row.get::<_, i64>(2)?))
     })?;
     for (id, pid, born) in members {
         if process::born(pid) == born {
+            if before == after {
+                continue;
+            }
             let text = "the group has members that keep another order or do something else about failures";
             return Err(Error::new(ErrorKind::AlreadyExists, "subscribe", text)
                 .with("destination", &source.destination)
                 .with("group", &spec.group)
                 .into());
         }
+        // Of a process that is gone: whoever comes next tidies up after it.
         store.run("DELETE FROM members WHERE grp = ?1 AND id = ?2", (source.group, id))?;
+    }
+    if before == after {
+        return Ok(());
     }
     store.run("UPDATE consumers SET policy = ?2 WHERE id = ?1", (source.group, after))?;
     let rows = store.all(

@@ -102,11 +102,7 @@ fn two_hundred_kills_of_publishers_and_consumers_lose_nothing_and_redeliver_only
     said.add(process, &publisher.lines());
     child::runtime().block_on(async {
         let bus = real(&place.path()).await;
-        let until = Instant::now() + SOON;
-        while bus.lag("orders", "g").await.unwrap().total() != Some(0) {
-            assert!(Instant::now() < until, "the consumers did not finish: {:?}", bus.lag("orders", "g").await);
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        worked_off(&bus, "orders", "g").await;
     });
     // The last acks are on their way to the logs.
     let unsaid = |process: &Process| {
@@ -180,15 +176,7 @@ fn two_processes_of_a_group_share_the_work_while_a_third_reads_the_dead_letters(
             .map(|number| Process::start(ENTRY, "reject", &path, &[], logs.path().join(number.to_string())))
             .collect();
         // Both are members before there is anything to share.
-        let until = Instant::now() + SOON;
-        let members = || {
-            let file = rusqlite::Connection::open(&path).unwrap();
-            file.query_row("SELECT count(*) FROM members", [], |row| row.get::<_, i64>(0)).unwrap()
-        };
-        while members() < 2 {
-            assert!(Instant::now() < until, "the workers did not subscribe");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
+        subscribed(&path, 2).await;
         let publishing = async {
             for number in 0..MESSAGES / 10 {
                 publish(&bus, "orders", &[number.to_string().as_str(); 10]).await;
@@ -197,10 +185,13 @@ fn two_processes_of_a_group_share_the_work_while_a_third_reads_the_dead_letters(
         // This process is the third: it reads the letters while the others write them.
         let letters = bus.dead_letters("orders", "g").unwrap();
         let reading = async {
-            let (mut reads, mut most) = (0, 0);
+            let (mut reads, mut most, mut until) = (0, 0, Instant::now() + SOON);
             loop {
                 let count = letters.count(&Default::default()).await.unwrap();
                 assert!(count >= most, "letters do not go away by being read");
+                if count > most {
+                    until = Instant::now() + SOON;
+                }
                 (reads, most) = (reads + 1, count);
                 if count as usize == MESSAGES {
                     return reads;
@@ -221,4 +212,33 @@ fn two_processes_of_a_group_share_the_work_while_a_third_reads_the_dead_letters(
         assert_eq!((shares.iter().sum::<usize>(), ids.len()), (MESSAGES, MESSAGES), "each once");
         assert!(shares.iter().all(|share| *share > MESSAGES / 20), "both worked: {shares:?}");
     });
+}
+
+#[test]
+fn a_killed_process_leaves_no_member_behind() {
+    let place = Place::new();
+    let logs = tempfile::tempdir().unwrap();
+    let path = place.path();
+    child::runtime().block_on(async {
+        let bus = real(&path).await;
+        let mut consumer = Process::start(ENTRY, "consume", &path, &[], logs.path().join("consume"));
+        subscribed(&path, 1).await;
+        consumer.kill();
+        let _subscriber = bus.subscribe(bus.subscription("orders", "g")).await.unwrap();
+        assert_eq!(members(&path), 1);
+    });
+}
+
+fn members(path: &std::path::Path) -> i64 {
+    let file = rusqlite::Connection::open(path).unwrap();
+    let ids = "SELECT count(DISTINCT id) FROM members";
+    file.query_row(ids, [], |row| row.get::<_, i64>(0)).unwrap()
+}
+
+async fn subscribed(path: &std::path::Path, count: i64) {
+    let until = Instant::now() + SOON;
+    while members(path) != count {
+        assert!(Instant::now() < until, "{} members, expected {count}", members(path));
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }

@@ -59,7 +59,7 @@ async fn a_key_moves_on_when_its_member_closes() {
     assert!(ready(&mut second).await.is_empty());
     let waiting = tokio::spawn(async move { texts(&second.receive(10, SOON).await.unwrap()) });
     tokio::task::yield_now().await;
-    first.close(secs(1)).await.unwrap();
+    first.close(SOON).await.unwrap();
     assert_eq!(waiting.await.unwrap(), ["a1", "a2", "a3"]);
 }
 
@@ -224,7 +224,7 @@ async fn a_group_keeps_one_order_at_a_time() {
     let refused = bus.subscribe(bus.subscription("orders", "g")).await.unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::AlreadyExists);
     keyed.receive(1, NOW).await.unwrap().remove(0).nack(NOW).await.unwrap();
-    keyed.close(secs(1)).await.unwrap();
+    keyed.close(SOON).await.unwrap();
     let mut unordered = bus.subscribe(bus.subscription("orders", "g")).await.unwrap();
     let mut seen = ready(&mut unordered).await;
     seen.sort_by_key(|delivery| delivery.position());

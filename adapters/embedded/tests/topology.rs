@@ -150,7 +150,7 @@ async fn a_message_that_waits_is_kept_and_holds_up_the_deletion_of_no_other() {
     let mut out = ready(&mut subscriber).await;
     pick(&mut out, "waits").nack(secs(60)).await.unwrap();
     pick(&mut out, "dies").dead_letter(anybroker_core::Verdict::new(anybroker_core::Reason::Rejected)).await.unwrap();
-    subscriber.close(secs(1)).await.unwrap();
+    subscriber.close(SOON).await.unwrap();
     settle_many(&bus, "g", 5_000).await;
     let kept = bus.describe("orders").await.unwrap().messages.unwrap();
     assert!((2..=2_002).contains(&kept), "{kept}");

@@ -19,7 +19,7 @@ async fn close_keeps_acks_and_gives_the_rest_back_uncounted_at_once() {
     let mut subscriber = bus.subscribe(bus.subscription("orders", "g")).await.unwrap();
     let mut out = ready(&mut subscriber).await;
     pick(&mut out, "2").ack().await.unwrap();
-    subscriber.close(secs(1)).await.unwrap();
+    subscriber.close(SOON).await.unwrap();
     for delivery in out {
         assert_eq!(delivery.ack().await.unwrap_err().error().kind(), ErrorKind::StaleDelivery);
     }
@@ -39,8 +39,8 @@ async fn every_verb_of_a_closed_connection_answers_closed() {
     let held = one(&mut subscriber).await;
     let waiting = tokio::spawn(async move { subscriber.receive(1, SOON).await.map(|found| found.len()) });
     tokio::task::yield_now().await;
-    bus.close(secs(1)).await.unwrap();
-    bus.close(secs(1)).await.unwrap();
+    bus.close(SOON).await.unwrap();
+    bus.close(SOON).await.unwrap();
     assert_eq!(waiting.await.unwrap().unwrap_err().kind(), ErrorKind::Closed);
     assert_eq!(held.ack().await.unwrap_err().error().kind(), ErrorKind::StaleDelivery);
     assert_eq!(bus.send(Message::new("orders", "2")).await.unwrap_err().kind(), ErrorKind::Closed);
@@ -191,17 +191,11 @@ async fn members_on_several_threads_share_everything_exactly_once() {
             outcome.unwrap();
         }
     }
-    let until = tokio::time::Instant::now() + SOON;
-    while bus.lag("orders", "g").await.unwrap().total() != Some(0) {
-        assert!(tokio::time::Instant::now() < until, "not everything was settled");
-        tokio::task::yield_now().await;
-    }
+    worked_off(&bus, "orders", "g").await;
     // One for each member: whoever has met the end stops receiving.
     for _ in 0..4 {
         publish(&bus, "orders", &["end"]).await;
-        while bus.lag("orders", "g").await.unwrap().total() != Some(0) {
-            tokio::task::yield_now().await;
-        }
+        worked_off(&bus, "orders", "g").await;
     }
     let mut seen = Vec::new();
     for task in tasks {

@@ -42,11 +42,11 @@ async fn kafka_forgets_acks_above_a_hole_when_the_member_goes() {
         assert_eq!(outcome.unwrap(), AckLevel::Recorded);
     }
     assert!(ready(&mut subscriber).await.is_empty(), "what was acked does not come again while the member is there");
-    subscriber.close(secs(1)).await.unwrap();
+    subscriber.close(SOON).await.unwrap();
     drop(hole);
     let mut next = member(&bus).await;
     assert_eq!(done(&mut next).await, ["2", "3", "4"]);
-    next.close(secs(1)).await.unwrap();
+    next.close(SOON).await.unwrap();
     assert!(ready(&mut member(&bus).await).await.is_empty(), "without a hole everything is committed");
 }
 
@@ -225,7 +225,7 @@ async fn pulsar_forgets_attempts_when_the_consumer_goes() {
     one(&mut subscriber).await.nack(NOW).await.unwrap();
     let second = one(&mut subscriber).await;
     assert_eq!(second.attempt(), 2);
-    subscriber.close(secs(1)).await.unwrap();
+    subscriber.close(SOON).await.unwrap();
     drop(second);
     assert_eq!(one(&mut member(&bus).await).await.attempt(), 1);
 }

@@ -105,7 +105,7 @@ async fn release_close_and_drop_do_not_count_as_attempts() {
     drop(released);
     let dropped = one(&mut subscriber).await;
     assert_eq!((dropped.attempt(), dropped.facts().deliveries), (1, Some(2)), "a hand-over without an outcome");
-    subscriber.close(secs(1)).await.unwrap();
+    subscriber.close(SOON).await.unwrap();
     assert_eq!(dropped.ack().await.unwrap_err().error().kind(), ErrorKind::StaleDelivery);
     let mut next = bus.subscribe(bus.subscription("orders", "g")).await.unwrap();
     assert_eq!(one(&mut next).await.attempt(), 1);

@@ -210,7 +210,7 @@ async fn a_name_is_shared_within_the_process_and_no_name_is_private() {
     let one = connect("memory://topology-test?retention=5").await.unwrap();
     let other = connect("memory://topology-test?retention=5").await.unwrap();
     publish(&one, "orders", &["1"]).await;
-    one.close(secs(1)).await.unwrap();
+    one.close(SOON).await.unwrap();
     assert_eq!(from(&other, "g", Start::Earliest).await, ["1"]);
     let private = connect("memory://").await.unwrap();
     assert_eq!(private.describe("orders").await.unwrap_err().kind(), ErrorKind::NotFound);

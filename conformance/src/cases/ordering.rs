@@ -226,19 +226,28 @@ async fn total(env: &Env) -> Proof {
 async fn block(env: &Env) -> Proof {
     let (destination, group) = (env.destination("d"), env.group("g"));
     let client = env.client().await?;
-    let spec = env.spec(&destination, &group).with_order(Order::Key).with_on_failure(OnFailure::Block);
-    let mut consumer = client.subscribe(spec).await?;
+    let spec = |destination: &Destination| {
+        env.spec(destination, &group).with_order(Order::Key).with_on_failure(OnFailure::Block)
+    };
+    // Another key flows while one waits, here for longer than the case waits for anything.
+    let blocked = env.destination("blocked");
+    let mut consumer = client.subscribe(spec(&blocked)).await?;
+    client.fill(&blocked, "a", 4).await?;
+    consumer.one().await?.nack(env.patience() * 4).await?;
+    let other = client.fill(&blocked, "b", 3).await?;
+    let flowing = consumer.take(3).await?;
+    ensure_eq!(held_ids(&flowing), ids(&other), "what flows while key a is blocked");
+    ack_all(flowing).await?;
+    consumer.silence("key a is blocked").await?;
+    consumer.close().await?;
+
+    let mut consumer = client.subscribe(spec(&destination)).await?;
     let sent = client.fill(&destination, "a", 4).await?;
     let held = consumer.one().await?;
     ensure_eq!(held.id(), sent[0].id().to_string(), "the first delivery");
     let delay = Duration::from_millis(700);
     let nacked = env.now();
     held.nack(delay).await?;
-    // Another key flows meanwhile.
-    let other = client.fill(&destination, "b", 3).await?;
-    let flowing = consumer.take(3).await?;
-    ensure_eq!(held_ids(&flowing), ids(&other), "what flows while key a is blocked");
-    ack_all(flowing).await?;
     if env.harness.clock().is_some() {
         consumer.silence("key a is blocked").await?;
         env.pass(delay).await;
@@ -290,20 +299,36 @@ async fn block_behind_the_first(env: &Env) -> Proof {
 async fn go_past(env: &Env) -> Proof {
     let (destination, group) = (env.destination("d"), env.group("g"));
     let client = env.client().await?;
-    let mut consumer = client.subscribe(env.spec(&destination, &group).with_order(Order::Key)).await?;
-    let sent = client.fill(&destination, "a", 4).await?;
-    let delay = Duration::from_millis(1_500);
-    consumer.one().await?.nack(delay).await?;
+    // The others go past one that waits for longer than the case waits for anything.
+    let passed = env.destination("passed");
+    let mut consumer = client.subscribe(env.spec(&passed, &group).with_order(Order::Key)).await?;
+    let sent = client.fill(&passed, "a", 4).await?;
+    consumer.one().await?.nack(env.patience() * 4).await?;
     let rest = consumer.take(3).await?;
     ensure_eq!(held_ids(&rest), ids(&sent[1..]), "what goes past the failed message, in order");
     ack_all(rest).await?;
+    consumer.close().await?;
+
+    // It comes back; before or behind them, as its delay will have it.
+    let mut consumer = client.subscribe(env.spec(&destination, &group).with_order(Order::Key)).await?;
+    let sent = client.fill(&destination, "a", 4).await?;
+    let delay = Duration::from_millis(300);
+    consumer.one().await?.nack(delay).await?;
     if env.harness.clock().is_some() {
         env.pass(delay).await;
     }
-    let back = consumer.one().await?;
-    ensure_eq!(back.id(), sent[0].id().to_string(), "what comes back");
-    ensure_eq!(back.attempt(), 2, "its attempt");
-    back.ack().await?;
+    let (mut back, mut rest) = (Vec::new(), Vec::new());
+    for _ in 0..sent.len() {
+        let held = consumer.one().await?;
+        if held.attempt() == 1 {
+            rest.push(held.id())
+        } else {
+            back.push((held.id(), held.attempt()))
+        }
+        held.ack().await?;
+    }
+    ensure_eq!(back, [(sent[0].id().to_string(), 2)], "what comes back, and its attempt");
+    ensure_eq!(rest, ids(&sent[1..]), "what goes past it, in order");
     consumer.silence_then_canary(&client, "all were acked").await
 }
 

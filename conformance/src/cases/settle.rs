@@ -170,6 +170,7 @@ async fn dropped(env: &Env) -> Proof {
     let client = env.client().await?;
     let lease = env.lease();
     let mut consumer = client.subscribe(env.spec(&destination, &group).with_lease(lease)).await?;
+    let leased = env.now();
     let sent = client.fill(&destination, "k", 1).await?;
     let held = consumer.one().await?;
     drop(held);
@@ -182,7 +183,7 @@ async fn dropped(env: &Env) -> Proof {
     if env.record.attempt_count != anybroker_core::AttemptCount::Approximate {
         ensure_eq!(again.attempt(), 1, "the attempt of a message that was dropped, not failed");
     }
-    again.ack().await?;
+    consumer.ack_in_time(again, leased).await?;
     consumer.silence_then_canary(&client, "it was acked").await
 }
 

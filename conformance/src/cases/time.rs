@@ -71,22 +71,14 @@ async fn delayed_passes(env: &Env) -> Proof {
     let destination = env.destination("d");
     let client = env.client().await?;
     let mut consumer = client.subscribe(env.spec(&destination, &env.group("g"))).await?;
-    let delay = Duration::from_secs(1);
-    let slow = client.message(&destination, "k");
-    let published = env.now();
-    client.publish_ok(vec![slow.clone().with_delay(delay)]).await?;
+    // Longer than the case waits for anything. That it comes when the delay has ended is another case's proof.
+    let slow = client.message(&destination, "k").with_delay(env.patience() * 4);
+    client.publish_ok(vec![slow]).await?;
     let quick = client.fill(&destination, "k", 3).await?;
     let came = consumer.take(3).await?;
     ensure_eq!(sorted(held_ids(&came)), sorted(ids(&quick)), "what comes before the delayed one");
     ack_all(came).await?;
-    if env.harness.clock().is_some() {
-        env.pass(delay).await;
-    }
-    let held = consumer.one().await?;
-    ensure_eq!(held.id(), slow.id().to_string(), "what comes when the delay has ended");
-    ensure!(env.has_waited(published, delay), "it came early");
-    held.ack().await?;
-    consumer.silence_then_canary(&client, "all were acked").await
+    consumer.silence_then_canary(&client, "the delay has not ended").await
 }
 
 async fn delay_limit(env: &Env) -> Proof {
@@ -135,16 +127,25 @@ async fn not_expired(env: &Env) -> Proof {
     let long = Duration::from_secs(3_600);
     client.publish_ok(vec![client.message(&destination, "k").with_ttl(long)]).await?;
     consumer.one().await?.ack().await?;
-    // In flight when its time ends: its handler settles it.
-    let short = Duration::from_millis(600);
-    client.publish_ok(vec![client.message(&destination, "k").with_ttl(short)]).await?;
-    let received = consumer.receive(1, env.patience()).await?;
-    if let Some(held) = received.into_iter().next() {
-        env.pass(short + Duration::from_millis(50)).await;
+    // In flight when its time ends: its handler settles it. On a machine that stands still it may expire before; then
+    // another one is given more time.
+    let mut expired = 0;
+    for millis in [600, 3_000, 15_000] {
+        let ttl = Duration::from_millis(millis);
+        client.publish_ok(vec![client.message(&destination, "k").with_ttl(ttl)]).await?;
+        let received = consumer.receive(1, ttl + env.quiet()).await?;
+        let Some(held) = received.into_iter().next() else {
+            expired += 1;
+            continue;
+        };
+        env.pass(ttl + Duration::from_millis(50)).await;
         held.ack().await?;
-        ensure_eq!(client.letters(&destination, &group).await?.len(), 0, "dead letters");
-    } else {
-        return Err(crate::case::Breach::Inconclusive("the message expired before it could be received".into()));
+        let letters = match expired {
+            0 => client.letters(&destination, &group).await?,
+            some => client.letters_until(&destination, &group, some).await?,
+        };
+        ensure_eq!(letters.len(), expired, "dead letters, of those that had expired");
+        return consumer.silence_then_canary(&client, "all were acked").await;
     }
-    consumer.silence_then_canary(&client, "all were acked").await
+    Err(crate::case::Breach::Inconclusive("each message expired before it could be received".into()))
 }

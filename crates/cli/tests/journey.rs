@@ -143,7 +143,7 @@ fn a_redrive_that_was_interrupted_goes_on_with_the_rest() {
     cli.publish("d", "1\n2\n3\n4\n5\n");
     cli.json(&["consume", "d", "--group", "g", "--max", "5", "--settle", "dead-letter"], b"");
     let letters = || cli.json(&["dlq", "list", "d", "--group", "g"], b"").len();
-    let child = cli.spawn(&["dlq", "redrive", "d", "--group", "g", "--rate", "0.1", "--json"]);
+    let child = cli.spawn(&["dlq", "redrive", "d", "--group", "g", "--rate", "0.001", "--json"]);
     let deadline = Instant::now() + Duration::from_secs(30);
     while letters() == 5 {
         assert!(Instant::now() < deadline, "nothing was redriven");

@@ -60,8 +60,27 @@ async fn run(args: Args) -> Result<ExitCode, Box<dyn Error + Send + Sync>> {
         all_banks: args.resume,
     };
     let summary = service::run(settings, stop_on_signals()).await?;
-    println!("{}", Printed { summary: &summary, flags: &place.flags, resume: &place.resume });
+    let anybroker = cargo_run("anybroker-cli");
+    println!("{}", Printed { summary: &summary, anybroker: &anybroker, flags: &place.flags, resume: &place.resume });
     Ok(if summary.interrupted { ExitCode::from(130) } else { ExitCode::SUCCESS })
+}
+
+/// What the commands that are printed need beside, so that they reach the same broker.
+const FEATURES: &[(&str, bool)] = &[
+    ("kafka", cfg!(feature = "kafka")),
+    ("nats", cfg!(feature = "nats")),
+    ("pulsar", cfg!(feature = "pulsar")),
+    ("rabbitmq", cfg!(feature = "rabbitmq")),
+    ("sqs", cfg!(feature = "sqs")),
+];
+
+/// `cargo run` of a package, with the brokers that this program was built with.
+fn cargo_run(package: &str) -> String {
+    let features: Vec<&str> = FEATURES.iter().filter(|(_, on)| *on).map(|(name, _)| *name).collect();
+    match features[..] {
+        [] => format!("cargo run -q -p {package} --"),
+        _ => format!("cargo run -q -p {package} --features {} --", features.join(",")),
+    }
 }
 
 /// Where the broker is and where the totals are kept.
@@ -85,7 +104,7 @@ impl Place {
         fs::create_dir_all(&state)?;
         let state = state.canonicalize()?;
         let lock = lock(&state)?;
-        let mut resume = "cargo run -p orders -- --resume".to_owned();
+        let mut resume = format!("{} --resume", cargo_run("orders"));
         if args.state.is_some() {
             resume += &format!(" --state {}", quoted(&state.display().to_string()));
         }

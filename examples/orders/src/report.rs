@@ -12,6 +12,8 @@ use crate::service::Summary;
 pub struct Printed<'a> {
     /// What happened.
     pub summary: &'a Summary,
+    /// Such as `cargo run -q -p anybroker-cli --`.
+    pub anybroker: &'a str,
     /// Such as `--url embedded:///tmp/orders.db`.
     pub flags: &'a str,
     /// Such as `cargo run -p orders -- --resume`.
@@ -98,8 +100,7 @@ impl Printed<'_> {
         if self.summary.scheme == "memory" {
             return writeln!(f, "\nThis broker lived in this process, and its dead letters with it.");
         }
-        let anybroker = "cargo run -q -p anybroker-cli --";
-        let flags = self.flags;
+        let (anybroker, flags) = (self.anybroker, self.flags);
         writeln!(f, "\nTo look at them:")?;
         writeln!(f, "  {anybroker} dlq list orders --group payments {flags}")?;
         writeln!(f, "  {anybroker} dlq peek orders --group payments --error-type CARD_DECLINED --limit 1 {flags}")?;

@@ -96,7 +96,7 @@ async fn a_second_run_on_the_same_broker_changes_no_total_and_a_redriven_letter_
     options.filter.error_type = Some("SERVICE_UNAVAILABLE".into());
     let report = bus.dead_letters("orders", "payments").unwrap().redrive(&options).await.unwrap();
     assert_eq!((report.matched, report.moved), (20, 20), "ten letters of each run");
-    bus.close(Duration::from_secs(5)).await.unwrap();
+    bus.close(Duration::from_secs(60)).await.unwrap();
 
     let resumed = Settings { orders: None, all_banks: true, ..settings(embedded(folder.path()), &totals) };
     let resumed = service::run(resumed, CancellationToken::new()).await.unwrap();

@@ -7,7 +7,7 @@ pub(crate) mod trace;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anybroker_core::{Bus, BusOptions, Clock, Delivery, ManualClock, Message, Subscriber};
 use anybroker_embedded::{EmbeddedBroker, Settings};
@@ -115,4 +115,21 @@ pub(crate) async fn done(subscriber: &mut Subscriber) -> Vec<String> {
     let seen = texts(&deliveries);
     ack_all(deliveries).await;
     seen
+}
+
+/// Waits until the group has nothing left to do, however long that takes on this machine: as long as it becomes less.
+pub(crate) async fn worked_off(bus: &Bus, destination: &str, group: &str) {
+    let (mut least, mut until) = (u64::MAX, Instant::now() + SOON);
+    loop {
+        let lag = bus.lag(destination, group).await.unwrap();
+        let left = lag.total().unwrap();
+        if left == 0 {
+            return;
+        }
+        if left < least {
+            (least, until) = (left, Instant::now() + SOON);
+        }
+        assert!(Instant::now() < until, "nothing more is settled: {lag:?}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }

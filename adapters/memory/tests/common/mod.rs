@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "test code")]
 #![allow(dead_code, reason = "each test file uses some of it")]
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anybroker_core::{Bus, Delivery, ManualClock, Message, Subscriber};
 use anybroker_memory::{Memory, MemoryBuilder};
@@ -79,4 +79,21 @@ pub(crate) async fn done(subscriber: &mut Subscriber) -> Vec<String> {
     let seen = texts(&deliveries);
     ack_all(deliveries).await;
     seen
+}
+
+/// Waits until the group has nothing left to do, however long that takes on this machine: as long as it becomes less.
+pub(crate) async fn worked_off(bus: &Bus, destination: &str, group: &str) {
+    let (mut least, mut until) = (u64::MAX, Instant::now() + SOON);
+    loop {
+        let lag = bus.lag(destination, group).await.unwrap();
+        let left = lag.total().unwrap();
+        if left == 0 {
+            return;
+        }
+        if left < least {
+            (least, until) = (left, Instant::now() + SOON);
+        }
+        assert!(Instant::now() < until, "nothing more is settled: {lag:?}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }
