@@ -109,7 +109,7 @@ impl Topology {
         let route = match known.filter(|route| route.producers.len() == topics.len()) {
             Some(route) => route,
             None => {
-                self.keeps_before_group(destination, operation).await?;
+                self.keeps_before_group(destination, partitions, operation).await?;
                 let producers = topics.into_iter().map(|topic| Producer::new(topic, self.window.clone())).collect();
                 Arc::new(Route { producers, next: AtomicUsize::new(0) })
             }
@@ -120,10 +120,26 @@ impl Topology {
     }
 
     /// A topic that keeps nothing, and that nobody subscribes to, would drop what is confirmed.
-    async fn keeps_before_group(&self, destination: &Destination, operation: &'static str) -> Result<()> {
+    async fn keeps_before_group(
+        &self,
+        destination: &Destination,
+        partitions: u32,
+        operation: &'static str,
+    ) -> Result<()> {
         let local = Names::topic(destination);
         let answer = self.admin.topic(operation, Verb::Get, &local, "/retention?applied=true").await?;
-        let retention: Value = answer.read(operation).unwrap_or_default();
+        let retention: Value = match answer.read(operation) {
+            // Policies are read by the tenant's administrators only (PulsarAuthorizationProvider.java).
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+                let stats = self.stats(operation, &local, partitions).await?.unwrap_or_default();
+                if stats["subscriptions"].as_object().is_some_and(|groups| !groups.is_empty()) {
+                    return Ok(());
+                }
+                let text = "the topic has no group, and this role may not see whether it keeps what is published";
+                return Err(Error::new(error.kind(), operation, text).with("destination", destination));
+            }
+            answer => answer?,
+        };
         if retention["retentionTimeInMinutes"].as_i64().unwrap_or(0) != 0 {
             return Ok(());
         }
