@@ -189,6 +189,10 @@ impl Feed {
         };
         let mut opening = Opening { conn: Arc::clone(&conn), consumer: consumer_id, is_done: false };
         conn.ask(operation, subscribe).await?;
+        if let Some(hand_overs) = &self.desk.hand_overs[self.index as usize] {
+            // Only then is it known what others may have handed out before.
+            hand_overs.catch_up().await?;
+        }
         opening.is_done = true;
         Ok(Attached { conn, consumer: consumer_id, inbound })
     }

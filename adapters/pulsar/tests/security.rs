@@ -223,7 +223,10 @@ async fn who_may_produce_and_consume_works_on_what_an_administrator_has_declared
 
     let reader = connect(&secured.plain(), &as_role("reader")).await;
     assert_eq!(reader.send(Message::new(name.as_str(), "y")).await.unwrap_err().kind(), denied);
-    let mut subscriber = reader.subscribe(reader.subscription(name.as_str(), "g")).await.unwrap();
+    let spec = reader.subscription(name.as_str(), "g");
+    let subscribed = reader.subscribe(spec.clone()).await;
+    assert_eq!(subscribed.map(drop).unwrap_err().kind(), denied, "hand-overs are counted by writing");
+    let mut subscriber = reader.subscribe(spec.with_crash_limit(None)).await.unwrap();
     let delivery = receive(&mut subscriber, 1).await.remove(0);
     let error = delivery.nack(Duration::ZERO).await.unwrap_err();
     assert_eq!(error.error().kind(), denied, "what comes back is written: {error:?}");
