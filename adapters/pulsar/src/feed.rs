@@ -91,6 +91,7 @@ impl Feed {
                 if let Some(first) = first.take() {
                     let _ = first.send(Ok(()));
                 }
+                shared.stands_by(self.index);
                 let changed = shared.room.notified();
                 if !shared.may_work(self.index) {
                     let _ = tokio::time::timeout(STAND_BY, changed).await;
@@ -134,6 +135,7 @@ impl Feed {
                     if let Some(first) = first.take() {
                         let _ = first.send(Ok(()));
                     }
+                    shared.stands_by(self.index);
                     STAND_BY
                 }
                 Err(error) => {

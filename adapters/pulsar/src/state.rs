@@ -201,13 +201,10 @@ impl Shared {
         (own.attached, own.permits) = (Some((Arc::clone(conn), consumer)), 0);
         own.count.iter_mut().for_each(Count::attached);
         let lane = Lane { index: feed, epoch: own.epoch };
-        let was_degraded = std::mem::take(&mut own.is_degraded);
         if let Some(name) = assigned {
             state.events.push_back(SubscriptionEvent::Assigned { lane, name });
         }
-        if was_degraded && state.feeds.iter().all(|feed| !feed.is_degraded) {
-            state.events.push_back(SubscriptionEvent::Recovered);
-        }
+        state.recovered(feed);
         drop(state);
         self.arrived.notify_one();
         self.room.notify_waiters();
@@ -240,6 +237,13 @@ impl Shared {
         if is_first && !state.is_closing {
             state.events.push_back(SubscriptionEvent::Degraded { cause: cause.to_owned() });
             drop(state);
+            self.arrived.notify_one();
+        }
+    }
+
+    /// The broker serves, and another member works on the feed.
+    pub(crate) fn stands_by(&self, feed: u32) {
+        if self.lock().recovered(feed) {
             self.arrived.notify_one();
         }
     }
@@ -542,6 +546,16 @@ impl Shared {
 }
 
 impl State {
+    /// A feed is served again; whether that was the last one which was not.
+    fn recovered(&mut self, feed: u32) -> bool {
+        let was_degraded = std::mem::take(&mut self.feeds[feed as usize].is_degraded);
+        let is_last = was_degraded && self.feeds.iter().all(|feed| !feed.is_degraded);
+        if is_last {
+            self.events.push_back(SubscriptionEvent::Recovered);
+        }
+        is_last
+    }
+
     fn insert(&mut self, entry: Entry) {
         let key = self.next_key;
         self.next_key += 1;
