@@ -72,7 +72,11 @@ impl Admin {
             request = request.header("content-type", "application/json");
         }
         if let Some(token) = &self.token {
-            request = request.header("authorization", format!("Bearer {}", token.reveal()));
+            // With the method's name a token that is wrong is refused; without it the broker tries its other providers, and
+            // takes the client for the anonymous role in the end, where there is one (AuthenticationService.java).
+            request = request
+                .header("authorization", format!("Bearer {}", token.reveal()))
+                .header("x-pulsar-auth-method-name", "token");
         }
         let invalid = |error: http::Error| Error::new(ErrorKind::ConfigInvalid, operation, error.to_string());
         let request = request.body(Full::new(body)).map_err(invalid)?;
@@ -158,18 +162,22 @@ impl Answer {
 
     /// An error unless the request succeeded.
     pub(crate) fn done(&self, operation: &'static str) -> Result<()> {
+        if (200..=299).contains(&self.status) {
+            return Ok(());
+        }
+        let reason = serde_json::from_slice::<Value>(&self.body).ok();
+        let reason = reason.and_then(|body| body["reason"].as_str().map(str::to_owned));
         let kind = match self.status {
-            200..=299 => return Ok(()),
-            401 => ErrorKind::Unauthenticated,
-            403 => ErrorKind::PermissionDenied,
+            // Of a role that is known and may not do it: 403 or 401, with a reason (PulsarWebResource.java). Whoever is not
+            // known is refused before that, with a page of the web server.
+            401 if reason.is_none() => ErrorKind::Unauthenticated,
+            401 | 403 => ErrorKind::PermissionDenied,
             404 => ErrorKind::NotFound,
             409 => ErrorKind::AlreadyExists,
             429 => ErrorKind::RateLimited,
             408 | 500..=599 => ErrorKind::Unavailable,
             _ => ErrorKind::Unexpected,
         };
-        let reason = serde_json::from_slice::<Value>(&self.body).ok();
-        let reason = reason.and_then(|body| body["reason"].as_str().map(str::to_owned));
         let reason = reason.unwrap_or_default();
         let reason = reason.lines().next().unwrap_or_default();
         let effect = if self.status >= 500 { Effect::Unknown } else { Effect::NotDone };

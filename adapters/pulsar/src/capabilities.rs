@@ -43,8 +43,8 @@ pub(crate) fn capabilities(settings: &Settings, max_message: u64) -> Capabilitie
         lease: Support::emulated("kept by the member; what a dead member held comes back when its connection ends"),
         lease_extension: Support::emulated("kept by the member"),
         attempt_count: AttemptCount::Exact,
-        crash_count: Support::refused(
-            "Pulsar forgets its count of hand-overs when a consumer leaves; JetStream keeps it",
+        crash_count: Support::emulated(
+            "a note, stored before a message is handed out again; the first hand-over by each member may be missed",
         ),
         dead_letter: Support::emulated("a second write, to a topic of the source and group"),
         dead_letter_atomicity: DeadLetterAtomicity::StoredFirst,

@@ -40,12 +40,14 @@ pub(crate) struct Notes {
     pub(crate) redrives: u32,
     /// Where its source was stored.
     pub(crate) origin: (u64, u64),
+    /// Hand-overs that had no outcome, before this copy was stored.
+    pub(crate) lost: u32,
 }
 
 impl Notes {
     fn encode(self) -> String {
-        let Self { failures, not_before, first_at, redrives, origin } = self;
-        format!("{failures} {not_before} {first_at} {redrives} {} {}", origin.0, origin.1)
+        let Self { failures, not_before, first_at, redrives, origin, lost } = self;
+        format!("{failures} {not_before} {first_at} {redrives} {} {} {lost}", origin.0, origin.1)
     }
 
     fn decode(text: &str) -> Option<Self> {
@@ -56,6 +58,7 @@ impl Notes {
             first_at: parts.next()?.parse().ok()?,
             redrives: parts.next()?.parse().ok()?,
             origin: (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?),
+            lost: parts.next()?.parse().ok()?,
         })
     }
 }
@@ -243,7 +246,7 @@ mod tests {
             Message::new("d", "x").with_header("Content-Type", "mine").with_content_type("odd\r\ntype"),
         ];
         for message in shapes {
-            let notes = Notes { failures: 2, not_before: 5, first_at: 4, redrives: 1, origin: (3, 2) };
+            let notes = Notes { failures: 2, not_before: 5, first_at: 4, redrives: 1, origin: (3, 2), lost: 6 };
             let (back, found) = decode(message.destination(), &id(), encode(&message, Some(notes)));
             assert_eq!((back, found), (message.clone(), Some(notes)));
             assert_eq!(decode(message.destination(), &id(), encode(&message, None)), (message, None));

@@ -91,6 +91,7 @@ impl Feed {
                 if let Some(first) = first.take() {
                     let _ = first.send(Ok(()));
                 }
+                shared.stands_by(self.index);
                 let changed = shared.room.notified();
                 if !shared.may_work(self.index) {
                     let _ = tokio::time::timeout(STAND_BY, changed).await;
@@ -134,6 +135,7 @@ impl Feed {
                     if let Some(first) = first.take() {
                         let _ = first.send(Ok(()));
                     }
+                    shared.stands_by(self.index);
                     STAND_BY
                 }
                 Err(error) => {
@@ -189,6 +191,10 @@ impl Feed {
         };
         let mut opening = Opening { conn: Arc::clone(&conn), consumer: consumer_id, is_done: false };
         conn.ask(operation, subscribe).await?;
+        if let Some(hand_overs) = &self.desk.hand_overs[self.index as usize] {
+            // Only then is it known what others may have handed out before.
+            hand_overs.catch_up().await?;
+        }
         opening.is_done = true;
         Ok(Attached { conn, consumer: consumer_id, inbound })
     }

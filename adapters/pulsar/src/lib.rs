@@ -12,6 +12,7 @@ mod config;
 mod dead_letter;
 mod error;
 mod feed;
+mod hand_overs;
 mod link;
 mod names;
 mod producer;

@@ -46,6 +46,11 @@ impl Names {
         format!("{}=l={}", token(destination), token(group))
     }
 
+    /// The local name of the topic on which a group's hand-overs are counted.
+    pub(crate) fn hand_overs(destination: &Destination, group: &Group) -> String {
+        format!("{}=c={}", token(destination), token(group))
+    }
+
     /// The subscription of a group.
     pub(crate) fn subscription(group: &Group) -> String {
         token(group)
@@ -111,10 +116,11 @@ mod tests {
         let pairs = [("a", "b"), ("a=b=b", "c"), ("a", "b=l=c"), ("a-b", "c"), ("a", "b-c")];
         let all = pairs.iter().flat_map(|(destination, group)| {
             let (destination, group) = ((*destination).into(), (*group).into());
-            [Names::back(&destination, &group), Names::letters(&destination, &group)]
+            let counts = Names::hand_overs(&destination, &group);
+            [Names::back(&destination, &group), Names::letters(&destination, &group), counts]
         });
         let found: HashSet<String> = all.collect();
-        assert_eq!(found.len(), 2 * pairs.len());
+        assert_eq!(found.len(), 3 * pairs.len());
         assert!(pairs.iter().all(|(destination, _)| !found.contains(&Names::topic(&(*destination).into()))));
     }
 }

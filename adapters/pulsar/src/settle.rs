@@ -19,6 +19,7 @@ use crate::batch::{Batch, weight};
 use crate::codec::{self, Notes};
 use crate::dead_letter;
 use crate::error::refused;
+use crate::hand_overs::HandOvers;
 use crate::producer::Producer;
 use crate::publisher::late;
 use crate::state::{Attachment, Returned, Shared, Siblings, Taken};
@@ -40,6 +41,8 @@ pub(crate) struct Desk {
     pub(crate) shared: Arc<Shared>,
     /// One for each feed.
     pub(crate) ways: Vec<Ways>,
+    /// One for each feed, where hand-overs are counted.
+    pub(crate) hand_overs: Vec<Option<Arc<HandOvers>>>,
     pub(crate) settle_timeout: Duration,
 }
 
@@ -68,7 +71,7 @@ impl Settler for PulsarSettler {
         for (index, (delivery, settlement)) in batch.into_iter().enumerate() {
             let (token, lane) = (delivery.token().clone(), delivery.lane());
             if matches!(settlement, Settlement::Release) {
-                let is_given_back = self.desk.shared.give_back(&token, lane);
+                let is_given_back = self.desk.shared.give_back(&token, lane, true);
                 outcomes.push(Some(if is_given_back { Ok(AckLevel::Recorded) } else { Err(stale(delivery)) }));
                 continue;
             }
@@ -86,6 +89,7 @@ impl Settler for PulsarSettler {
                         first_at: taken.first_at.as_millis(),
                         redrives: taken.notes.redrives,
                         origin: origin(&taken),
+                        lost: taken.lost,
                     };
                     stored_first.push((Job { index, delivery, taken }, Then::Back(notes)));
                 }
@@ -120,7 +124,7 @@ impl Settler for PulsarSettler {
     }
 
     fn abandoned(&self, token: &Token, lane: Lane) {
-        self.desk.shared.give_back(token, lane);
+        self.desk.shared.give_back(token, lane, false);
     }
 }
 

@@ -16,6 +16,11 @@ use tokio::time::Instant;
 use crate::codec::Notes;
 use crate::wire::Conn;
 
+mod count;
+
+use count::Count;
+pub(crate) use count::Wanted;
+
 /// Of what comes back to the group, a tenth of `max_in_flight` may be asked for, and so much at most: permits cannot be
 /// taken back, and the group's own topic needs nearly all of them.
 const MOST_BACK: usize = 100;
@@ -78,12 +83,15 @@ pub(crate) struct FeedState {
     /// Messages that the broker may send.
     permits: usize,
     ready: BTreeMap<Place, u64>,
+    /// Of hand-overs, where there is a limit.
+    count: Option<Count>,
 }
 
 impl FeedState {
-    pub(crate) fn new(destination: Destination, group: Group, is_back: bool, source: u32) -> Self {
+    pub(crate) fn new(destination: Destination, group: Group, is_back: bool, source: u32, is_counted: bool) -> Self {
         let (epoch, attached, is_degraded, permits, ready) = Default::default();
-        Self { destination, group, is_back, source, epoch, attached, is_degraded, permits, ready }
+        let count = is_counted.then(Count::default);
+        Self { destination, group, is_back, source, epoch, attached, is_degraded, permits, ready, count }
     }
 }
 
@@ -106,6 +114,11 @@ struct Entry {
     notes: Notes,
     arrived_at: Timestamp,
     phase: Phase,
+    /// How often it was handed out, as far as that is known, and up to which number that is stored.
+    hand_overs: u32,
+    noted: u32,
+    /// Another member may have handed it out.
+    is_suspect: bool,
 }
 
 impl Entry {
@@ -129,6 +142,8 @@ pub(crate) struct Taken {
     pub(crate) id: MessageIdData,
     pub(crate) siblings: Option<Siblings>,
     pub(crate) notes: Notes,
+    /// Hand-overs without an outcome, before this one.
+    pub(crate) lost: u32,
     pub(crate) first_at: Timestamp,
     pub(crate) attached: Attachment,
 }
@@ -184,14 +199,12 @@ impl Shared {
         let own = &mut state.feeds[feed as usize];
         own.epoch += 1;
         (own.attached, own.permits) = (Some((Arc::clone(conn), consumer)), 0);
+        own.count.iter_mut().for_each(Count::attached);
         let lane = Lane { index: feed, epoch: own.epoch };
-        let was_degraded = std::mem::take(&mut own.is_degraded);
         if let Some(name) = assigned {
             state.events.push_back(SubscriptionEvent::Assigned { lane, name });
         }
-        if was_degraded && state.feeds.iter().all(|feed| !feed.is_degraded) {
-            state.events.push_back(SubscriptionEvent::Recovered);
-        }
+        state.recovered(feed);
         drop(state);
         self.arrived.notify_one();
         self.room.notify_waiters();
@@ -205,6 +218,7 @@ impl Shared {
         own.permits = 0;
         own.ready.clear();
         let lane = Lane { index: feed, epoch: own.epoch };
+        state.remember(feed);
         state.entries.retain(|_, entry| entry.feed != feed);
         state.places.retain(|(other, _), _| *other != feed);
         if is_lane && was_attached && !state.is_closing {
@@ -223,6 +237,13 @@ impl Shared {
         if is_first && !state.is_closing {
             state.events.push_back(SubscriptionEvent::Degraded { cause: cause.to_owned() });
             drop(state);
+            self.arrived.notify_one();
+        }
+    }
+
+    /// The broker serves, and another member works on the feed.
+    pub(crate) fn stands_by(&self, feed: u32) {
+        if self.lock().recovered(feed) {
             self.arrived.notify_one();
         }
     }
@@ -278,6 +299,9 @@ impl Shared {
             }
             let until = Timestamp::from_millis(arrival.notes.not_before);
             let is_due = until <= now;
+            let may_overtake = self.keeps_order || state.feeds[feed as usize].is_back;
+            let count = state.feeds[feed as usize].count.as_mut();
+            let is_suspect = count.is_some_and(|count| count.arrived(place, may_overtake));
             let phase = if is_due { Phase::Ready } else { Phase::Waiting { until } };
             waits |= !is_due;
             let entry = Entry {
@@ -288,6 +312,9 @@ impl Shared {
                 notes: arrival.notes,
                 arrived_at: now,
                 phase,
+                hand_overs: 0,
+                noted: 0,
+                is_suspect,
             };
             state.insert(entry);
         }
@@ -299,8 +326,14 @@ impl Shared {
         returned
     }
 
-    /// Hands out up to `max`; an error ends the subscription, `None` is nothing at the moment.
-    pub(crate) fn take(&self, max: usize, context: &Arc<DeliveryContext>) -> Result<Option<Received>, Error> {
+    /// Hands out up to `max`; an error ends the subscription, `None` is nothing at the moment. What has to be stored before
+    /// more can be handed out is added to `wanted`.
+    pub(crate) fn take(
+        &self,
+        max: usize,
+        context: &Arc<DeliveryContext>,
+        wanted: &mut Vec<Wanted>,
+    ) -> Result<Option<Received>, Error> {
         let now = Instant::now();
         let mut guard = self.lock();
         let state = &mut *guard;
@@ -310,13 +343,26 @@ impl Shared {
             let until = now + self.lease;
             let feeds = state.feeds.len();
             for offset in 0..feeds {
-                let feed = &mut state.feeds[(state.next_feed + offset) % feeds];
+                let index = (state.next_feed + offset) % feeds;
+                let feed = &mut state.feeds[index];
                 while received.deliveries.len() < max {
-                    let Some((_, key)) = feed.ready.pop_first() else { break };
+                    let Some((_, &key)) = feed.ready.first_key_value() else { break };
+                    if let Some(count) = &mut feed.count {
+                        let room = max - received.deliveries.len();
+                        let need = count.before(&feed.ready, &state.entries, room);
+                        let must_wait = need.must_wait();
+                        wanted.extend(need.wanted(index));
+                        if must_wait {
+                            break;
+                        }
+                    }
+                    feed.ready.pop_first();
                     let entry = state.entries.get_mut(&key).expect("what is ready is an entry");
                     entry.phase = Phase::Out { until };
+                    entry.hand_overs += 1;
                     let mut facts = DeliveryFacts::new(Token::Pair(key, 0));
                     facts.attempt = entry.notes.failures + 1;
+                    facts.deliveries = feed.count.is_some().then(|| facts.attempt + entry.lost());
                     facts.lane = Lane { index: entry.feed, epoch: feed.epoch };
                     facts.position = Some(Position { major: entry.id.ledger_id, minor: entry.id.entry_id });
                     facts.lease_until = Some(lease_until);
@@ -348,14 +394,21 @@ impl Shared {
             millis => Timestamp::from_millis(millis),
         };
         let (feed, id, siblings, notes) = (entry.feed, entry.id.clone(), entry.siblings.clone(), entry.notes);
-        Some(Taken { key, feed, id, siblings, notes, first_at, attached })
+        Some(Taken { key, feed, id, siblings, notes, lost: entry.lost(), first_at, attached })
     }
 
     /// It is settled: it is not here any more. False when its consumer was lost meanwhile.
     pub(crate) fn settled(&self, key: u64) -> bool {
-        let was_here = self.lock().remove(key).is_some();
+        let mut state = self.lock();
+        let entry = state.remove(key);
+        if let Some(entry) = &entry
+            && let Some(count) = &mut state.feeds[entry.feed as usize].count
+        {
+            count.settled(entry.place());
+        }
+        drop(state);
         self.room.notify_waiters();
-        was_here
+        entry.is_some()
     }
 
     /// It could not be settled: it is the application's again.
@@ -372,10 +425,13 @@ impl Shared {
         self.lock().entries.contains_key(&key)
     }
 
-    /// Gives a delivery back to be handed out again by this member, in its place.
-    pub(crate) fn give_back(&self, token: &Token, lane: Lane) -> bool {
+    /// Gives a delivery back to be handed out again by this member, in its place. Released, it was not handed out.
+    pub(crate) fn give_back(&self, token: &Token, lane: Lane, is_released: bool) -> bool {
         let mut state = self.lock();
         let Some(key) = state.out(token, lane) else { return false };
+        if let Some(entry) = state.entries.get_mut(&key).filter(|_| is_released) {
+            entry.hand_overs -= 1;
+        }
         state.ready_again(key);
         drop(state);
         self.arrived.notify_one();
@@ -422,6 +478,7 @@ impl Shared {
             if stays {
                 state.ready_again(*key);
             } else if let Some(entry) = state.remove(*key) {
+                state.keep_count(&entry);
                 returned.push((entry.feed, entry.id));
             }
         }
@@ -489,6 +546,16 @@ impl Shared {
 }
 
 impl State {
+    /// A feed is served again; whether that was the last one which was not.
+    fn recovered(&mut self, feed: u32) -> bool {
+        let was_degraded = std::mem::take(&mut self.feeds[feed as usize].is_degraded);
+        let is_last = was_degraded && self.feeds.iter().all(|feed| !feed.is_degraded);
+        if is_last {
+            self.events.push_back(SubscriptionEvent::Recovered);
+        }
+        is_last
+    }
+
     fn insert(&mut self, entry: Entry) {
         let key = self.next_key;
         self.next_key += 1;

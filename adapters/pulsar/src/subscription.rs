@@ -14,6 +14,7 @@ use tokio::time::Instant;
 
 use crate::config::Settings;
 use crate::feed::Feed;
+use crate::hand_overs::HandOvers;
 use crate::names::Names;
 use crate::producer::Producer;
 use crate::settle::{Desk, PulsarSettler, Ways};
@@ -25,6 +26,7 @@ const DROPPED: Duration = Duration::from_secs(10);
 
 pub(crate) struct PulsarSubscription {
     shared: Arc<Shared>,
+    desk: Arc<Desk>,
     context: Arc<DeliveryContext>,
     keeper: JoinHandle<()>,
 }
@@ -38,6 +40,8 @@ impl PulsarSubscription {
         let mut states = Vec::new();
         // Local name, whole name and destination of each topic.
         let mut topics = Vec::new();
+        // Whose hand-overs are counted, and its first feed.
+        let mut counted = Vec::new();
         for destination in &spec.destinations {
             let partitions = match spec.topology {
                 TopologyMode::Declare => topology.ensure_group(destination, group, spec.start, operation).await?.1,
@@ -48,6 +52,11 @@ impl PulsarSubscription {
                 let text = "the topic has partitions, which keep order each for itself; ask for order per key";
                 return Err(Error::unsupported(operation, text).with("destination", destination));
             }
+            let is_counted =
+                spec.crash_limit.is_some() && topology.counts_hand_overs(destination, group, operation).await?;
+            if is_counted {
+                counted.push((destination, u32::try_from(states.len()).expect("a subscription has few topics")));
+            }
             let window = || topology.window.clone();
             let letters = Producer::new(topology.names.full(&Names::letters(destination, group)), window());
             let (local, local_back) = (Names::topic(destination), Names::back(destination, group));
@@ -57,14 +66,24 @@ impl PulsarSubscription {
                 let index = u32::try_from(states.len()).expect("a subscription has few topics");
                 for (local, full, is_back) in [(&local, source, false), (&local_back, back, true)] {
                     ways.push(way.clone());
-                    states.push(FeedState::new(destination.clone(), group.clone(), is_back, index));
+                    states.push(FeedState::new(destination.clone(), group.clone(), is_back, index, is_counted));
                     topics.push((local.clone(), full, destination.clone(), is_back));
                 }
             }
         }
         let keeps_order = spec.order != Order::None;
         let shared = Arc::new(Shared::new(spec.lease, spec.max_in_flight, keeps_order, states));
+        let mut hand_overs = vec![None; topics.len()];
+        let mut counts = Vec::new();
+        for (destination, first) in counted {
+            let count = HandOvers::new(topology, &shared, destination, group, first);
+            count.open(operation).await?;
+            let own = topics.iter().zip(&mut hand_overs).filter(|(topic, _)| topic.2 == *destination);
+            own.for_each(|(_, of)| *of = Some(Arc::clone(&count)));
+            counts.push(count);
+        }
         let desk = Arc::new(Desk {
+            hand_overs,
             topology: Arc::clone(topology),
             shared: Arc::clone(&shared),
             ways,
@@ -73,7 +92,10 @@ impl PulsarSubscription {
         let settler = PulsarSettler { desk: Arc::clone(&desk), runtime: Handle::current() };
         let context = DeliveryContext::new(group.clone(), spec.max_attempts, Arc::new(settler));
         let keeper = tokio::spawn(keep(Arc::clone(&desk)));
-        let opened = Self { shared, context, keeper };
+        let opened = Self { shared, desk: Arc::clone(&desk), context, keeper };
+        for count in counts {
+            tokio::spawn(count.run());
+        }
         // Under order, whether what comes back is received here depends on who has its source: those first.
         let (sources, backs): (Vec<_>, Vec<_>) = (0..).zip(topics).partition(|(_, topic)| !topic.3);
         for share in [sources, backs] {
@@ -144,7 +166,15 @@ impl Subscription for PulsarSubscription {
                 return Err(Error::closed("receive"));
             }
             let arrived = self.shared.arrived.notified();
-            if let Some(received) = self.shared.take(max, &self.context)? {
+            let mut wanted = Vec::new();
+            let received = self.shared.take(max, &self.context, &mut wanted);
+            for wanted in wanted {
+                // Goes on when this future is dropped.
+                if let Some(hand_overs) = self.desk.hand_overs[wanted.feed() as usize].clone() {
+                    tokio::spawn(async move { hand_overs.store(wanted).await });
+                }
+            }
+            if let Some(received) = received? {
                 return Ok(received);
             }
             if tokio::time::timeout_at(deadline, arrived).await.is_err() {

@@ -109,7 +109,7 @@ impl Topology {
         let route = match known.filter(|route| route.producers.len() == topics.len()) {
             Some(route) => route,
             None => {
-                self.keeps_before_group(destination, operation).await?;
+                self.keeps_before_group(destination, partitions, operation).await?;
                 let producers = topics.into_iter().map(|topic| Producer::new(topic, self.window.clone())).collect();
                 Arc::new(Route { producers, next: AtomicUsize::new(0) })
             }
@@ -120,10 +120,26 @@ impl Topology {
     }
 
     /// A topic that keeps nothing, and that nobody subscribes to, would drop what is confirmed.
-    async fn keeps_before_group(&self, destination: &Destination, operation: &'static str) -> Result<()> {
+    async fn keeps_before_group(
+        &self,
+        destination: &Destination,
+        partitions: u32,
+        operation: &'static str,
+    ) -> Result<()> {
         let local = Names::topic(destination);
         let answer = self.admin.topic(operation, Verb::Get, &local, "/retention?applied=true").await?;
-        let retention: Value = answer.read(operation).unwrap_or_default();
+        let retention: Value = match answer.read(operation) {
+            // Policies are read by the tenant's administrators only (PulsarAuthorizationProvider.java).
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+                let stats = self.stats(operation, &local, partitions).await?.unwrap_or_default();
+                if stats["subscriptions"].as_object().is_some_and(|groups| !groups.is_empty()) {
+                    return Ok(());
+                }
+                let text = "the topic has no group, and this role may not see whether it keeps what is published";
+                return Err(Error::new(error.kind(), operation, text).with("destination", destination));
+            }
+            answer => answer?,
+        };
         if retention["retentionTimeInMinutes"].as_i64().unwrap_or(0) != 0 {
             return Ok(());
         }
@@ -225,7 +241,7 @@ impl Topology {
             self.subscribe(operation, &back, &name, &earliest).await
         };
         let bury = self.subscribe(operation, &letters, LETTERS_SUBSCRIPTION, &earliest);
-        tokio::try_join!(bring_back, bury)?;
+        tokio::try_join!(bring_back, bury, self.ensure_count(destination, group, operation))?;
         let mut body = earliest;
         let mut from = None;
         match start {
@@ -251,6 +267,35 @@ impl Topology {
             self.admin.topic(operation, Verb::Post(&json!({})), &local, &path).await?.done(operation)?;
         }
         Ok((declared, partitions))
+    }
+
+    /// Creates the topic on which hand-overs are counted. It has no subscription: what is older than a day is forgotten.
+    async fn ensure_count(&self, destination: &Destination, group: &Group, operation: &'static str) -> Result<()> {
+        let local = Names::hand_overs(destination, group);
+        if self.admin.partitions(operation, &local).await?.is_some() {
+            return Ok(());
+        }
+        let created = self.admin.topic(operation, Verb::Put(&json!({})), &local, "").await?;
+        if created.status != 409 {
+            created.done(operation)?;
+            let day = json!({ "retentionTimeInMinutes": 24 * 60, "retentionSizeInMB": -1 });
+            self.admin.topic(operation, Verb::Post(&day), &local, "/retention").await?.done(operation)?;
+        }
+        Ok(())
+    }
+
+    /// Whether the group has the topic for that. Brokers delete it when nobody has read it for a day.
+    pub(crate) async fn counts_hand_overs(
+        &self,
+        destination: &Destination,
+        group: &Group,
+        operation: &'static str,
+    ) -> Result<bool> {
+        let found = self.admin.partitions(operation, &Names::hand_overs(destination, group)).await?;
+        if found.is_none() {
+            tracing::warn!(%destination, %group, "hand-overs are not counted: declare the group again");
+        }
+        Ok(found.is_some())
     }
 
     async fn subscribe(&self, operation: &'static str, local: &str, name: &str, body: &Value) -> Result<Declared> {
@@ -294,6 +339,7 @@ impl Topology {
             }
             let (back, letters) = (Names::back(destination, group), Names::letters(destination, group));
             self.delete_topic(operation, &back).await?;
+            self.admin.delete(operation, &Names::hand_overs(destination, group), "").await?;
             return self.admin.delete(operation, &letters, "").await.map(drop);
         }
         self.expect(destination, operation).await?;
@@ -303,7 +349,7 @@ impl Topology {
         }
         let deleted = self.delete_topic(operation, &local).await?;
         for group in groups {
-            for kind in ["b", "l"] {
+            for kind in ["b", "c", "l"] {
                 self.delete_topic(operation, &format!("{local}={kind}={group}")).await?;
             }
         }

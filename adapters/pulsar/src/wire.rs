@@ -348,8 +348,12 @@ fn encode(command: BaseCommand, payload: Option<Payload>, into: &mut BytesMut) -
 
 /// Whether it is the broker's certificate that is wrong.
 pub(crate) fn is_untrusted(error: &std::io::Error) -> bool {
-    let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
-    matches!(inner, Some(rustls::Error::InvalidCertificate(_)))
+    let Some(inner) = error.get_ref() else { return false };
+    match inner.downcast_ref::<std::io::Error>() {
+        // hyper-rustls wraps the error of the handshake in another one.
+        Some(wrapped) => is_untrusted(wrapped),
+        None => matches!(inner.downcast_ref(), Some(rustls::Error::InvalidCertificate(_))),
+    }
 }
 
 /// Writes what is queued, everything at once, until the connection ends.

@@ -2,78 +2,28 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 mod common;
+#[path = "common/flood.rs"]
+mod flood;
+#[path = "common/server.rs"]
+mod server;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::process::Command;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use anybroker_core::{
-    Bus, Effect, ErrorKind, Message, Nack, Order, PublishOptions, Settlement, SubscriptionEvent, ack, settle,
-};
+use anybroker_core::{Bus, Effect, ErrorKind, Message, Nack, Order, PublishOptions, Settlement, ack, settle};
 use common::{LONG, connect, number, numbered, publish, receive, unique, url};
+use server::{Proxy, Server};
 use tokio::time::Instant;
 
 const CRASHER: &str = "ANYBROKER_PULSAR_TEST_CRASHER";
 
-/// A broker of this test's own, by the project's own commands; `None` after saying why there is none.
-struct Server {
-    instance: String,
-    url: String,
-}
-
-impl Server {
-    fn start(name: &str) -> Option<Self> {
-        url()?;
-        let Ok(xtask) = std::env::var("ANYBROKER_XTASK") else {
-            println!("not run: ANYBROKER_XTASK is not set (the path of the project's xtask binary)");
-            let is_required = std::env::var("ANYBROKER_TEST_REQUIRE_BROKERS").is_ok_and(|value| value == "1");
-            assert!(!is_required, "ANYBROKER_XTASK is not set, and ANYBROKER_TEST_REQUIRE_BROKERS demands it");
-            return None;
-        };
-        let instance = format!("pulsar-{name}-{}", std::process::id());
-        let up = Command::new(xtask)
-            .args(["brokers", "--instance", &instance, "up", "pulsar", "--how", "native"])
-            .output()
-            .unwrap();
-        assert!(up.status.success(), "{}", String::from_utf8_lossy(&up.stderr));
-        let output = String::from_utf8(up.stdout).unwrap();
-        let url = output.split('\'').nth(1).unwrap().to_owned();
-        Some(Self { instance, url })
-    }
-
-    fn run(&self, verb: &str) {
-        let xtask = std::env::var("ANYBROKER_XTASK").unwrap();
-        let done =
-            Command::new(xtask).args(["brokers", "--instance", &self.instance, verb, "pulsar"]).output().unwrap();
-        assert!(done.status.success(), "{verb}: {}", String::from_utf8_lossy(&done.stderr));
-    }
-
-    async fn does(&self, verb: &'static str) {
-        let server = Self { instance: self.instance.clone(), url: self.url.clone() };
-        tokio::task::spawn_blocking(move || {
-            server.run(verb);
-            std::mem::forget(server);
-        })
-        .await
-        .unwrap();
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.run("down");
-    }
-}
-
-const PUBLISHERS: u32 = 4;
-const EACH: u32 = 1_000;
-
 /// One broker for all of it: starting one takes longer than the rest of the test.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_broker_that_is_killed_or_frozen_in_the_middle_loses_nothing_that_was_confirmed() {
-    let Some(server) = Server::start("kill") else { return };
+async fn cut_connections_and_a_broker_that_is_killed_or_frozen_lose_nothing_that_was_confirmed() {
+    let proxy = Proxy::listen().await;
+    let Some(server) = Server::start("kill", &proxy) else { return };
+    proxy.to(server.address());
     let bus = connect(&server.url, "publish_timeout=3s").await;
     let failing = unique("attempts");
     let spec = bus.subscription(failing.as_str(), "g").with_max_attempts(None);
@@ -89,7 +39,7 @@ async fn a_broker_that_is_killed_or_frozen_in_the_middle_loses_nothing_that_was_
         outcome.unwrap();
     }
 
-    killed_in_the_middle(&server, &bus).await;
+    flood::survives(&server, &proxy).await;
 
     let back = receive(&mut subscriber, 1).await.remove(0);
     assert!(nacked.elapsed() >= delay, "it came back after {:?} of {delay:?}", nacked.elapsed());
@@ -99,69 +49,6 @@ async fn a_broker_that_is_killed_or_frozen_in_the_middle_loses_nothing_that_was_
 
     frozen(&server, &bus).await;
     bus.close(LONG).await.unwrap();
-}
-
-async fn killed_in_the_middle(server: &Server, bus: &Bus) {
-    let name = unique("killed");
-    let total = (PUBLISHERS * EACH) as usize;
-    let mut members = Vec::new();
-    for _ in 0..2 {
-        members.push(bus.subscribe(bus.subscription(name.as_str(), "g")).await.unwrap());
-    }
-    let publishers: Vec<_> = (0..PUBLISHERS)
-        .map(|publisher| {
-            let (bus, name) = (bus.clone(), name.clone());
-            tokio::spawn(async move {
-                for start in (0..EACH).step_by(50) {
-                    let numbers = (start..start + 50).map(|number| publisher * EACH + number);
-                    let batch: Vec<_> = numbers.map(|number| Message::new(name.as_str(), number.to_string())).collect();
-                    publish_until_confirmed(&bus, batch).await;
-                    // So that the crash falls in the middle.
-                    tokio::time::sleep(Duration::from_millis(60)).await;
-                }
-            })
-        })
-        .collect();
-    let seen = Arc::new(parking_lot::Mutex::new(HashSet::new()));
-    let deliveries = Arc::new(AtomicUsize::new(0));
-    let deadline = Instant::now() + Duration::from_secs(150);
-    let consumers: Vec<_> = members
-        .into_iter()
-        .map(|mut member| {
-            let (seen, deliveries) = (Arc::clone(&seen), Arc::clone(&deliveries));
-            tokio::spawn(async move {
-                let mut events = Vec::new();
-                while seen.lock().len() < total && Instant::now() < deadline {
-                    let received = member.receive_all(100, Duration::from_secs(1)).await.unwrap();
-                    events.extend(received.events);
-                    deliveries.fetch_add(received.deliveries.len(), Ordering::Relaxed);
-                    seen.lock().extend(received.deliveries.iter().map(number));
-                    // An ack that the crash swallowed leaves the message with the broker, which brings it again.
-                    drop(ack(received.deliveries).await);
-                }
-                member.close(LONG).await.unwrap();
-                events
-            })
-        })
-        .collect();
-    tokio::time::sleep(Duration::from_millis(600)).await;
-    let killed = Instant::now();
-    server.does("kill").await;
-    server.does("restart").await;
-    println!("killed and ready again after {:?}", killed.elapsed());
-    for publisher in publishers {
-        publisher.await.unwrap();
-    }
-    for consumer in consumers {
-        let events = consumer.await.unwrap();
-        assert!(events.iter().any(|event| matches!(event, SubscriptionEvent::Degraded { .. })), "{events:?}");
-        assert!(events.contains(&SubscriptionEvent::Recovered), "{events:?}");
-    }
-    let seen = seen.lock();
-    let lost: Vec<_> = (0..PUBLISHERS * EACH).filter(|number| !seen.contains(number)).collect();
-    assert!(lost.is_empty(), "{} lost: {:?}", lost.len(), &lost[..lost.len().min(20)]);
-    assert_eq!(seen.len(), total, "nothing that was never published");
-    println!("{} messages, {} deliveries", seen.len(), deliveries.load(Ordering::Relaxed));
 }
 
 /// Publishes what has no confirmation again. Pulsar does not dedup by id: what was stored and not confirmed is there twice.

@@ -1,13 +1,17 @@
 //! Apache Pulsar standalone: broker, one bookie and their metadata in one process.
+//!
+//! Beside the plain ports there are encrypted ones. Who shows no token may do everything; who shows one is the role that it
+//! names: `admin` may do everything, others what they are granted. Tests read the ports and the key that tokens are signed with
+//! in `standalone.conf`, and the certificate to trust in `ca.pem`, both in the server's folder.
 
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::java;
 use super::{Recipe, Site};
@@ -60,6 +64,13 @@ const OPENED: &[&str] = &[
     "java.management/sun.management",
 ];
 
+/// Signs tokens (HS256). It guards nothing: the broker listens on the loopback interface only.
+const TOKEN_KEY: &str = "data:;base64,YW55YnJva2VyIHRlc3RzIG9uIHRoZSBsb29wYmFjayBpbnRlcmZhY2U=";
+
+/// Where a test has put a proxy (`host:port`): the address of the listener `proxied`, which lookups answer to clients that
+/// ask for it. Without that a client walks round a proxy, because it connects to the address that a lookup tells.
+const PROXY: &str = "ANYBROKER_PULSAR_PROXY";
+
 /// The broker of the `pulsar://` scheme.
 pub(crate) struct Pulsar;
 
@@ -73,7 +84,7 @@ impl Recipe for Pulsar {
     }
 
     fn port_names(&self) -> &'static [&'static str] {
-        &["clients", "admin", "bookie"]
+        &["clients", "admin", "bookie", "clients-tls", "admin-tls"]
     }
 
     fn url(&self, ports: &[u16]) -> String {
@@ -86,7 +97,11 @@ impl Recipe for Pulsar {
 
     fn prepare(&self, site: &Site<'_>) -> Result<()> {
         fs::create_dir_all(site.folder.join("data"))?;
-        fs::write(site.folder.join("standalone.conf"), configuration(site.ports[0], site.ports[1]))?;
+        if !site.folder.join("server.pem").exists() {
+            make_certificates(site.folder)?;
+        }
+        let proxy = std::env::var(PROXY).ok();
+        fs::write(site.folder.join("standalone.conf"), configuration(site, proxy.as_deref()))?;
         fs::write(site.folder.join("log4j2.xml"), LOGGING)?;
         Ok(())
     }
@@ -133,14 +148,52 @@ impl Recipe for Pulsar {
     }
 }
 
+/// An authority, and a certificate of it for 127.0.0.1. Not for `localhost`: that is the wrong host of the tests.
+fn make_certificates(folder: &Path) -> Result<()> {
+    let openssl = |arguments: &str| -> Result<()> {
+        let output = Command::new("openssl")
+            .args(arguments.split(' '))
+            .current_dir(folder)
+            .stdin(Stdio::null())
+            .output()
+            .context("could not start openssl")?;
+        ensure!(output.status.success(), "openssl failed: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    };
+    let key = "-newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes";
+    fs::write(folder.join("extensions"), "subjectAltName=IP:127.0.0.1\n")?;
+    openssl(&format!("req -x509 {key} -keyout ca.key -out ca.pem -subj /CN=anybroker-tests -days 3650"))?;
+    openssl(&format!("req -new {key} -keyout server.key -out server.csr -subj /CN=pulsar"))?;
+    let sign = "x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 3650 -extfile extensions";
+    openssl(&format!("{sign} -out server.pem"))
+}
+
 /// Read twice: by the broker, and by the bookie. Keys that they do not know are ignored without a word.
-fn configuration(port: u16, admin: u16) -> String {
+fn configuration(site: &Site<'_>, proxy: Option<&str>) -> String {
+    let [port, admin, _, port_tls, admin_tls] = site.ports else { unreachable!("one port for each purpose") };
+    let listeners = proxy.map(|proxy| {
+        format!(
+            "advertisedListeners=internal:pulsar://127.0.0.1:{port},internal:pulsar+ssl://127.0.0.1:{port_tls},\
+             proxied:pulsar://{proxy}\ninternalListenerName=internal\n"
+        )
+    });
     format!(
         "clusterName=standalone
 brokerServicePort={port}
 webServicePort={admin}
+brokerServicePortTls={port_tls}
+webServicePortTls={admin_tls}
 bindAddress=127.0.0.1
 advertisedAddress=127.0.0.1
+{listeners}tlsCertificateFilePath={certificate}
+tlsKeyFilePath={key}
+tlsTrustCertsFilePath={authority}
+authenticationEnabled=true
+authenticationProviders=org.apache.pulsar.broker.authentication.AuthenticationProviderToken
+tokenSecretKey={TOKEN_KEY}
+authorizationEnabled=true
+anonymousUserRole=anonymous
+superUserRoles=anonymous,admin
 metadataStoreUrl=
 configurationMetadataStoreUrl=
 # One bookie: with the default of two copies no topic could be created.
@@ -174,6 +227,10 @@ gcWaitTime=300000
 diskUsageThreshold=0.99
 diskUsageWarnThreshold=0.98
 diskUsageLwmThreshold=0.97
-"
+",
+        listeners = listeners.unwrap_or_default(),
+        certificate = site.folder.join("server.pem").display(),
+        key = site.folder.join("server.key").display(),
+        authority = site.folder.join("ca.pem").display(),
     )
 }

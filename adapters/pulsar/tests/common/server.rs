@@ -1,0 +1,118 @@
+//! A broker of a test's own, by the project's own commands, and a proxy before it.
+
+use std::net::SocketAddr;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+
+pub(crate) struct Server {
+    instance: String,
+    proxy: SocketAddr,
+    pub(crate) url: String,
+}
+
+impl Server {
+    /// Its listener `proxied` is at the proxy's address. `None` after saying why there is no server.
+    pub(crate) fn start(name: &str, proxy: &Proxy) -> Option<Self> {
+        super::common::url()?;
+        if std::env::var_os("ANYBROKER_XTASK").is_none() {
+            println!("not run: ANYBROKER_XTASK is not set (the path of the project's xtask binary)");
+            let is_required = std::env::var("ANYBROKER_TEST_REQUIRE_BROKERS").is_ok_and(|value| value == "1");
+            assert!(!is_required, "ANYBROKER_XTASK is not set, and ANYBROKER_TEST_REQUIRE_BROKERS demands it");
+            return None;
+        }
+        let instance = format!("pulsar-{name}-{}", std::process::id());
+        let mut server = Self { instance, proxy: proxy.address, url: String::new() };
+        let output = server.run(&["up", "pulsar", "--how", "native"]);
+        output.split('\'').nth(1).unwrap().clone_into(&mut server.url);
+        Some(server)
+    }
+
+    fn run(&self, arguments: &[&str]) -> String {
+        let xtask = std::env::var("ANYBROKER_XTASK").unwrap();
+        let done = Command::new(xtask)
+            .args(["brokers", "--instance", &self.instance])
+            .args(arguments)
+            .env("ANYBROKER_PULSAR_PROXY", self.proxy.to_string())
+            .output()
+            .unwrap();
+        assert!(done.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
+        String::from_utf8(done.stdout).unwrap()
+    }
+
+    pub(crate) async fn does(&self, verb: &'static str) {
+        let server = Self { instance: self.instance.clone(), proxy: self.proxy, url: self.url.clone() };
+        tokio::task::spawn_blocking(move || {
+            server.run(&[verb, "pulsar"]);
+            std::mem::forget(server);
+        })
+        .await
+        .unwrap();
+    }
+
+    /// Where clients connect to.
+    pub(crate) fn address(&self) -> &str {
+        self.url.split("://").nth(1).unwrap().split('?').next().unwrap()
+    }
+
+    /// For clients whose connections go through the proxy.
+    pub(crate) fn proxied_url(&self) -> String {
+        format!("{}&listener=proxied", self.url.replacen(self.address(), &self.proxy.to_string(), 1))
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.run(&["down", "pulsar"]);
+    }
+}
+
+/// A TCP proxy whose connections can be cut.
+pub(crate) struct Proxy {
+    address: SocketAddr,
+    target: watch::Sender<Option<String>>,
+    cuts: watch::Sender<u64>,
+    cut: Arc<AtomicUsize>,
+}
+
+impl Proxy {
+    /// Passes connections on once there is a target.
+    pub(crate) async fn listen() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (target, cuts, cut) = (watch::Sender::new(None), watch::Sender::new(0), Arc::new(AtomicUsize::new(0)));
+        let (targets, watched, count) = (target.subscribe(), cuts.subscribe(), Arc::clone(&cut));
+        tokio::spawn(async move {
+            while let Ok((mut client, _)) = listener.accept().await {
+                let (mut targets, mut watched, count) = (targets.clone(), watched.clone(), Arc::clone(&count));
+                watched.mark_unchanged();
+                tokio::spawn(async move {
+                    let Ok(target) = targets.wait_for(Option::is_some).await.map(|found| found.clone()) else { return };
+                    let Ok(mut server) = TcpStream::connect(target.unwrap_or_default()).await else { return };
+                    tokio::select! {
+                        _ = tokio::io::copy_bidirectional(&mut client, &mut server) => {}
+                        _ = watched.changed() => drop(count.fetch_add(1, Ordering::Relaxed)),
+                    }
+                });
+            }
+        });
+        Self { address, target, cuts, cut }
+    }
+
+    pub(crate) fn to(&self, target: &str) {
+        self.target.send_replace(Some(target.to_owned()));
+    }
+
+    /// Cuts every connection that is open.
+    pub(crate) fn cut(&self) {
+        self.cuts.send_modify(|number| *number += 1);
+    }
+
+    /// How many connections were cut.
+    pub(crate) fn connections_cut(&self) -> usize {
+        self.cut.load(Ordering::Relaxed)
+    }
+}
