@@ -1,42 +1,33 @@
 //! Dead letters: copies in a queue of their group. AMQP has no way to look without taking: reading leases the letters for as
-//! long as it lasts, and gives them back in their order.
+//! long as it lasts. Their order is that of their ids, which begin with the time of death.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::Duration;
 
 use anybroker_core::{
     ByteString, Bytes, DeadLetter, DeadLetterId, DeadLetterPage, DeadLetterScope, Error, ErrorKind, Message, Reason,
     Result, Timestamp, Verdict,
 };
-use futures_util::StreamExt;
+use lapin::BasicProperties;
 use lapin::message::Delivery;
-use lapin::options::{BasicConsumeOptions, BasicQosOptions};
 use lapin::types::{AMQPValue, FieldTable, LongString};
-use lapin::{BasicProperties, Channel, Consumer};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::sync::OwnedMutexGuard;
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
+use uuid::Uuid;
 
 use crate::codec::{Hop, LETTER, bytes_of, decode, encode as encode_message, notes, number};
-use crate::error::failed;
-use crate::feed::ack_alone;
-use crate::link::{Link, bounded};
+use crate::link::Link;
 use crate::names::{Names, fnv1a};
 use crate::outlet::{Answer, Board, Outlet, Parcel};
+use crate::reading::{REQUEST, Reading};
 use crate::topology::Topology;
 
-/// How long a request about letters may take.
-const REQUEST: Duration = Duration::from_secs(20);
-/// When nothing comes for that long, somebody else has the rest.
-const SILENCE: Duration = Duration::from_secs(2);
 /// Detail beyond that is cut: headers lie in one frame.
 const LONGEST_DETAIL: usize = 4_096;
 /// Groups whose turns are remembered.
 const MOST_TURNS: usize = 64;
-/// Letters that are read ahead beyond those that are looked for.
-const AHEAD: usize = 64;
 
 /// Why a message died, as its letter tells.
 #[derive(Serialize, Deserialize)]
@@ -61,7 +52,7 @@ pub(crate) fn encode(message: &Message, hop: &Hop, attempts: u32, verdict: &Verd
         text[..end].to_owned()
     };
     let note = Note {
-        id: uuid::Uuid::now_v7().simple().to_string(),
+        id: Uuid::now_v7().simple().to_string(),
         reason: verdict.reason.as_str().to_owned(),
         error_type: verdict.error_type.as_ref().map(cut),
         detail: verdict.detail.as_ref().map(cut),
@@ -113,9 +104,16 @@ fn note_of(properties: &BasicProperties, queue: &str) -> Note {
         }
         note.last_at = death.get("time").and_then(number).unwrap_or(0).saturating_mul(1_000);
     }
-    let id = properties.message_id().as_ref().map_or("", |id| id.as_str());
-    note.id = format!("x{:032x}", fnv1a(format!("{id}/{}", note.last_at).as_bytes()));
+    note.id = servers_id(note.last_at, properties.message_id().as_ref().map_or("", |id| id.as_str()));
     note
+}
+
+/// The id of a letter that the server made: it sorts by time as ours do (the first 48 bits of a UUIDv7 are milliseconds), and
+/// within the server's second by the message's own id.
+fn servers_id(died_at: i64, message: &str) -> String {
+    let millis = u64::try_from(died_at).unwrap_or(0);
+    let message = Uuid::try_parse(message).map_or_else(|_| fnv1a(message.as_bytes()), |id| id.as_u128());
+    format!("{millis:012x}x{message:032x}")
 }
 
 /// Dead letters of one connection.
@@ -125,59 +123,6 @@ pub(crate) struct Letters {
     copies: Arc<Outlet>,
     /// Readers of this process take turns; those of others see less meanwhile.
     turns: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
-}
-
-/// One reading: what it has taken goes back when it ends.
-struct Reading {
-    channel: Channel,
-    consumer: Consumer,
-    /// How many there are behind what was read.
-    left: u64,
-    letters: String,
-    /// How many there were when it began, without those that it settled.
-    total: u64,
-}
-
-impl Reading {
-    /// The next letter; `None` behind the last.
-    async fn next(&mut self) -> Result<Option<Delivery>> {
-        let operation = "dead letters";
-        if self.left == 0 {
-            return Ok(None);
-        }
-        match timeout(SILENCE, self.consumer.next()).await {
-            Ok(Some(Ok(delivery))) => {
-                self.left -= 1;
-                Ok(Some(delivery))
-            }
-            Ok(Some(Err(error))) => Err(failed(operation, &error)),
-            Ok(None) => Err(Error::new(ErrorKind::Unavailable, operation, "the reading was ended by the server")),
-            Err(_) => Ok(None),
-        }
-    }
-
-    /// A letter that is settled for good.
-    fn ack(&mut self, tag: u64) {
-        self.total -= 1;
-        ack_alone(&self.channel, tag);
-    }
-
-    /// Gives everything that is unacked back, in its order, and waits until it is there: the server takes it back a moment
-    /// after the channel is closed, and hands what lies behind to whoever asks meanwhile.
-    async fn end(self, topology: &Topology, deadline: Instant) -> Result<()> {
-        let operation = "dead letters";
-        bounded(operation, deadline, self.channel.close(200, "read".into())).await?;
-        let (patience, mut pause) = (Instant::now() + SILENCE, Duration::from_millis(1));
-        // Other processes may read too: then it is not complete for a while.
-        while Instant::now() < patience {
-            match topology.look(&self.letters, operation, deadline).await? {
-                Some((ready, _)) if ready < self.total => tokio::time::sleep(pause).await,
-                _ => break,
-            }
-            pause = (pause * 2).min(Duration::from_millis(50));
-        }
-        Ok(())
-    }
 }
 
 impl Letters {
@@ -196,22 +141,11 @@ impl Letters {
         turn.lock_owned().await
     }
 
-    /// Begins to read; `ahead` is how many may be taken, all with `None`.
-    async fn open(&self, queue: &str, ahead: Option<usize>, deadline: Instant) -> Result<Reading> {
-        let operation = "dead letters";
-        let letters = Names::letters(queue);
-        let found = self.topology.look(&letters, operation, deadline).await?;
-        let (total, _) =
-            found.ok_or_else(|| Error::new(ErrorKind::NotFound, operation, "it has no queue of letters"))?;
-        let channel = self.link.channel_until(operation, deadline).await?;
-        let prefetch = ahead.and_then(|ahead| u16::try_from(ahead).ok()).unwrap_or(0);
-        bounded(operation, deadline, channel.basic_qos(prefetch, BasicQosOptions::default())).await?;
-        let (options, none) = (BasicConsumeOptions::default(), FieldTable::default());
-        let consuming = channel.basic_consume(letters.as_str().into(), "".into(), options, none);
-        let consumer = bounded(operation, deadline, consuming).await?;
-        Ok(Reading { channel, consumer, left: total, letters, total })
+    async fn open(&self, queue: &str) -> Result<Reading> {
+        Reading::open(&self.link, &Names::letters(queue)).await
     }
 
+    /// Letters are read all, and those that belong to the page are kept: `max` and one.
     pub(crate) async fn page(
         &self,
         scope: &DeadLetterScope,
@@ -220,35 +154,32 @@ impl Letters {
     ) -> Result<DeadLetterPage> {
         let (queue, _) = self.topology.expect_group(&scope.source, &scope.group, "dead letters").await?;
         let _turn = self.turn(&queue).await;
-        let deadline = Instant::now() + REQUEST;
-        let ahead = from.is_none().then_some(max.saturating_add(1));
-        let mut reading = self.open(&queue, ahead, deadline).await?;
-        let mut page = DeadLetterPage::default();
-        let mut is_there = from.is_none();
-        let read = loop {
-            let delivery = match reading.next().await {
-                Ok(Some(delivery)) => delivery,
-                Ok(None) => break Ok(()),
-                Err(error) => break Err(error),
-            };
+        let mut reading = self.open(&queue).await?;
+        let mut kept: BTreeMap<(String, u64), (Note, Delivery)> = BTreeMap::new();
+        // A reading that is not ended gives everything back with its channel.
+        while let Some(delivery) = reading.next().await? {
             let note = note_of(&delivery.properties, &queue);
-            is_there = is_there || from.is_some_and(|from| *from.0 == *note.id);
-            if !is_there {
+            if from.is_some_and(|from| *note.id < *from.0) {
                 continue;
             }
+            kept.insert((note.id.clone(), delivery.delivery_tag), (note, delivery));
+            if kept.len() > max.saturating_add(1) {
+                kept.pop_last();
+            }
+        }
+        reading.end(&self.topology).await?;
+        let mut page = DeadLetterPage::default();
+        for (note, delivery) in kept.into_values() {
             if page.letters.len() == max {
                 page.next = Some(DeadLetterId(note.id.into()));
-                break Ok(());
+                break;
             }
             page.letters.push(letter(scope, note, &delivery.properties, Bytes::from(delivery.data)));
-        };
-        // A reading that is not ended gives everything back with its channel.
-        read?;
-        reading.end(&self.topology, deadline).await?;
+        }
         Ok(page)
     }
 
-    /// Each goes back to the queue of its group; confirmed, before the letter is acked.
+    /// Each goes back to the queue of its group, in the order asked for; confirmed, before the letter is acked.
     pub(crate) async fn redrive(&self, scope: &DeadLetterScope, ids: &[DeadLetterId]) -> Vec<Result<()>> {
         self.settle(scope, ids, true).await
     }
@@ -259,88 +190,83 @@ impl Letters {
 
     async fn settle(&self, scope: &DeadLetterScope, ids: &[DeadLetterId], back: bool) -> Vec<Result<()>> {
         let operation = if back { "redrive" } else { "purge" };
-        let found = self.topology.expect_group(&scope.source, &scope.group, operation).await;
-        let queue = match found {
-            Ok((queue, _)) => queue,
-            Err(error) => return ids.iter().map(|_| Err(error.duplicate())).collect(),
-        };
-        let _turn = self.turn(&queue).await;
-        let mut outcomes: Vec<Option<Result<()>>> = ids.iter().map(|_| None).collect();
-        // Mostly they are the oldest; only when they are not, everything is read.
-        for ahead in [Some(ids.len() + AHEAD), None] {
-            let wanted: HashMap<String, usize> = ids
-                .iter()
-                .enumerate()
-                .filter(|(index, _)| outcomes[*index].is_none())
-                .map(|(index, id)| (id.0.to_string(), index))
-                .collect();
-            if wanted.is_empty() {
-                break;
+        match self.settle_found(scope, ids, back).await {
+            Ok(outcomes) => {
+                let missing = |id: &DeadLetterId| {
+                    Error::new(ErrorKind::NotFound, operation, "there is no such dead letter").with("id", id)
+                };
+                outcomes.into_iter().zip(ids).map(|(outcome, id)| outcome.unwrap_or_else(|| Err(missing(id)))).collect()
             }
-            if let Err(error) = self.settle_some(scope, &queue, (wanted, ahead), back, &mut outcomes).await {
-                for outcome in outcomes.iter_mut().filter(|outcome| outcome.is_none()) {
-                    *outcome = Some(Err(error.duplicate()));
-                }
-            }
+            Err(error) => ids.iter().map(|_| Err(error.duplicate())).collect(),
         }
-        let missing = |id: &DeadLetterId| {
-            Error::new(ErrorKind::NotFound, operation, "there is no such dead letter").with("id", id)
-        };
-        outcomes.into_iter().zip(ids).map(|(outcome, id)| outcome.unwrap_or_else(|| Err(missing(id)))).collect()
     }
 
-    async fn settle_some(
+    /// `None` for one that is not there. An error means that nothing was done.
+    async fn settle_found(
         &self,
         scope: &DeadLetterScope,
-        queue: &str,
-        (mut wanted, ahead): (HashMap<String, usize>, Option<usize>),
+        ids: &[DeadLetterId],
         back: bool,
-        outcomes: &mut [Option<Result<()>>],
-    ) -> Result<()> {
-        let deadline = Instant::now() + REQUEST;
-        let mut reading = self.open(queue, ahead, deadline).await?;
-        if let Some(ahead) = ahead {
-            reading.left = reading.left.min(ahead as u64);
-        }
-        let board = Board::new(wanted.len());
-        let mut taken: Vec<(usize, u64)> = Vec::new();
+    ) -> Result<Vec<Option<Result<()>>>> {
+        let operation = if back { "redrive" } else { "purge" };
+        let (queue, _) = self.topology.expect_group(&scope.source, &scope.group, operation).await?;
+        let _turn = self.turn(&queue).await;
+        let mut reading = self.open(&queue).await?;
+        let mut wanted: HashMap<&str, usize> = ids.iter().enumerate().map(|(index, id)| (&*id.0, index)).collect();
+        let mut found: BTreeMap<usize, (Note, Delivery)> = BTreeMap::new();
         while !wanted.is_empty()
-            && let Some(delivery) = reading.next().await?
+            && let Some(mut delivery) = reading.next().await?
         {
-            let note = note_of(&delivery.properties, queue);
-            let Some(index) = wanted.remove(&note.id) else { continue };
-            if back {
-                let hop = Hop { redrives: note.redrives + 1, ..Hop::default() };
-                let message = decode(&scope.source, &delivery.properties, Bytes::from(delivery.data));
-                let parcel = Parcel {
-                    exchange: "".into(),
-                    routing_key: queue.into(),
-                    properties: encode_message(&message, Some(&hop), &mut Vec::new()),
-                    payload: message.payload().cloned().unwrap_or_default(),
-                };
-                if let Err(error) = self.copies.send(parcel, (&board, taken.len()), deadline).await {
-                    board.note(taken.len(), Answer::Failed(error));
-                }
-            } else {
-                board.note(taken.len(), Answer::Stored);
+            let note = note_of(&delivery.properties, &queue);
+            let Some(index) = wanted.remove(note.id.as_str()) else { continue };
+            if !back {
+                delivery.data = Vec::new();
             }
-            taken.push((index, delivery.delivery_tag));
+            found.insert(index, (note, delivery));
         }
-        for rest in taken.len()..taken.len() + wanted.len() {
-            board.note(rest, Answer::Stored);
+        let deadline = Instant::now() + REQUEST;
+        let board = Board::new(found.len());
+        let mut taken: Vec<(usize, u64)> = Vec::with_capacity(found.len());
+        for (place, (index, (note, delivery))) in found.into_iter().enumerate() {
+            taken.push((index, delivery.delivery_tag));
+            if !back {
+                board.note(place, Answer::Stored);
+                continue;
+            }
+            let hop = Hop { redrives: note.redrives + 1, ..Hop::default() };
+            let message = decode(&scope.source, &delivery.properties, Bytes::from(delivery.data));
+            let parcel = Parcel {
+                exchange: "".into(),
+                routing_key: queue.as_str().into(),
+                properties: encode_message(&message, Some(&hop), &mut Vec::new()),
+                payload: message.payload().cloned().unwrap_or_default(),
+            };
+            if let Err(error) = self.copies.send(parcel, (&board, place), deadline).await {
+                board.note(place, Answer::Failed(error));
+            }
         }
         board.wait(deadline).await;
+        let mut outcomes: Vec<Option<Result<()>>> = ids.iter().map(|_| None).collect();
+        let mut settled = Vec::with_capacity(taken.len());
         for (place, (index, tag)) in taken.into_iter().enumerate() {
             outcomes[index] = Some(match board.take(place, "redrive") {
                 Answer::Stored => {
-                    reading.ack(tag);
+                    settled.push(tag);
                     Ok(())
                 }
                 Answer::Unroutable => Err(Error::new(ErrorKind::NotFound, "redrive", "the group's queue is gone")),
                 Answer::Failed(error) => Err(error),
             });
         }
-        reading.end(&self.topology, deadline).await
+        // What is done is done: that the rest could not be given back in time is not its failure.
+        let ended = match reading.ack(settled).await {
+            Ok(()) => reading.end(&self.topology).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = ended {
+            tracing::warn!(%error, "the reading of dead letters did not end in time");
+        }
+        Ok(outcomes)
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anybroker_core::{Bytes, Error, ErrorKind, Lane, Reason, Result, SubscriptionEvent, Verdict};
 use futures_util::{FutureExt, StreamExt};
 use lapin::message::Delivery;
-use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions};
+use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions};
 use lapin::types::FieldTable;
 use lapin::{Channel, Consumer};
 use tokio::time::Instant;
@@ -109,7 +109,7 @@ impl Feed {
         let deadline = Instant::now() + REQUEST;
         let channel = Arc::new(self.link.channel("receive", deadline).await?);
         let owner = match self.keeps_order {
-            true => Some(Owner::stand_by(&self.link, &self.desk, self.queue(), deadline).await?),
+            true => Some(Owner::stand_by(&self.link, &self.desk, self.queue(), self.prefetch, deadline).await?),
             false => None,
         };
         let lane = self.desk.shared.attach(self.index, Arc::clone(&channel));
@@ -175,18 +175,57 @@ impl Feed {
             self.stop(session, deadline).await?;
             shared.surrender(self.index);
         }
+        if session.consumer.is_none() && is_wanted && self.keeps_order {
+            return self.take_over(session).await;
+        }
         if session.consumer.is_none() && is_wanted {
             let (unacked, last) = shared.unacked(self.index);
             let room = usize::from(self.prefetch).saturating_sub(unacked);
             let Some(room) = u16::try_from(room).ok().filter(|room| *room > 0) else { return Ok(()) };
-            let channel = &session.channel;
-            bounded("receive", deadline, channel.basic_qos(room, BasicQosOptions::default())).await?;
-            let (options, none) = (BasicConsumeOptions::default(), FieldTable::default());
-            let consuming = channel.basic_consume(self.queue().into(), "".into(), options, none);
-            session.consumer = Some(bounded("receive", deadline, consuming).await?);
+            session.consumer = Some(self.consume(&session.channel, room, deadline).await?);
             session.narrow = (unacked > 0).then_some(last);
         }
         Ok(())
+    }
+
+    async fn consume(&self, channel: &Channel, room: u16, deadline: Instant) -> Result<Consumer> {
+        bounded("receive", deadline, channel.basic_qos(room, BasicQosOptions::default())).await?;
+        let (options, none) = (BasicConsumeOptions::default(), FieldTable::default());
+        let consuming = channel.basic_consume(self.queue().into(), "".into(), options, none);
+        bounded("receive", deadline, consuming).await
+    }
+
+    /// Begins to consume under order.
+    ///
+    /// The server puts what comes back behind what came back before (`rabbit_fifo:return_one/8` of 4.0.5). A member that took
+    /// some of it and went would leave what is older behind what is newer. So nobody takes only some: the prefetch is what
+    /// any member of the group may have held, and the server hands so many over in one step, to one consumer. What this
+    /// member was not asked for stays ready here.
+    async fn take_over(&self, session: &mut Session) -> Result<()> {
+        let deadline = Instant::now() + REQUEST;
+        let most = session.owner.as_ref().map_or(self.prefetch, Owner::most_held).max(self.prefetch);
+        let channel = Arc::clone(&session.channel);
+        session.consumer = Some(self.consume(&channel, most, deadline).await?);
+        // That nobody else consumes was looked at, but an answer of "nobody" may be the server's excuse for none: when the
+        // queue does not answer within 250 ms it tells 0 and 0 (`rabbit_quorum_queue:stat/2`). Now this consumer is there.
+        let (mut pause, mut was_alone) = (FIRST_PAUSE, true);
+        loop {
+            let options = QueueDeclareOptions::durable().passive();
+            let asking = channel.queue_declare(self.queue().into(), options, FieldTable::default());
+            match bounded("receive", deadline, asking).await?.consumer_count() {
+                1 if was_alone => return Ok(()),
+                // What the other one held has come back: this one's is to come back behind it.
+                1 => break,
+                count => was_alone &= count == 0,
+            }
+            if Instant::now() + pause >= deadline {
+                break;
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+        let text = "somebody else consumed from the queue, and order is kept";
+        Err(Error::new(ErrorKind::Unavailable, "receive", text).with("queue", self.queue()))
     }
 
     /// Cancels the consumer, and takes in what was on its way: an ack of several messages must not cover one that nobody
@@ -256,11 +295,12 @@ impl Feed {
         Ended::Lost(error)
     }
 
-    /// Gives everything back: the server takes what is unacked when the channel closes, in order, after all acks before it.
+    /// Gives everything back: the server takes what is unacked when the channel closes, in order. Of a channel that closes it
+    /// drops the acks that it has not passed to the queue yet (more than 32 at once wait); cancelling the consumer passes
+    /// them (`rabbit_fifo_client:settle/3` and `cancel_checkout/3` of 4.0.5). So that comes after the last ack.
     async fn close(&self, mut session: Session) -> Ended {
         let shared = &self.desk.shared;
         let deadline = shared.closing.borrow().unwrap_or_else(Instant::now);
-        let _ = self.stop(&mut session, deadline).await;
         loop {
             let changed = shared.changed.notified();
             tokio::pin!(changed);
@@ -269,6 +309,7 @@ impl Feed {
                 break;
             }
         }
+        let _ = self.stop(&mut session, deadline).await;
         if session.channel.status().connected() {
             let _ = tokio::time::timeout_at(deadline, session.channel.close(200, "closed".into())).await;
         }

@@ -18,6 +18,7 @@ mod names;
 mod outlet;
 mod owner;
 mod publisher;
+mod reading;
 mod settle;
 mod state;
 mod subscription;

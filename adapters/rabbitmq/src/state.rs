@@ -60,6 +60,8 @@ pub(crate) struct FeedState {
     pub(crate) destination: Destination,
     pub(crate) group: Group,
     pub(crate) keeps_order: bool,
+    /// How many may be out. Under order more may be here: as many as any member of the group takes.
+    most_out: usize,
     epoch: u32,
     channel: Option<Arc<Channel>>,
     ready: BTreeMap<u64, u32>,
@@ -68,9 +70,13 @@ pub(crate) struct FeedState {
 }
 
 impl FeedState {
-    pub(crate) fn new(destination: Destination, group: Group, keeps_order: bool) -> Self {
+    pub(crate) fn new(destination: Destination, group: Group, keeps_order: bool, most_out: usize) -> Self {
         let (epoch, channel, ready, unacked) = Default::default();
-        Self { destination, group, keeps_order, epoch, channel, ready, unacked }
+        Self { destination, group, keeps_order, most_out, epoch, channel, ready, unacked }
+    }
+
+    fn is_full(&self) -> bool {
+        self.unacked.len() - self.ready.len() >= self.most_out
     }
 }
 
@@ -240,6 +246,7 @@ impl Shared {
             for offset in 0..feeds {
                 let feed = (state.next_feed + offset) % feeds;
                 while received.deliveries.len() < max
+                    && !state.feeds[feed].is_full()
                     && let Some((_, slot)) = state.feeds[feed].ready.pop_first()
                 {
                     received.deliveries.push(state.hand_out(slot, until, lease_until, context));
@@ -296,6 +303,8 @@ impl Shared {
             }
         }
         drop(guard);
+        // There may be room for one that is ready.
+        self.arrived.notify_one();
         self.changed.notify_waiters();
         outcomes
     }

@@ -49,7 +49,7 @@ impl RabbitSubscription {
                 }
                 TopologyMode::Leave => {}
             }
-            feeds.push(FeedState::new(destination.clone(), group.clone(), keeps_order));
+            feeds.push(FeedState::new(destination.clone(), group.clone(), keeps_order, share));
             queues.push(topology.names.queue(destination, group));
         }
         let count = u32::try_from(queues.len()).unwrap_or(u32::MAX);

@@ -41,7 +41,8 @@ fn text(value: &str) -> AMQPValue {
 }
 
 /// Returns of a message after which the server buries it: never, in practice. Its default is 20 (RabbitMQ 4.0, "Quorum
-/// Queues", "Repeated Redeliveries"). Not -1: only with a limit does what comes back go near the head of the queue.
+/// Queues", "Repeated Redeliveries"). Not -1: only with a limit does what is given back by a nack stand before what never was
+/// out (`rabbit_fifo:handle_aux/5` of 4.0.5 appends it anew otherwise).
 const DELIVERY_LIMIT: i64 = 1_000_000_000;
 /// How long a new quorum queue is left alone. The server writes its name down some time after it answers: one that is killed
 /// before has lost the queue with all that it has confirmed ("configured member of queue … was not found on this node").

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use anybroker_core::{Bus, Config, Delivery, Message, MessageId, Registry, Result, Subscriber};
 use anybroker_rabbitmq::RabbitDriver;
+use tokio::io::copy_bidirectional;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::time::Instant;
 
 pub(crate) const LONG: Duration = Duration::from_secs(30);
@@ -69,4 +71,47 @@ pub(crate) async fn receive(subscriber: &mut Subscriber, count: usize) -> Vec<De
 pub(crate) async fn nothing(subscriber: &mut Subscriber) {
     let deliveries = subscriber.receive(10, QUIET).await.unwrap();
     assert!(deliveries.is_empty(), "{deliveries:?}");
+}
+
+/// A way to the server that can be cut.
+pub(crate) struct Proxy {
+    pub(crate) url: String,
+    cut: tokio::sync::watch::Sender<u64>,
+    accepting: tokio::task::AbortHandle,
+}
+
+impl Proxy {
+    pub(crate) async fn start(url: &str) -> Self {
+        let target = url.split("://").nth(1).unwrap().split('/').next().unwrap().to_owned();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let (cut, cuts) = tokio::sync::watch::channel(0);
+        let to = target.clone();
+        let accepting = tokio::spawn(async move {
+            loop {
+                let (mut client, _) = listener.accept().await.unwrap();
+                let (to, mut cuts) = (to.clone(), cuts.clone());
+                cuts.mark_unchanged();
+                tokio::spawn(async move {
+                    let Ok(mut server) = TcpStream::connect(to).await else { return };
+                    tokio::select! {
+                        _ = copy_bidirectional(&mut client, &mut server) => {}
+                        _ = cuts.changed() => {}
+                    }
+                });
+            }
+        });
+        Self { url: url.replacen(&target, &address, 1), cut, accepting: accepting.abort_handle() }
+    }
+
+    /// Cuts every connection.
+    pub(crate) fn cut(&self) {
+        self.cut.send_modify(|cut| *cut += 1);
+    }
+
+    /// Cuts every connection, and lets no other through.
+    pub(crate) fn end(&self) {
+        self.accepting.abort();
+        self.cut();
+    }
 }
