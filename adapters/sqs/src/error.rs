@@ -4,14 +4,14 @@ use std::error::Error as StdError;
 
 use anybroker_core::{Effect, Error, ErrorKind};
 use aws_sdk_sns::types::BatchResultErrorEntry as TopicErrorEntry;
+use aws_sdk_sqs::config::http::HttpResponse;
 use aws_sdk_sqs::error::{DisplayErrorContext, ProvideErrorMetadata, SdkError};
 use aws_sdk_sqs::types::BatchResultErrorEntry;
 
 /// The error of a request. The effect is *unknown* unless the request certainly did nothing.
-pub(crate) fn failed<E, R>(operation: &'static str, error: &SdkError<E, R>) -> Error
+pub(crate) fn failed<E>(operation: &'static str, error: &SdkError<E, HttpResponse>) -> Error
 where
     E: StdError + ProvideErrorMetadata + Send + Sync + 'static,
-    R: std::fmt::Debug + Send + Sync + 'static,
 {
     let (kind, effect) = match error {
         SdkError::ConstructionFailure(_) => (ErrorKind::ConfigInvalid, Effect::NotDone),
@@ -26,7 +26,11 @@ where
             }
         }
         SdkError::ServiceError(service) => {
-            let kind = kind(service.err().code().unwrap_or_default());
+            let kind = match kind(service.err().code().unwrap_or_default()) {
+                // What stands between has answered, such as a load balancer, or SQS in words that are not known here.
+                ErrorKind::Unexpected if service.raw().status().is_server_error() => ErrorKind::Unavailable,
+                kind => kind,
+            };
             let is_certain = !matches!(kind, ErrorKind::Unavailable | ErrorKind::Timeout | ErrorKind::Unexpected);
             (kind, if is_certain { Effect::NotDone } else { Effect::Unknown })
         }
@@ -59,7 +63,9 @@ fn refused(operation: &'static str, code: &str, is_senders: bool, message: Optio
         kind => kind,
     };
     let text = format!("{code}: {}", message.unwrap_or("no message"));
-    Error::new(kind, operation, text).with_effect(Effect::NotDone)
+    // An error inside of SQS tells as little of an entry as it tells of a request.
+    let effect = if kind == ErrorKind::Unavailable { Effect::Unknown } else { Effect::NotDone };
+    Error::new(kind, operation, text).with_effect(effect)
 }
 
 /// An entry that the answer does not mention.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_conformance::{Options, UrlHarness, run};
-use common::{moto_url, try_connect, url};
+use common::{localstack_url, try_connect, url};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn standard_queues_hold_what_their_record_claims() {
@@ -29,10 +29,9 @@ async fn fifo_queues_in_total_order_hold_what_their_record_claims() {
     conform(format!("{url}&mode=fifo&message_group=one"), 24).await;
 }
 
-#[ignore = "moto 5.2.5 hands a message to two receives at once and is too slow for the cases of many messages"]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn topics_with_standard_queues_hold_what_their_record_claims() {
-    let Some(url) = moto_url() else { return };
+    let Some(url) = localstack_url() else { return };
     conform(url, 8).await;
 }
 

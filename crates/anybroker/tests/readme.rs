@@ -36,7 +36,7 @@ const ENDPOINTS: &[Endpoint] = &[
     server("jetstream", cfg!(feature = "nats"), "ANYBROKER_TEST_NATS_URL", ""),
     server("sqs", cfg!(feature = "sqs"), "ANYBROKER_TEST_SQS_URL", ""),
     server("sqs-fifo", cfg!(feature = "sqs"), "ANYBROKER_TEST_SQS_URL", "mode=fifo"),
-    server("sqs-sns", cfg!(feature = "sqs"), "ANYBROKER_TEST_MOTO_URL", ""),
+    server("sqs-sns", cfg!(feature = "sqs"), "ANYBROKER_TEST_LOCALSTACK_URL", ""),
     server("pulsar", cfg!(feature = "pulsar"), "ANYBROKER_TEST_PULSAR_URL", ""),
 ];
 

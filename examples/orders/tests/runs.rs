@@ -51,7 +51,8 @@ const SERVERS: &[(&str, bool, &str)] = &[
     ("nats", cfg!(feature = "nats"), "ANYBROKER_TEST_NATS_URL"),
     ("pulsar", cfg!(feature = "pulsar"), "ANYBROKER_TEST_PULSAR_URL"),
     ("rabbitmq", cfg!(feature = "rabbitmq"), "ANYBROKER_TEST_RABBITMQ_URL"),
-    // Not SQS: three groups take SNS, and the emulator that has it works off some five messages a second.
+    // Three groups take SNS: LocalStack emulates it.
+    ("sqs", cfg!(feature = "sqs"), "ANYBROKER_TEST_LOCALSTACK_URL"),
 ];
 
 #[tokio::test(flavor = "multi_thread")]

@@ -18,8 +18,8 @@ pub(crate) fn url() -> Option<String> {
 }
 
 /// The URL of a server with queues and topics.
-pub(crate) fn moto_url() -> Option<String> {
-    named("ANYBROKER_TEST_MOTO_URL", "moto")
+pub(crate) fn localstack_url() -> Option<String> {
+    named("ANYBROKER_TEST_LOCALSTACK_URL", "localstack")
 }
 
 fn named(variable: &str, broker: &str) -> Option<String> {
@@ -30,6 +30,11 @@ fn named(variable: &str, broker: &str) -> Option<String> {
         assert!(!is_required, "{variable} is not set, and ANYBROKER_TEST_REQUIRE_BROKERS demands it");
     }
     url
+}
+
+/// The host and port of a URL.
+pub(crate) fn host(url: &str) -> String {
+    url.split_once("://").unwrap().1.split(['?', '/']).next().unwrap().to_owned()
 }
 
 pub(crate) async fn connect(url: &str, settings: &'static str) -> Bus {

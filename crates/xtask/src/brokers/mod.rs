@@ -5,7 +5,8 @@ pub(crate) mod command;
 mod instance;
 mod java;
 mod kafka;
-mod moto;
+mod localstack;
+
 mod nats;
 mod ports;
 mod process;
@@ -24,7 +25,7 @@ use server::{Condition, Server};
 
 /// Every broker that can be started natively. Adding one: its own file, and one line here.
 static RECIPES: &[&dyn Recipe] =
-    &[&kafka::Kafka, &moto::Moto, &nats::Nats, &pulsar::Pulsar, &rabbitmq::RabbitMq, &sqs::ElasticMq];
+    &[&kafka::Kafka, &localstack::LocalStack, &nats::Nats, &pulsar::Pulsar, &rabbitmq::RabbitMq, &sqs::ElasticMq];
 
 /// How one broker is fetched, configured, run and probed.
 pub(crate) trait Recipe: Sync {
@@ -118,9 +119,11 @@ mod tests {
             let given: Vec<String> = given.iter().map(|&name| name.to_owned()).collect();
             recipes(&given).map(|chosen| chosen.iter().map(|recipe| recipe.name()).collect::<Vec<_>>())
         };
-        assert_eq!(names(&[]).unwrap(), ["kafka", "moto", "nats", "pulsar", "rabbitmq", "sqs"]);
+        assert_eq!(names(&[]).unwrap(), ["kafka", "localstack", "nats", "pulsar", "rabbitmq", "sqs"]);
         assert_eq!(names(&["sqs", "sqs"]).unwrap(), ["sqs"]);
-        assert!(names(&["rabbits"]).unwrap_err().to_string().contains("kafka, moto, nats, pulsar, rabbitmq, sqs"));
+        assert!(
+            names(&["rabbits"]).unwrap_err().to_string().contains("kafka, localstack, nats, pulsar, rabbitmq, sqs")
+        );
     }
 
     #[test]
