@@ -10,8 +10,9 @@ use crate::exit::{Exit, Failure};
 use crate::json;
 use crate::output::Output;
 
-/// How long closing may take; what was printed as done is done before.
-const CLOSE_GRACE: Duration = Duration::from_secs(5);
+/// How long closing may take; what was printed as done is done before. Long, since a disk that is busy with other things
+/// is no failure; a second signal does not wait for it.
+pub(crate) const CLOSE_GRACE: Duration = Duration::from_secs(30);
 
 /// The settings: the file, the environment over it, `--set` and `--url` over both.
 pub(crate) fn settings(global: &Global) -> Result<Config, Failure> {

@@ -17,7 +17,6 @@ use crate::{connect, json};
 const BATCH: usize = 500;
 /// How many deliveries `--settle none` holds where `--max` says nothing.
 const LOOK: usize = 10_000;
-const CLOSE_GRACE: Duration = Duration::from_secs(5);
 
 pub(crate) async fn run(global: &Global, args: ConsumeArgs, output: &mut Output) -> Result<Exit, Failure> {
     contradictions(&args)?;
@@ -63,7 +62,7 @@ pub(crate) async fn run(global: &Global, args: ConsumeArgs, output: &mut Output)
     // After a failure (a closed pipe, for one) what was not settled is given back too, and the failure is told.
     let released = give_back(held, bus.capabilities().release.is_given()).await;
     released.into_iter().for_each(|error| tell(&error, &mut tally, output));
-    let closed = subscriber.close(CLOSE_GRACE).await;
+    let closed = subscriber.close(connect::CLOSE_GRACE).await;
     ended?;
     closed?;
     if !output.is_json() {

@@ -77,9 +77,10 @@ const FEATURES: &[(&str, bool)] = &[
 /// `cargo run` of a package, with the brokers that this program was built with.
 fn cargo_run(package: &str) -> String {
     let features: Vec<&str> = FEATURES.iter().filter(|(_, on)| *on).map(|(name, _)| *name).collect();
-    match features[..] {
-        [] => format!("cargo run -q -p {package} --"),
-        _ => format!("cargo run -q -p {package} --features {} --", features.join(",")),
+    if features.is_empty() {
+        format!("cargo run -q -p {package} --")
+    } else {
+        format!("cargo run -q -p {package} --features {} --", features.join(","))
     }
 }
 

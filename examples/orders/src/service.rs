@@ -24,6 +24,9 @@ const QUIET: Duration = Duration::from_secs(3);
 /// How long handlers may go on when the service is told to stop.
 const GRACE: Duration = Duration::from_secs(10);
 
+/// How long closing the connection may take afterwards: on a busy disk that is a while, and no failure.
+const CLOSING: Duration = Duration::from_secs(60);
+
 /// What one run does.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -110,7 +113,7 @@ pub async fn run(settings: Settings, stop: CancellationToken) -> Result<Summary,
         dead_letters.push((*destination, *group, letters));
     }
     let endpoint = bus.endpoint().clone();
-    bus.close(GRACE).await?;
+    bus.close(CLOSING).await?;
     Ok(Summary {
         endpoint: endpoint.url,
         scheme: endpoint.scheme,
