@@ -276,12 +276,15 @@ impl Topology {
             return Ok(());
         }
         let created = self.admin.topic(operation, Verb::Put(&json!({})), &local, "").await?;
-        if created.status != 409 {
-            created.done(operation)?;
-            let day = json!({ "retentionTimeInMinutes": 24 * 60, "retentionSizeInMB": -1 });
-            self.admin.topic(operation, Verb::Post(&day), &local, "/retention").await?.done(operation)?;
+        match created.done(operation) {
+            // The group works without: a broker that has deleted the idle topic must not keep its members out.
+            Err(error) if matches!(error.kind(), ErrorKind::AlreadyExists | ErrorKind::PermissionDenied) => Ok(()),
+            Err(error) => Err(error),
+            Ok(()) => {
+                let day = json!({ "retentionTimeInMinutes": 24 * 60, "retentionSizeInMB": -1 });
+                self.admin.topic(operation, Verb::Post(&day), &local, "/retention").await?.done(operation)
+            }
         }
-        Ok(())
     }
 
     /// Whether the group has the topic for that. Brokers delete it when nobody has read it for a day.
