@@ -9,6 +9,7 @@ use base64::engine::general_purpose::STANDARD;
 use http::header::AUTHORIZATION;
 use http::{HeaderValue, Request, StatusCode};
 use http_body_util::{BodyExt, Empty, Limited};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
@@ -16,17 +17,20 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use crate::config::Settings;
+use crate::error::is_about_trust;
 
 const REQUEST: Duration = Duration::from_secs(10);
 /// An answer is not larger; the longest is a list of bindings.
 const LONGEST_ANSWER: usize = 64 * 1_048_576;
 const PAGE: usize = 500;
+/// What the plugin says to a user without one of its tags.
+const NO_TAG: &[u8] = b"Not management user";
 
 pub(crate) struct Admin {
     address: String,
     vhost: String,
     authorization: HeaderValue,
-    client: Client<HttpConnector, Empty<Bytes>>,
+    client: Client<HttpsConnector<HttpConnector>, Empty<Bytes>>,
 }
 
 /// A binding of an exchange.
@@ -57,14 +61,19 @@ struct Overview {
 }
 
 impl Admin {
-    pub(crate) fn new(settings: &Arc<Settings>) -> Option<Self> {
-        let address = settings.admin.clone()?;
+    /// `None` where no address is configured.
+    pub(crate) fn new(settings: &Arc<Settings>) -> Result<Option<Self>> {
+        let Some(address) = settings.admin.clone() else { return Ok(None) };
         let credentials = STANDARD.encode(format!("{}:{}", settings.user, settings.password.reveal()));
         let mut authorization =
             HeaderValue::from_str(&format!("Basic {credentials}")).expect("base64 is a header value");
         authorization.set_sensitive(true);
-        let client = Client::builder(TokioExecutor::new()).build_http();
-        Some(Self { address, vhost: escaped(&settings.vhost), authorization, client })
+        let mut tcp = HttpConnector::new();
+        tcp.enforce_http(false);
+        let connector = HttpsConnectorBuilder::new().with_tls_config(settings.admin_tls()?);
+        let connector = connector.https_or_http().enable_http1().wrap_connector(tcp);
+        let client = Client::builder(TokioExecutor::new()).build(connector);
+        Ok(Some(Self { address, vhost: escaped(&settings.vhost), authorization, client }))
     }
 
     /// The server's version.
@@ -117,13 +126,7 @@ impl Admin {
             .body(Empty::new())
             .map_err(|_| self.error(ErrorKind::ConfigInvalid, operation, "the setting `admin` is no address"))?;
         let asking = async {
-            let response = self.client.request(request).await.map_err(|error| {
-                self.error(
-                    ErrorKind::Unavailable,
-                    operation,
-                    format!("the management plugin cannot be reached: {error}"),
-                )
-            })?;
+            let response = self.client.request(request).await.map_err(|error| self.unreached(operation, &error))?;
             let status = response.status();
             let body = Limited::new(response.into_body(), LONGEST_ANSWER).collect().await.map_err(|error| {
                 self.error(
@@ -140,6 +143,10 @@ impl Admin {
         };
         let kind = match status {
             StatusCode::NOT_FOUND => return Ok(None),
+            // Known, and without the tag (`rabbit_web_dispatch_access_control` of 4.0.5).
+            StatusCode::UNAUTHORIZED if body.windows(NO_TAG.len()).any(|text| text == NO_TAG) => {
+                ErrorKind::PermissionDenied
+            }
             StatusCode::UNAUTHORIZED => ErrorKind::Unauthenticated,
             StatusCode::FORBIDDEN => ErrorKind::PermissionDenied,
             status if status.is_success() => {
@@ -151,6 +158,18 @@ impl Admin {
             _ => ErrorKind::Unexpected,
         };
         Err(self.error(kind, operation, format!("the management plugin answers {status}")))
+    }
+
+    fn unreached(&self, operation: &'static str, error: &hyper_util::client::legacy::Error) -> Error {
+        let mut cause: Option<&dyn std::error::Error> = Some(error);
+        let mut texts = Vec::new();
+        while let Some(this) = cause {
+            texts.push(this.to_string());
+            cause = this.source();
+        }
+        let text = format!("the management plugin cannot be reached: {}", texts.join(": "));
+        let kind = if is_about_trust(&text) { ErrorKind::Unauthenticated } else { ErrorKind::Unavailable };
+        self.error(kind, operation, text)
     }
 
     fn error(&self, kind: ErrorKind, operation: &'static str, text: impl Into<String>) -> Error {

@@ -47,7 +47,7 @@ impl RabbitBroker {
         let deadline = Instant::now() + settings.connect_timeout;
         let named = |error: Error| error.with("url", &settings.url);
         publishing.connection("connect", deadline).await.map_err(named)?;
-        let topology = Arc::new(Topology::new(&settings, Arc::clone(&publishing)));
+        let topology = Arc::new(Topology::new(&settings, Arc::clone(&publishing)).map_err(named)?);
         let server = match &topology.admin {
             Some(admin) => format!("RabbitMQ {}", admin.version().await.map_err(named)?),
             None => "RabbitMQ".to_owned(),

@@ -1,12 +1,15 @@
 //! Settings, and what they mean to the client.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::config::{Field, Problem, Section};
 use anybroker_core::{Error, ErrorKind, Result, Secret};
 use lapin::tcp::{OwnedIdentity, OwnedTLSConfig};
 use lapin::uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo, SASLMechanism};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
 
 /// The settings of section `amqp`.
 pub(crate) const FIELDS: &[Field] = &[
@@ -140,25 +143,53 @@ impl Settings {
             return Ok(OwnedTLSConfig::default());
         }
         let cert_chain = match &self.tls_ca {
-            Some(path) => Some(text("tls_ca", path).await?),
+            Some(path) => Some(text("tls_ca", path, holds_certificate).await?),
             None => None,
         };
         let identity = match &self.tls_client {
             Some((certificate, key)) => Some(OwnedIdentity::PKCS8 {
-                pem: text("tls_certificate", certificate).await?.into_bytes(),
-                key: text("tls_key", key).await?.into_bytes(),
+                pem: text("tls_certificate", certificate, holds_certificate).await?.into_bytes(),
+                key: text("tls_key", key, |key| PrivatePkcs8KeyDer::from_pem_slice(key).is_ok()).await?.into_bytes(),
             }),
             None => None,
         };
         Ok(OwnedTLSConfig { identity, cert_chain })
     }
+
+    /// What the management plugin's address trusts: as the broker's.
+    pub(crate) fn admin_tls(&self) -> Result<rustls::ClientConfig> {
+        let mut roots = rustls::RootCertStore::empty();
+        if self.admin.as_ref().is_some_and(|admin| admin.starts_with("https://")) {
+            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+            if let Some(path) = &self.tls_ca {
+                let unreadable = |why: String| {
+                    let text = format!("the file of tls_ca cannot be read: {why}");
+                    Error::new(ErrorKind::ConfigInvalid, "connect", text).with("tls_ca", path.display())
+                };
+                for certificate in CertificateDer::pem_file_iter(path).map_err(|why| unreadable(why.to_string()))? {
+                    roots.add_parsable_certificates([certificate.map_err(|why| unreadable(why.to_string()))?]);
+                }
+            }
+        }
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let builder = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+        let builder = builder.map_err(|error| Error::new(ErrorKind::Unexpected, "connect", error.to_string()))?;
+        Ok(builder.with_root_certificates(roots).with_no_client_auth())
+    }
 }
 
-async fn text(field: &'static str, path: &PathBuf) -> Result<String> {
-    tokio::fs::read_to_string(path).await.map_err(|error| {
-        let text = format!("the file of {field} cannot be read: {}", error.kind());
+/// A file's text, checked: the client says nothing of one that holds nothing.
+async fn text(field: &'static str, path: &PathBuf, is_right: impl Fn(&[u8]) -> bool) -> Result<String> {
+    let wrong = |why: &dyn std::fmt::Display| {
+        let text = format!("the file of {field} cannot be read: {why}");
         Error::new(ErrorKind::ConfigInvalid, "connect", text).with(field, path.display())
-    })
+    };
+    let text = tokio::fs::read_to_string(path).await.map_err(|error| wrong(&error.kind()))?;
+    if is_right(text.as_bytes()) { Ok(text) } else { Err(wrong(&"it does not hold what it should (PEM)")) }
+}
+
+fn holds_certificate(pem: &[u8]) -> bool {
+    CertificateDer::pem_slice_iter(pem).next().is_some_and(|first| first.is_ok())
 }
 
 /// `/` where the path names none; the name behind the slash otherwise, which is `/` itself when it was written as `%2f`.

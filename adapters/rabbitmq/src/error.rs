@@ -63,14 +63,19 @@ pub(crate) fn unconnected(error: &lapin::Error) -> Error {
     }
     if let Lapin::IOError(io) = error.kind() {
         let text = io.to_string();
-        // rustls' own words; the client passes them on as an input error.
-        if text.contains("certificate") {
+        if is_about_trust(&text) {
             let text = format!("the server's certificate is not accepted, or it does not accept ours: {text}");
             return Error::new(ErrorKind::Unauthenticated, "connect", text).with_effect(Effect::NotDone);
         }
         return Error::new(ErrorKind::Unavailable, "connect", text).with_effect(Effect::NotDone);
     }
     failed("connect", error).with_effect(Effect::NotDone)
+}
+
+/// Whether a connection failed because one side does not trust the other: rustls' own words, which the client passes on as
+/// an input error, and the alerts of TLS by which a server refuses a certificate (RFC 8446, 6.2).
+pub(crate) fn is_about_trust(text: &str) -> bool {
+    ["certificate", "Certificate", "UnknownCA", "AccessDenied"].iter().any(|word| text.contains(word))
 }
 
 /// Nothing came within the time.

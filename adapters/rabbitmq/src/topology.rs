@@ -67,14 +67,14 @@ fn forwarding(mut arguments: FieldTable, exchange: &str, routing_key: &str) -> F
 }
 
 impl Topology {
-    pub(crate) fn new(settings: &Arc<Settings>, link: Arc<Link>) -> Self {
-        Self {
+    pub(crate) fn new(settings: &Arc<Settings>, link: Arc<Link>) -> Result<Self> {
+        Ok(Self {
             names: Names::new(&settings.prefix),
             link,
-            admin: Admin::new(settings),
+            admin: Admin::new(settings)?,
             consumer_timeout: settings.consumer_timeout,
             waiting: Mutex::default(),
-        }
+        })
     }
 
     async fn channel(&self, operation: &'static str, deadline: Instant) -> Result<Channel> {

@@ -2,6 +2,8 @@
 #![allow(dead_code, reason = "each test binary uses its share")]
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
+pub(crate) mod server;
+
 use std::time::Duration;
 
 use anybroker_core::{Bus, Config, Delivery, Message, MessageId, Registry, Result, Subscriber};
