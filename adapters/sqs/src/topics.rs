@@ -58,13 +58,25 @@ impl Topics {
         }
     }
 
-    /// Creates the topic where it is missing.
+    /// Creates the topic where it is missing. SNS refuses to create one that exists with other attributes, and what exists
+    /// keeps its settings: so it is looked up first.
     pub(crate) async fn ensure(&self, name: &str, operation: &'static str) -> Result<String> {
+        match self.expect(name, operation).await {
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            found => return found,
+        }
         let mut request = self.clients.topics.create_topic().name(name);
         if name.ends_with(".fifo") {
             request = request.attributes("FifoTopic", "true");
         }
-        let answer = request.send().await.map_err(|error| failed(operation, &error).with("topic", name))?;
+        let answer = match request.send().await {
+            Ok(answer) => answer,
+            // Somebody else may have created it meanwhile.
+            Err(error) => {
+                let error = failed(operation, &error).with("topic", name);
+                return self.expect(name, operation).await.map_err(|_| error);
+            }
+        };
         let arn = answer.topic_arn.ok_or_else(|| {
             Error::new(ErrorKind::Unexpected, operation, "an answer without the topic's ARN").with("topic", name)
         })?;

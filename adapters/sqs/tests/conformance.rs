@@ -35,6 +35,12 @@ async fn topics_with_standard_queues_hold_what_their_record_claims() {
     conform(url, 8).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn topics_with_fifo_queues_hold_what_their_record_claims() {
+    let Some(url) = localstack_url() else { return };
+    conform(format!("{url}&mode=fifo"), 8).await;
+}
+
 async fn conform(url: String, parallelism: usize) {
     let (strict, name) = (url.clone(), url.clone());
     let harness = UrlHarness::new(name, move || Box::pin(try_connect(url.clone(), "")))
