@@ -2,17 +2,27 @@
 //! same run, so that the ratio means something on a busy machine too.
 
 pub mod allocations;
+#[cfg(feature = "brokers")]
+pub mod brokers;
+#[cfg(feature = "local")]
 pub mod embedded;
+#[cfg(feature = "local")]
 pub mod headline;
+#[cfg(feature = "local")]
 pub mod memory;
+#[cfg(feature = "local")]
 pub mod report;
+#[cfg(feature = "local")]
 pub mod rows;
 
+#[cfg(feature = "local")]
 use std::process::ExitCode;
 
+#[cfg(feature = "local")]
 use crate::report::Report;
 
 /// Runs the rows whose name contains the filter. Arguments: `[filter] [--json]`.
+#[cfg(feature = "local")]
 #[must_use]
 pub fn run(arguments: impl Iterator<Item = String>) -> ExitCode {
     let mut filter = String::new();
