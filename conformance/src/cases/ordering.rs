@@ -321,9 +321,9 @@ async fn go_past(env: &Env) -> Proof {
     for _ in 0..sent.len() {
         let held = consumer.one().await?;
         if held.attempt() == 1 {
-            rest.push(held.id())
+            rest.push(held.id());
         } else {
-            back.push((held.id(), held.attempt()))
+            back.push((held.id(), held.attempt()));
         }
         held.ack().await?;
     }
