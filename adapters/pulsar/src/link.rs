@@ -97,7 +97,6 @@ impl Link {
                     topic: topic.to_owned(),
                     request_id,
                     authoritative: Some(is_authoritative),
-                    advertised_listener_name: self.settings.listener.clone(),
                     ..Default::default()
                 }),
                 ..command(Type::Lookup)

@@ -15,7 +15,7 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Its listener `proxied` is at the proxy's address. `None` after saying why there is no server.
+    /// `None` after saying why there is no server.
     pub(crate) fn start(name: &str, proxy: &Proxy) -> Option<Self> {
         super::common::url()?;
         if std::env::var_os("ANYBROKER_XTASK").is_none() {
@@ -33,12 +33,8 @@ impl Server {
 
     fn run(&self, arguments: &[&str]) -> String {
         let xtask = std::env::var("ANYBROKER_XTASK").unwrap();
-        let done = Command::new(xtask)
-            .args(["brokers", "--instance", &self.instance])
-            .args(arguments)
-            .env("ANYBROKER_PULSAR_PROXY", self.proxy.to_string())
-            .output()
-            .unwrap();
+        let done =
+            Command::new(xtask).args(["brokers", "--instance", &self.instance]).args(arguments).output().unwrap();
         assert!(done.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
         String::from_utf8(done.stdout).unwrap()
     }
@@ -58,9 +54,10 @@ impl Server {
         self.url.split("://").nth(1).unwrap().split('?').next().unwrap()
     }
 
-    /// For clients whose connections go through the proxy.
+    /// For clients whose connections go through the proxy: a standalone broker sends them through the address that they came
+    /// by, whatever it advertises (`proxy_through_service_url`, TopicLookupBase.java).
     pub(crate) fn proxied_url(&self) -> String {
-        format!("{}&listener=proxied", self.url.replacen(self.address(), &self.proxy.to_string(), 1))
+        self.url.replacen(self.address(), &self.proxy.to_string(), 1)
     }
 }
 

@@ -67,10 +67,6 @@ const OPENED: &[&str] = &[
 /// Signs tokens (HS256). It guards nothing: the broker listens on the loopback interface only.
 const TOKEN_KEY: &str = "data:;base64,YW55YnJva2VyIHRlc3RzIG9uIHRoZSBsb29wYmFjayBpbnRlcmZhY2U=";
 
-/// Where a test has put a proxy (`host:port`): the address of the listener `proxied`, which lookups answer to clients that
-/// ask for it. Without that a client walks round a proxy, because it connects to the address that a lookup tells.
-const PROXY: &str = "ANYBROKER_PULSAR_PROXY";
-
 /// The broker of the `pulsar://` scheme.
 pub(crate) struct Pulsar;
 
@@ -100,8 +96,7 @@ impl Recipe for Pulsar {
         if !site.folder.join("server.pem").exists() {
             make_certificates(site.folder)?;
         }
-        let proxy = std::env::var(PROXY).ok();
-        fs::write(site.folder.join("standalone.conf"), configuration(site, proxy.as_deref()))?;
+        fs::write(site.folder.join("standalone.conf"), configuration(site))?;
         fs::write(site.folder.join("log4j2.xml"), LOGGING)?;
         Ok(())
     }
@@ -169,14 +164,8 @@ fn make_certificates(folder: &Path) -> Result<()> {
 }
 
 /// Read twice: by the broker, and by the bookie. Keys that they do not know are ignored without a word.
-fn configuration(site: &Site<'_>, proxy: Option<&str>) -> String {
+fn configuration(site: &Site<'_>) -> String {
     let [port, admin, _, port_tls, admin_tls] = site.ports else { unreachable!("one port for each purpose") };
-    let listeners = proxy.map(|proxy| {
-        format!(
-            "advertisedListeners=internal:pulsar://127.0.0.1:{port},internal:pulsar+ssl://127.0.0.1:{port_tls},\
-             proxied:pulsar://{proxy}\ninternalListenerName=internal\n"
-        )
-    });
     format!(
         "clusterName=standalone
 brokerServicePort={port}
@@ -185,7 +174,7 @@ brokerServicePortTls={port_tls}
 webServicePortTls={admin_tls}
 bindAddress=127.0.0.1
 advertisedAddress=127.0.0.1
-{listeners}tlsCertificateFilePath={certificate}
+tlsCertificateFilePath={certificate}
 tlsKeyFilePath={key}
 tlsTrustCertsFilePath={authority}
 authenticationEnabled=true
@@ -228,7 +217,6 @@ diskUsageThreshold=0.99
 diskUsageWarnThreshold=0.98
 diskUsageLwmThreshold=0.97
 ",
-        listeners = listeners.unwrap_or_default(),
         certificate = site.folder.join("server.pem").display(),
         key = site.folder.join("server.key").display(),
         authority = site.folder.join("ca.pem").display(),
