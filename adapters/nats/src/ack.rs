@@ -15,16 +15,16 @@ pub(crate) struct Ack {
 
 /// Reads an ack subject, of which there are two forms (nats-server ADR-15).
 pub(crate) fn parse(ack: &str) -> Option<Ack> {
-    let tokens: Vec<&str> = ack.split('.').collect();
-    let first = match tokens.len() {
+    let first = match ack.bytes().filter(|byte| *byte == b'.').count() + 1 {
         9 => 4,
         11.. => 6,
         _ => return None,
     };
-    let number = |index: usize| tokens.get(index)?.parse::<u64>().ok();
-    let delivered = u32::try_from(number(first)?).unwrap_or(u32::MAX);
-    let (sequence, count) = (number(first + 1)?, number(first + 2)?);
-    Some(Ack { delivered, sequence, count, nanos: i64::try_from(number(first + 3)?).ok()? })
+    let mut tokens = ack.split('.').skip(first);
+    let mut number = || tokens.next()?.parse::<u64>().ok();
+    let delivered = u32::try_from(number()?).unwrap_or(u32::MAX);
+    let (sequence, count) = (number()?, number()?);
+    Some(Ack { delivered, sequence, count, nanos: i64::try_from(number()?).ok()? })
 }
 
 /// The stream sequence in an ack subject.

@@ -4,6 +4,7 @@
 //! batch, no task and no channel for a message.
 
 use std::collections::HashMap;
+use std::fmt::Write as _;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -199,7 +200,10 @@ impl Answers {
             self.board.on_their_way.fetch_add(1, Ordering::AcqRel);
         }
         drop(slots);
-        Subject::from(format!("{}.{:x}.{index:x}", self.board.inbox, self.id))
+        // With its room from the beginning: it is made for each message.
+        let mut reply = String::with_capacity(self.board.inbox.len() + 26);
+        write!(reply, "{}.{:x}.{index:x}", self.board.inbox, self.id).expect("writing to a string cannot fail");
+        Subject::from(reply)
     }
 
     /// No answer will come to an entry: it was not sent.

@@ -8,7 +8,7 @@
 use std::collections::BTreeSet;
 
 use anybroker_core::{ByteString, Bytes, Destination, Headers, Message, MessageId, Timestamp};
-use async_nats::HeaderMap;
+use async_nats::{HeaderMap, HeaderName};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use uuid::Uuid;
@@ -84,7 +84,8 @@ pub(crate) fn encode(message: &Message, scratch: &mut Vec<u8>) -> HeaderMap {
         }
     }
     scratch[0] = flags;
-    map.insert(META, URL_SAFE_NO_PAD.encode(&scratch).as_str());
+    // The client copies a name that is not static.
+    map.insert(HeaderName::from_static(META), URL_SAFE_NO_PAD.encode(&scratch).as_str());
     map
 }
 
@@ -143,7 +144,9 @@ pub(crate) fn decode(
     map: Option<&HeaderMap>,
     payload: Bytes,
 ) -> Message {
-    let meta = map.and_then(|map| map.get(META)).and_then(|value| URL_SAFE_NO_PAD.decode(value.as_str()).ok());
+    let meta = map
+        .and_then(|map| map.get(HeaderName::from_static(META)))
+        .and_then(|value| URL_SAFE_NO_PAD.decode(value.as_str()).ok());
     let read = meta.and_then(|meta| read_meta(&Bytes::from(meta)));
     let Some(meta) = read else { return foreign(destination, stored, map, payload) };
     let payload = if meta.flags & TOMBSTONE != 0 { None } else { Some(payload) };

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::{Destination, Error, ErrorKind, Result, SubscriptionEvent, Timestamp};
-use async_nats::{HeaderMap, Message, StatusCode};
+use async_nats::{HeaderMap, HeaderName, Message, StatusCode};
 use futures_util::FutureExt;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -267,11 +267,12 @@ impl Feed {
         let stored = Stored { stream: &scope.stream, sequence, time };
         let headers = message.headers.as_ref();
         let redrives = headers
-            .and_then(|headers| headers.get(codec::REDRIVES))
+            .and_then(|headers| headers.get(HeaderName::from_static(codec::REDRIVES)))
             .and_then(|value| value.as_str().parse().ok())
             .unwrap_or(0);
-        let expires =
-            headers.and_then(|headers| headers.get(codec::EXPIRES)).and_then(|value| value.as_str().parse().ok());
+        let expires = headers
+            .and_then(|headers| headers.get(HeaderName::from_static(codec::EXPIRES)))
+            .and_then(|value| value.as_str().parse().ok());
         let decoded = codec::decode(&self.destination, stored, headers, message.payload);
         let must_look = sequence <= self.look_below;
         let arrival = Arrival {

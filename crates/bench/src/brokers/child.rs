@@ -39,13 +39,13 @@ pub(crate) async fn measure(job: &Job) -> Result<Measured> {
     let program = std::env::current_exe()?;
     let text = serde_json::to_string(job)?;
     let mut command = Command::new(Path::new(&program));
-    command.arg(WORD).arg(&text).stdin(Stdio::null()).stderr(Stdio::inherit()).kill_on_drop(true);
+    command.arg(WORD).arg(&text).stdin(Stdio::null()).kill_on_drop(true);
     let Ok(output) = tokio::time::timeout(LONGEST, command.output()).await else {
         bail!("no figures within {LONGEST:?}: {text}");
     };
     let output = output?;
     if !output.status.success() {
-        bail!("{}: {text}", output.status);
+        bail!("{}: {}: {text}", output.status, String::from_utf8_lossy(&output.stderr).trim());
     }
     serde_json::from_slice(&output.stdout).context("the figures of a measurement")
 }

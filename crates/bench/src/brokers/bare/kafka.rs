@@ -2,9 +2,9 @@
 //! thread that polls, reads each record in place, and stores its offset; nothing is copied or handed to another thread.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use parking_lot::Mutex;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::message::{Header, Headers, Message as _, OwnedHeaders};
@@ -14,6 +14,8 @@ use rdkafka::{ClientConfig, ClientContext};
 use crate::brokers::job::{Job, Measured, Meter, Source, Task, unix_millis};
 use crate::brokers::open_loop::{Latencies, Schedule};
 
+/// Nothing takes longer.
+const LONGEST: Duration = Duration::from_secs(60);
 /// How long the sender sleeps when the window is full.
 const FULL: Duration = Duration::from_micros(200);
 
@@ -161,9 +163,13 @@ fn consume(job: &Job) -> Result<Measured> {
     let mut config = config(job, CONSUMER);
     let consumer: BaseConsumer = config.set("group.id", &job.physical_group).create()?;
     consumer.subscribe(&[&job.physical])?;
-    let (mut meter, mut count, mut bytes) = (None, 0, 0);
+    let (mut meter, mut count, mut bytes, begun) = (None, 0, 0, Instant::now());
     while count < job.count {
-        let Some(record) = consumer.poll(Duration::from_secs(20)) else { bail!("{count} messages came") };
+        // A poll that served a rebalance brings nothing.
+        let Some(record) = consumer.poll(Duration::from_millis(100)) else {
+            ensure!(begun.elapsed() < LONGEST, "{count} messages came");
+            continue;
+        };
         let record = record?;
         meter.get_or_insert_with(Meter::start);
         bytes += record.payload().map_or(0, <[u8]>::len);
