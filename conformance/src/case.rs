@@ -18,6 +18,8 @@ pub struct Case {
     pub proves: &'static str,
     /// What the endpoint must give. Where it refuses one of them, that refusal is verified instead.
     pub needs: &'static [Need],
+    /// Whether it disturbs others that run at the same time.
+    pub(crate) alone: bool,
     pub(crate) run: for<'a> fn(&'a Env) -> BoxFuture<'a, Proof>,
 }
 

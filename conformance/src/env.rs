@@ -53,8 +53,13 @@ impl Env {
         }
     }
 
-    fn wrap(&self, bus: Bus) -> Client<'_> {
+    pub(crate) fn wrap(&self, bus: Bus) -> Client<'_> {
         Client::new(self, bus, self.clients.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// How many clients there have been.
+    pub(crate) fn clients(&self) -> u32 {
+        self.clients.load(Ordering::Relaxed)
     }
 
     /// A destination of this case, deleted after it.
@@ -144,7 +149,16 @@ impl Env {
 
     /// Bounds an operation: one that does not end is a hang, and fails the case.
     pub(crate) async fn bounded<T>(&self, operation: &str, future: impl Future<Output = T>) -> Proof<T> {
-        let bound = self.patience() + Duration::from_secs(5);
+        self.within(operation, self.patience() + Duration::from_secs(5), future).await
+    }
+
+    /// Bounds an operation that has a deadline of its own.
+    pub(crate) async fn within<T>(
+        &self,
+        operation: &str,
+        bound: Duration,
+        future: impl Future<Output = T>,
+    ) -> Proof<T> {
         tokio::time::timeout(bound, future).await.map_err(|_| {
             self.history.record(0, What::Hang { operation: operation.to_owned() });
             Breach::Failed(format!("hang: `{operation}` did not end within {bound:?}"))

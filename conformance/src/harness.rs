@@ -1,10 +1,14 @@
 //! What an adapter's author gives the suite.
 
+use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
-use anybroker_core::{Bus, ManualClock, Result};
+use anybroker_core::{Bus, Error, ErrorKind, ManualClock, Result};
 use async_trait::async_trait;
 use futures_util::future::BoxFuture;
+
+use crate::{Route, ServerControl};
 
 /// An endpoint under test. The suite creates destinations under names of its own, deletes what it created where
 /// the endpoint can, and touches nothing else.
@@ -50,9 +54,33 @@ pub trait Harness: Send + Sync + 'static {
     fn is_disturbed(&self) -> bool {
         false
     }
+
+    /// The addresses of the server that a proxy can stand in front of, for the cases about lost connections; or why none
+    /// can. Those cases then count as not run, with that reason.
+    ///
+    /// # Errors
+    /// Why no proxy can stand there.
+    fn routes(&self) -> std::result::Result<Vec<Route>, String> {
+        Err("the harness names no address that a proxy could stand in front of".into())
+    }
+
+    /// A fresh client that finds the server at these addresses: one for each of the [routes](Harness::routes), in their
+    /// order. Called only where there are some.
+    ///
+    /// # Errors
+    /// What connecting says; the case that asked for it fails.
+    async fn connect_through(&self, addresses: &[SocketAddr]) -> Result<Bus> {
+        Err(Error::new(ErrorKind::Unsupported, "connect", format!("no way through {addresses:?}")))
+    }
+
+    /// The process of the server, where the harness may kill and freeze it. Nobody else may be using it.
+    fn server(&self) -> Option<Arc<dyn ServerControl>> {
+        None
+    }
 }
 
 type Connect = Box<dyn Fn() -> BoxFuture<'static, Result<Bus>> + Send + Sync>;
+type ConnectThrough = Box<dyn Fn(Vec<SocketAddr>) -> BoxFuture<'static, Result<Bus>> + Send + Sync>;
 
 /// A harness from a function that connects, as `anybroker conform --url` uses it.
 pub struct UrlHarness {
@@ -64,6 +92,8 @@ pub struct UrlHarness {
     patience: Duration,
     clock: Option<ManualClock>,
     disturbed: bool,
+    through: Option<(Vec<Route>, ConnectThrough)>,
+    server: Option<Arc<dyn ServerControl>>,
 }
 
 impl UrlHarness {
@@ -81,6 +111,8 @@ impl UrlHarness {
             patience: Duration::from_secs(30),
             clock: None,
             disturbed: false,
+            through: None,
+            server: None,
         }
     }
 
@@ -119,6 +151,25 @@ impl UrlHarness {
     #[must_use]
     pub fn with_disturbances(mut self) -> Self {
         self.disturbed = true;
+        self
+    }
+
+    /// Where proxies can stand, and how to get a client behind them. See [`Harness::routes`] and
+    /// [`Harness::connect_through`].
+    #[must_use]
+    pub fn with_proxies(
+        mut self,
+        routes: Vec<Route>,
+        connect: impl Fn(Vec<SocketAddr>) -> BoxFuture<'static, Result<Bus>> + Send + Sync + 'static,
+    ) -> Self {
+        self.through = Some((routes, Box::new(connect)));
+        self
+    }
+
+    /// See [`Harness::server`].
+    #[must_use]
+    pub fn with_server(mut self, server: Arc<dyn ServerControl>) -> Self {
+        self.server = Some(server);
         self
     }
 
@@ -165,6 +216,24 @@ impl Harness for UrlHarness {
 
     fn is_disturbed(&self) -> bool {
         self.disturbed
+    }
+
+    fn routes(&self) -> std::result::Result<Vec<Route>, String> {
+        match &self.through {
+            Some((routes, _)) => Ok(routes.clone()),
+            None => Err("the harness names no address that a proxy could stand in front of".into()),
+        }
+    }
+
+    async fn connect_through(&self, addresses: &[SocketAddr]) -> Result<Bus> {
+        match &self.through {
+            Some((_, connect)) => connect(addresses.to_vec()).await,
+            None => Err(Error::new(ErrorKind::Unsupported, "connect", "the harness has no way through a proxy")),
+        }
+    }
+
+    fn server(&self) -> Option<Arc<dyn ServerControl>> {
+        self.server.clone()
     }
 }
 

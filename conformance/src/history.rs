@@ -155,6 +155,22 @@ pub(crate) enum What {
         group: Group,
         scan: Option<u64>,
     },
+    /// A fault of the connections of these clients, or of the server, begins.
+    FaultBegin {
+        fault: u64,
+        kind: String,
+        clients: Vec<u32>,
+        /// How many connections were open.
+        connections: u64,
+    },
+    /// It is over.
+    FaultEnd {
+        fault: u64,
+        /// How many connections it met, new ones included.
+        connections: u64,
+        /// How many bytes met it.
+        bytes: u64,
+    },
     /// An operation did not end by its deadline.
     Hang {
         operation: String,

@@ -66,6 +66,7 @@ needs! {
     DECLARE = declare by r::declare;
     DESCRIBE = describe by r::describe;
     DELETE = delete by r::delete;
+    SURVIVES_KILL = survives_process_kill by r::cannot_be_called;
 }
 
 /// Any figure of lag at all.

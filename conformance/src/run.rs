@@ -125,22 +125,28 @@ pub async fn run(harness: Arc<dyn Harness>, options: Options) -> Result<Report> 
     let run_id = format!("conform-{:08x}", rand::rng().random::<u32>());
     let chosen: Vec<&'static Case> = cases().iter().filter(|case| options.chooses(case)).collect();
     let parallelism = if harness.clock().is_some() { 1 } else { options.parallelism.max(1) };
-    let reports = stream::iter(chosen.into_iter().enumerate())
-        .map(|(index, case)| {
-            let scope = format!("{run_id}.{index}");
-            let env = Env::new(Arc::clone(&harness), Arc::clone(&record), scope, seed_of(case, options.seed));
-            let (timeout, progress) = (options.case_timeout, options.progress.clone());
-            async move {
-                let report = run_case(case, Arc::new(env), timeout).await;
-                if let Some(progress) = progress {
-                    progress(&report);
-                }
-                report
+    let run_one = |(index, case): (usize, &'static Case)| {
+        let scope = format!("{run_id}.{index}");
+        let env = Env::new(Arc::clone(&harness), Arc::clone(&record), scope, seed_of(case, options.seed));
+        let (timeout, progress) = (options.case_timeout, options.progress.clone());
+        async move {
+            let report = run_case(case, Arc::new(env), timeout).await;
+            if let Some(progress) = progress {
+                progress(&report);
             }
-        })
-        .buffered(parallelism)
-        .collect()
-        .await;
+            (index, report)
+        }
+    };
+    // Those that disturb others come last, one by one. So do those that share the one address that a proxy may listen on.
+    let has_one_line = harness.routes().is_ok_and(|routes| routes.iter().any(|route| route.listen.is_some()));
+    let is_alone = |case: &Case| case.alone || has_one_line && case.level > Level::Conformance;
+    let (alone, together): (Vec<_>, Vec<_>) = chosen.into_iter().enumerate().partition(|(_, case)| is_alone(case));
+    let mut reports: Vec<_> = stream::iter(together).map(&run_one).buffered(parallelism).collect().await;
+    for case in alone {
+        reports.push(run_one(case).await);
+    }
+    reports.sort_by_key(|(index, _)| *index);
+    let reports = reports.into_iter().map(|(_, report)| report).collect();
     Ok(Report::new(endpoint, &record, &options, started, begin.elapsed(), reports))
 }
 
@@ -180,6 +186,12 @@ async fn run_case(case: &'static Case, env: Arc<Env>, timeout: Duration) -> Case
             Err(Breach::NotRun(format!(
                 "a connection or lane was lost meanwhile, as this endpoint is set up to: {why}"
             )))
+        }
+        proof => proof,
+    };
+    let proof = match proof {
+        Ok(()) if refused.is_none() && case.level > Level::Conformance && counts.faults_met == 0 => {
+            Err(Breach::Inconclusive(format!("none of {} faults met an operation in flight", counts.faults)))
         }
         proof => proof,
     };

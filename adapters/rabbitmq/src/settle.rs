@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::{
-    AckLevel, Delivery, Error, ErrorKind, Lane, Nack, Result, SettleError, SettleOutcome, Settlement, Settler,
+    AckLevel, Delivery, Effect, Error, ErrorKind, Lane, Nack, Result, SettleError, SettleOutcome, Settlement, Settler,
     Settling, Token, Verdict,
 };
 use async_trait::async_trait;
@@ -111,9 +111,15 @@ async fn store(desk: &Arc<Desk>, jobs: Vec<Job>) -> Vec<(usize, SettleOutcome)> 
     }
     let keys: Vec<_> = stored.iter().map(|job| job.taken.key).collect();
     for (job, is_sent) in stored.into_iter().zip(desk.shared.ack(&keys)) {
-        outcomes.push((job.index, if is_sent { Ok(AckLevel::Sent) } else { Err(stale(job.delivery)) }));
+        outcomes.push((job.index, if is_sent { Ok(AckLevel::Sent) } else { Err(stored_and_stale(job.delivery)) }));
     }
     outcomes
+}
+
+/// The copy is stored, and its source could not be acked any more: both are there. Found by the suite's faults.
+fn stored_and_stale(delivery: Delivery) -> SettleError {
+    let (delivery, error) = stale(delivery).into_parts();
+    SettleError::new(delivery, error.with_effect(Effect::Unknown))
 }
 
 fn stale(delivery: Delivery) -> SettleError {

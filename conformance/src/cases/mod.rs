@@ -4,6 +4,7 @@ pub(crate) mod refusals;
 
 mod dead_letter;
 mod delivery;
+mod faults;
 mod flow;
 mod groups;
 mod idempotency;
@@ -39,6 +40,7 @@ const THEMES: &[&[Case]] = &[
     publish::CASES,
     topology::CASES,
     random::CASES,
+    faults::CASES,
 ];
 
 static CASES: LazyLock<Vec<Case>> = LazyLock::new(|| THEMES.concat());
@@ -57,6 +59,7 @@ macro_rules! case {
             level: $crate::Level::Conformance,
             proves: $proves,
             needs: &[$($need),*],
+            alone: false,
             run: |env| Box::pin($run(env)),
         }
     };

@@ -1,5 +1,6 @@
 //! Reads a whole history and says what is wrong with it. Names follow Jepsen where it has one.
 
+mod faults;
 mod order;
 mod story;
 #[cfg(test)]
@@ -13,6 +14,7 @@ use anybroker_core::{
 use serde::Serialize;
 
 use crate::history::{Event, Seen, Verb, What};
+use faults::Faults;
 use story::{Held, Returned, Story};
 
 /// Something that must not be in a history.
@@ -51,6 +53,10 @@ pub struct Counts {
     pub settle_failed: u64,
     /// Dead letters read, each reading counted.
     pub letters_read: u64,
+    /// Faults of connections or of the server.
+    pub faults: u64,
+    /// Those that met an operation in flight: a publish without an answer, a delivery that was not settled.
+    pub faults_met: u64,
 }
 
 /// What of the capability record decides whether a history is a good one.
@@ -83,6 +89,7 @@ pub(crate) fn check(events: &[Event], rules: Rules) -> (Vec<Anomaly>, Counts) {
         checker.observe(index, event);
     }
     checker.aborted_reads();
+    checker.counts.faults_met = checker.faults.met();
     (checker.anomalies, checker.counts)
 }
 
@@ -105,9 +112,14 @@ struct Publish {
     index: usize,
     outcome: Option<bool>,
     duplicate: bool,
+    /// Its answer is there, whatever it says.
+    answered: bool,
+    /// Faults that met it on its way: the client may have sent it again by itself.
+    hits: u32,
 }
 
 struct Member {
+    client: u32,
     group: Group,
     destinations: Vec<Destination>,
     order: Order,
@@ -118,6 +130,8 @@ struct Member {
     max_attempts: Option<u32>,
     /// Closed, or gone: it holds nothing any more.
     gone: bool,
+    /// Since when, and until when, what it holds may be lost with a connection that a fault has hit.
+    exposed: Option<(u64, u64)>,
 }
 
 /// From which event on a group keeps what is published.
@@ -160,6 +174,7 @@ struct Checker {
     deliveries: HashMap<u64, (Place, MessageId, u64)>,
     /// First deliveries per order: the highest sequence seen of a producer.
     highest: HashMap<Stream, (u64, MessageId)>,
+    faults: Faults,
     anomalies: Vec<Anomaly>,
     counts: Counts,
 }
@@ -171,6 +186,7 @@ impl Checker {
                 self.calls.insert(*call, self.publishes.len());
                 let known = self.by_id.entry((destination.clone(), id.clone())).or_default();
                 known.push(self.publishes.len());
+                let hits = self.faults.meet(event.client);
                 self.publishes.push(Publish {
                     id: id.clone(),
                     destination: destination.clone(),
@@ -183,21 +199,28 @@ impl Checker {
                     index,
                     outcome: None,
                     duplicate: false,
+                    answered: false,
+                    hits,
                 });
             }
             What::PublishOk { call, duplicate } => {
                 self.counts.published_ok += 1;
                 if let Some(publish) = self.publish(*call) {
-                    (publish.outcome, publish.duplicate) = (Some(true), *duplicate);
+                    (publish.outcome, publish.duplicate, publish.answered) = (Some(true), *duplicate, true);
                 }
             }
             What::PublishFail { call, .. } => {
                 self.counts.published_failed += 1;
                 if let Some(publish) = self.publish(*call) {
-                    publish.outcome = Some(false);
+                    (publish.outcome, publish.answered) = (Some(false), true);
                 }
             }
-            What::PublishInfo { .. } => self.counts.published_unknown += 1,
+            What::PublishInfo { call, .. } => {
+                self.counts.published_unknown += 1;
+                if let Some(publish) = self.publish(*call) {
+                    publish.answered = true;
+                }
+            }
             What::Declared { destination, group } => {
                 let since = Since { index, earliest: true };
                 self.since.entry((group.clone(), destination.clone())).or_insert(since);
@@ -224,6 +247,7 @@ impl Checker {
                 self.members.insert(
                     *subscription,
                     Member {
+                        client: event.client,
                         group: group.clone(),
                         destinations: destinations.clone(),
                         order: *order,
@@ -232,12 +256,16 @@ impl Checker {
                         lease: *lease_micros,
                         max_attempts: *max_attempts,
                         gone: false,
+                        exposed: self.faults.exposure(event.at, event.client),
                     },
                 );
             }
             What::Deliver(seen) => self.deliver(event.at, seen),
             What::SettleInvoke { delivery, verb } => self.settle(event.at, *delivery, *verb),
-            What::SettleOk { delivery, .. } => self.settled(event.at, *delivery),
+            What::SettleOk { delivery, .. } => {
+                self.settled(event.at, *delivery);
+                self.settled_in_a_fault(event.at, *delivery);
+            }
             What::SettleFail { delivery, kind, effect } => {
                 self.counts.settle_failed += 1;
                 if let Some(story) = self.story(*delivery) {
@@ -275,6 +303,8 @@ impl Checker {
             What::Drained { destination, group, scan } => {
                 self.drained(index, &(group.clone(), destination.clone()), *scan);
             }
+            What::FaultBegin { fault, clients, .. } => self.fault_begins(event.at, *fault, clients),
+            What::FaultEnd { fault, .. } => self.fault_ends(event.at, *fault),
             What::Hang { operation } => self.anomaly("hang", "", "", format!("`{operation}` did not end in time")),
         }
     }
@@ -297,11 +327,26 @@ impl Checker {
         self.stories.get_mut(place)?.get_mut(id)
     }
 
-    /// How many copies of a message the destination may hold: publishes that were not refused and not deduplicated.
+    /// How many copies of a message the destination may hold: publishes that did not certainly fail and were not
+    /// deduplicated. One at least, because what failed certainly and is there all the same has a name of its own.
     fn copies(&self, destination: &Destination, id: &MessageId) -> u32 {
         let calls = self.by_id.get(&(destination.clone(), id.clone()));
-        let count = calls.map_or(0, |calls| calls.iter().filter(|call| !self.publishes[**call].duplicate).count());
-        u32::try_from(count).unwrap_or(u32::MAX)
+        let count = calls.map_or(0, |calls| {
+            let stored = |publish: &&Publish| publish.outcome != Some(false) && !publish.duplicate;
+            calls.iter().filter(|call| stored(&&self.publishes[**call])).count()
+        });
+        u32::try_from(count).unwrap_or(u32::MAX).max(1)
+    }
+
+    /// How many more of them a client may have sent by itself, because a fault met it before it had the answer.
+    fn resent(&self, destination: &Destination, id: &MessageId) -> u32 {
+        let Some(calls) = self.by_id.get(&(destination.clone(), id.clone())) else { return 0 };
+        calls
+            .iter()
+            .map(|call| &self.publishes[*call])
+            .filter(|publish| publish.outcome != Some(false))
+            .map(|publish| publish.hits)
+            .sum()
     }
 
     fn deliver(&mut self, at: u64, seen: &Seen) {
@@ -309,7 +354,8 @@ impl Checker {
         let Some(member) = self.members.get(&seen.subscription) else { return };
         let place = (member.group.clone(), seen.destination.clone());
         let (group, lease, order) = (member.group.to_string(), member.lease, member.order);
-        let since = member.since;
+        let (since, exposed) = (member.since, member.exposed.is_some_and(|(_, until)| at <= until));
+        self.faults.meet(member.client);
         let (max_attempts, on_failure) = (member.max_attempts, member.on_failure);
         if !member.destinations.contains(&seen.destination)
             && member.destinations.iter().all(|name| !name.contains('*'))
@@ -318,6 +364,7 @@ impl Checker {
             self.anomaly("phantom", &group, &seen.id, detail);
         }
         let copies = self.copies(&seen.destination, &seen.id);
+        let with_resent = copies + self.resent(&seen.destination, &seen.id);
         let Some(first) = self.by_id.get(&(seen.destination.clone(), seen.id.clone())).and_then(|calls| calls.first())
         else {
             let detail = format!("never published here by this case; its payload begins {:?}", seen.excerpt);
@@ -327,6 +374,8 @@ impl Checker {
         let published_at = published.at;
         let (key, producer, sequence) = (published.key.clone(), published.producer, published.sequence);
         let instructed = published.instructed;
+        // It may have come to be stored behind what was published later.
+        let is_unknown = published.answered && published.outcome.is_none();
         let same = self.by_id[&(seen.destination.clone(), seen.id.clone())]
             .iter()
             .any(|call| self.publishes[*call].digest == seen.digest);
@@ -338,7 +387,7 @@ impl Checker {
         let (rules, number) = (self.rules, self.counts.delivered);
         let moved = self.lanes_moved(&place.0);
         let story = self.story_of(&place, &seen.id);
-        let justified = story.justify(at, copies, moved);
+        let justified = story.justify(at, with_resent, moved);
         let (again, acked) = (story.deliveries > 0, story.acked > 0);
         let attempts = story.attempts(rules.attempts);
         let gone_before = story.outstanding_summary();
@@ -348,7 +397,11 @@ impl Checker {
             delivery: seen.delivery,
             member: seen.subscription,
             // It cannot have been leased before it was there, and neither can it have been before the member was.
-            until: story.back_at().max(published_at).max(since).saturating_add(lease).saturating_sub(PRECISION),
+            // On a connection that a fault has hit it may be lost at once.
+            until: match exposed {
+                true => at,
+                false => story.back_at().max(published_at).max(since).saturating_add(lease).saturating_sub(PRECISION),
+            },
             lane: seen.lane,
             position: seen.position,
             attempt: seen.attempt,
@@ -364,7 +417,7 @@ impl Checker {
             let detail = format!("delivered again (attempt {}) without a cause: {gone_before}", seen.attempt);
             self.anomaly(name, &group, &seen.id, detail);
         }
-        if copies == 1 && justified && !attempts.contains(&seen.attempt) {
+        if with_resent == 1 && justified && !attempts.contains(&seen.attempt) {
             let detail = format!("attempt {}, expected {attempts:?} ({:?})", seen.attempt, rules.attempts);
             self.anomaly("attempt-mismatch", &group, &seen.id, detail);
         }
@@ -378,7 +431,7 @@ impl Checker {
             return;
         }
         let lane = if order == Order::Total { None } else { key.clone() };
-        if first_delivery {
+        if first_delivery && !is_unknown {
             self.first_delivery(&place, &group, producer, &lane, sequence, &key, seen);
         }
         if on_failure != OnFailure::GoPast {
@@ -410,7 +463,7 @@ impl Checker {
         let Some(member) = self.members.get_mut(&subscription) else { return };
         member.gone = true;
         let forgetful = crash && self.rules.level != AckLevel::Confirmed;
-        self.forget_acks(subscription, None, forgetful);
+        self.forget_acks(subscription, None, forgetful.then_some(0));
         self.each_story(subscription, |story| story.leave(at, subscription));
     }
 
@@ -418,7 +471,8 @@ impl Checker {
     /// does not mind.
     fn lose(&mut self, at: u64, subscription: u64, lane: Option<u32>) {
         self.change_of(at, subscription);
-        self.forget_acks(subscription, lane, self.rules.level != AckLevel::Confirmed);
+        let since = self.forgetful_since(at, subscription);
+        self.forget_acks(subscription, lane, since);
         self.each_story(subscription, |story| story.lose(at, subscription, lane));
     }
 
@@ -469,8 +523,9 @@ impl Checker {
         }
     }
 
-    /// Which acks of a member that goes may be forgotten: all of them, or those above a hole of their lane.
-    fn forget_acks(&mut self, subscription: u64, lane: Option<u32>, all: bool) {
+    /// Which acks of a member that goes may be forgotten: all of them that were told of since then, or those above a hole of
+    /// their lane.
+    fn forget_acks(&mut self, subscription: u64, lane: Option<u32>, since: Option<u64>) {
         let prefix = self.rules.granularity == AckGranularity::Prefix;
         let mut holes: HashMap<u32, u64> = HashMap::new();
         self.each_story(subscription, |story| {
@@ -479,8 +534,8 @@ impl Checker {
             }
         });
         self.each_story(subscription, |story| {
-            story.forget_acks(subscription, lane, |lane, place| {
-                all || (prefix && holes.get(&lane).is_some_and(|hole| place > *hole))
+            story.forget_acks(subscription, lane, since, |lane, place| {
+                prefix && holes.get(&lane).is_some_and(|hole| place > *hole)
             });
         });
     }

@@ -41,7 +41,12 @@ struct Settling {
     buries: bool,
     /// It was asked for after the lease had ended.
     late: bool,
-    ok: bool,
+    /// Its connection was lost before there was an answer.
+    in_doubt: bool,
+    /// It has come again meanwhile: whatever becomes of this settling, it is somebody else's.
+    has_come: bool,
+    /// When it was confirmed.
+    ok_at: Option<u64>,
     /// It was an ack above a hole, at that moment.
     above_hole: Option<u64>,
 }
@@ -67,6 +72,8 @@ pub(super) struct Story {
     pub(super) buried: u32,
     pub(super) redriven: bool,
     pub(super) purged: bool,
+    /// An ack was asked for whose effect nobody knows.
+    maybe_acked: bool,
     last_scan: Option<(u64, u32)>,
     back_at: u64,
 }
@@ -95,8 +102,8 @@ impl Story {
             self.uncounted += 1;
             return true;
         }
-        if let Some(late) = self.settling.iter_mut().find(|settling| settling.late) {
-            late.late = false;
+        if let Some(late) = self.settling.iter_mut().find(|settling| settling.late || settling.in_doubt) {
+            (late.late, late.in_doubt, late.has_come) = (false, false, true);
             self.returns += 1;
             self.uncounted += 1;
             return true;
@@ -172,22 +179,39 @@ impl Story {
     }
 
     pub(super) fn settle(&mut self, at: u64, delivery: u64, verb: Verb, max_attempts: Option<u32>) {
-        let Some(held) = self.take(delivery) else { return };
+        let Some(held) = self.take(delivery) else {
+            // It has come to somebody again; where the broker does not mind, this settles it all the same.
+            self.maybe_acked |= verb == Verb::Ack;
+            return;
+        };
         let late = held.until <= at;
         let buries =
             verb == Verb::DeadLetter || (verb == Verb::Nack && max_attempts.is_some_and(|max| held.attempt >= max));
         match verb {
             _ if buries => self.buried += 1,
-            Verb::Nack => self.returned(at, Returned::Nacked),
+            Verb::Nack => {
+                self.returned(at, Returned::Nacked);
+                // The source may be somebody else's by now, with the count that it had.
+                self.uncertain += u32::from(late);
+            }
             Verb::Release => self.returned(at, Returned::Released),
             Verb::Ack | Verb::DeadLetter => {}
         }
-        self.settling.push(Settling { held, verb, buries, late, ok: false, above_hole: None });
+        self.settling.push(Settling {
+            held,
+            verb,
+            buries,
+            late,
+            in_doubt: false,
+            has_come: false,
+            ok_at: None,
+            above_hole: None,
+        });
     }
 
     pub(super) fn settled(&mut self, at: u64, delivery: u64, is_above_hole: bool) -> Option<Verb> {
         let settling = self.settling.iter_mut().find(|settling| settling.held.delivery == delivery)?;
-        settling.ok = true;
+        settling.ok_at = Some(at);
         if settling.verb == Verb::Ack {
             self.acked += 1;
             settling.above_hole = is_above_hole.then_some(at);
@@ -198,23 +222,33 @@ impl Story {
     /// The delivery is the application's again; what the settling was to do is undone as far as its effect is known.
     pub(super) fn settle_failed(&mut self, delivery: u64, kind: ErrorKind, effect: Effect) {
         let Some(place) = self.settling.iter().position(|settling| settling.held.delivery == delivery) else { return };
-        let settling = self.settling.remove(place);
+        let mut settling = self.settling.remove(place);
         let stale = matches!(kind, ErrorKind::StaleDelivery | ErrorKind::Closed);
         if effect == Effect::Unknown {
             match settling.verb {
-                Verb::Nack if !settling.buries => self.uncertain += 1,
+                // It comes again; where the nack is a copy, source and copy may both.
+                Verb::Nack if !settling.buries => {
+                    self.uncertain += 1;
+                    self.excused += 1;
+                }
                 // It may or may not come again.
-                _ => self.excused += 1,
+                _ => {
+                    self.excused += 1;
+                    self.maybe_acked = true;
+                }
             }
             return;
         }
         match settling.verb {
             _ if settling.buries => self.buried -= 1,
             Verb::Nack | Verb::Release => {
-                self.owed.pop();
-                self.returns -= 1;
+                settling.has_come |= self.owed.pop().is_none();
+                self.returns -= u32::from(!settling.has_come);
                 match settling.verb {
-                    Verb::Nack => self.nacks -= 1,
+                    Verb::Nack => {
+                        self.nacks -= 1;
+                        self.uncertain = self.uncertain.saturating_sub(u32::from(settling.late));
+                    }
                     _ => self.uncounted = self.uncounted.saturating_sub(1),
                 }
             }
@@ -225,9 +259,18 @@ impl Story {
             self.excused += 1;
             self.uncounted += 1;
             self.forgotten = true;
-        } else {
+        } else if !settling.has_come {
             self.held.push(settling.held);
         }
+    }
+
+    fn is_maybe_acked(&self) -> bool {
+        self.maybe_acked || self.settling.iter().any(|settling| settling.verb == Verb::Ack && settling.ok_at.is_none())
+    }
+
+    /// How a delivery is being settled, or was.
+    pub(super) fn verb_of(&self, delivery: u64) -> Option<Verb> {
+        self.settling.iter().find(|settling| settling.held.delivery == delivery).map(|settling| settling.verb)
     }
 
     /// Lane and place of a delivery that is being settled.
@@ -273,15 +316,50 @@ impl Story {
                 held.until = held.until.min(at);
             }
         }
+        // What is on its way to be settled may arrive or not; a nack that is a copy may leave its source behind.
+        for settling in &mut self.settling {
+            let held = &settling.held;
+            if held.member == member && lane.is_none_or(|lane| lane == held.lane) && settling.ok_at.is_none() {
+                settling.in_doubt = true;
+                self.uncertain += u32::from(settling.verb == Verb::Nack && !settling.buries);
+            }
+        }
     }
 
-    /// Acks of a member that goes may be forgotten, where `may` says so.
-    pub(super) fn forget_acks(&mut self, member: u64, lane: Option<u32>, may: impl Fn(u32, u64) -> bool) {
+    /// What a member that goes has settled since then may be forgotten, and acks where `may` says so.
+    pub(super) fn forget_acks(
+        &mut self,
+        member: u64,
+        lane: Option<u32>,
+        since: Option<u64>,
+        may: impl Fn(u32, u64) -> bool,
+    ) {
         let concerns = |held: &Held| held.member == member && lane.is_none_or(|lane| lane == held.lane);
-        let mut acks = self.settling.iter().filter(|settling| settling.verb == Verb::Ack && concerns(&settling.held));
-        if acks.any(|ack| ack.above_hole.is_some() || may(ack.held.lane, rank(&ack.held))) {
-            self.excused += 1;
+        let forgotten = |settling: &Settling| since.is_some_and(|since| settling.ok_at.is_none_or(|at| at >= since));
+        let mut settled = self.settling.iter().filter(|settling| concerns(&settling.held));
+        let in_a_fault = since.is_some_and(|since| since > 0);
+        let doubled = in_a_fault && settled.clone().any(|settling| settling.verb == Verb::Nack && forgotten(settling));
+        let may_come = settled.any(|settling| {
+            settling.verb == Verb::Ack
+                && (settling.above_hole.is_some()
+                    || forgotten(settling)
+                    || may(settling.held.lane, rank(&settling.held)))
+        });
+        if doubled || may_come {
+            self.may_be_forgotten(doubled);
         }
+    }
+
+    /// What was settled may come again. Where a nack is a copy, the source comes again beside it, with the count it had.
+    pub(super) fn may_be_forgotten(&mut self, doubled: bool) {
+        self.excused += 1;
+        self.uncertain += u32::from(doubled);
+    }
+
+    /// Whether something was with this member: held, or on its way to be settled.
+    pub(super) fn is_with(&self, member: u64) -> bool {
+        self.held.iter().any(|held| held.member == member)
+            || self.settling.iter().any(|settling| settling.held.member == member && settling.ok_at.is_none())
     }
 
     pub(super) fn redrive(&mut self, at: u64) {
@@ -327,6 +405,9 @@ impl Story {
         match self.owed.last() {
             Some(Returned::Nacked) => Some(("nack-lost", "nacked, and it never came again".into())),
             Some(why) => Some(("lost", format!("given back ({why:?}), and it never came again"))),
+            None if self.acked == 0 && !self.is_maybe_acked() && self.held.is_empty() => {
+                Some(("lost", "delivered, never acked, and it never came again".into()))
+            }
             None => None,
         }
     }

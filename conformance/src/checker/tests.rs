@@ -390,3 +390,70 @@ fn two_copies_may_be_delivered_twice_and_deduplicated_ones_once() {
     assert_eq!(twice(false), [""; 0]);
     assert_eq!(twice(true), ["ack-lost"]);
 }
+
+impl Script {
+    fn fault(&mut self, clients: &[u32]) -> &mut Self {
+        self.push(What::FaultBegin { fault: 1, kind: "cut".into(), clients: clients.to_vec(), connections: 1 });
+        self.push(What::FaultEnd { fault: 1, connections: 1, bytes: 0 })
+    }
+
+    fn faults(&self) -> (u64, u64) {
+        let counts = check(&self.events, self.rules).1;
+        (counts.faults, counts.faults_met)
+    }
+}
+
+#[test]
+fn a_fault_justifies_a_duplicate_of_what_was_held_and_of_nothing_later() {
+    let mut script = Script::new();
+    script.member().published("a", "k", 1).delivered(1, "a", 1).fault(&[0]).delivered(2, "a", 1);
+    assert_eq!((script.names(), script.faults()), (vec![], (1, 1)));
+    script.wait(6_000_000).published("b", "k", 2).delivered(3, "b", 1).delivered(4, "b", 1);
+    assert_eq!(script.names(), ["unjustified-duplicate"]);
+}
+
+#[test]
+fn a_fault_of_other_clients_justifies_nothing_and_meets_nothing() {
+    let mut script = Script::new();
+    script.member().published("a", "k", 1).delivered(1, "a", 1).fault(&[7]).delivered(2, "a", 1);
+    assert_eq!((script.names(), script.faults()), (vec!["unjustified-duplicate"], (1, 0)));
+}
+
+#[test]
+fn an_ack_that_was_confirmed_before_a_fault_stays_and_one_that_was_only_sent_may_be_lost() {
+    let mut script = Script::new();
+    script.member().published("a", "k", 1).delivered(1, "a", 1).settled(1, Verb::Ack).fault(&[0]).delivered(2, "a", 1);
+    assert_eq!(script.names(), ["ack-lost"]);
+    script.rules.level = AckLevel::Sent;
+    assert_eq!(script.names(), [""; 0]);
+}
+
+#[test]
+fn a_publish_that_a_fault_met_may_be_stored_once_more_and_not_twice_more() {
+    let mut script = Script::new();
+    let call = script.invoke("a", "k", 1);
+    script.fault(&[0]).push(What::PublishOk { call, duplicate: false });
+    script.member().delivered(1, "a", 1).settled(1, Verb::Ack).delivered(2, "a", 1).settled(2, Verb::Ack);
+    assert_eq!((script.names(), script.faults()), (vec![], (1, 1)));
+    script.delivered(3, "a", 1);
+    assert_eq!(script.names(), ["ack-lost"]);
+}
+
+#[test]
+fn what_was_held_on_a_lost_connection_and_never_comes_again_is_lost() {
+    let mut script = Script::new();
+    script.member().published("a", "k", 1).delivered(1, "a", 1).fault(&[0]);
+    script.push(What::SettleInvoke { delivery: 1, verb: Verb::Ack });
+    let (kind, effect) = (anybroker_core::ErrorKind::StaleDelivery, anybroker_core::Effect::NotDone);
+    script.push(What::SettleFail { delivery: 1, kind, effect }).drained();
+    assert_eq!(script.names(), ["lost"]);
+}
+
+#[test]
+fn a_publish_that_failed_for_certain_has_no_copy_and_its_repetition_has_one() {
+    let mut script = Script::new();
+    let call = script.member().invoke("a", "k", 1);
+    script.push(What::PublishFail { call, kind: anybroker_core::ErrorKind::Unavailable });
+    script.published("a", "k", 2).delivered(1, "a", 1).delivered(2, "a", 1);
+    assert_eq!(script.names(), ["unjustified-duplicate"]);
+}

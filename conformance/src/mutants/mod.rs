@@ -2,18 +2,20 @@
 //!
 //! A mutant wraps any broker and breaks one promise. Each names the case that must fail on it.
 
+mod in_faults;
 mod publishing;
 mod receiving;
 mod record;
 mod settling;
 mod tampered;
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use anybroker_core::{Broker, Bus, BusOptions, ManualClock, Result};
 use async_trait::async_trait;
 
-use crate::Harness;
+use crate::{Harness, Route, ServerControl};
 use tampered::{Fault, Tampered};
 
 /// A broker with one fault.
@@ -46,6 +48,12 @@ impl std::fmt::Debug for Mutant {
 #[must_use]
 pub fn mutants() -> Vec<Mutant> {
     [settling::MUTANTS, receiving::MUTANTS, publishing::MUTANTS, record::MUTANTS].concat()
+}
+
+/// Those that only the cases about faults can tell from the real one.
+#[must_use]
+pub fn mutants_in_faults() -> Vec<Mutant> {
+    in_faults::MUTANTS.to_vec()
 }
 
 /// The wrapper without a fault: the suite must pass on it, or a mutant's death would prove nothing.
@@ -101,6 +109,18 @@ impl Harness for MutantHarness {
 
     fn is_disturbed(&self) -> bool {
         self.inner.is_disturbed()
+    }
+
+    fn routes(&self) -> std::result::Result<Vec<Route>, String> {
+        self.inner.routes()
+    }
+
+    async fn connect_through(&self, addresses: &[SocketAddr]) -> Result<Bus> {
+        Ok(self.tamper(&self.inner.connect_through(addresses).await?))
+    }
+
+    fn server(&self) -> Option<Arc<dyn ServerControl>> {
+        self.inner.server()
     }
 }
 

@@ -1,0 +1,124 @@
+//! What a fault justifies: that comes twice what was in flight on a connection that it hit, and nothing else.
+
+use std::collections::{HashMap, HashSet};
+
+use anybroker_core::AckLevel;
+
+use super::Checker;
+use crate::history::Verb;
+
+/// How long after a fault a member may hand out what it had from the connection that is gone, because it has not been told.
+const EXPOSED: u64 = 5_000_000;
+
+/// Where an ack is recorded or sent without an answer: how long before a fault it may have been told of and not have arrived.
+const FORGETTING: u64 = 15_000_000;
+
+/// The faults of a history.
+#[derive(Default)]
+pub(super) struct Faults {
+    /// Those that last, with the clients they hit, and since when.
+    active: HashMap<u64, (Vec<u32>, u64)>,
+    met: HashSet<u64>,
+}
+
+impl Faults {
+    /// How many met an operation in flight.
+    pub(super) fn met(&self) -> u64 {
+        self.met.len() as u64
+    }
+
+    /// This client has something in flight now; how many faults that meets.
+    pub(super) fn meet(&mut self, client: u32) -> u32 {
+        let mut hits = 0;
+        for (fault, (clients, _)) in &self.active {
+            if clients.contains(&client) {
+                self.met.insert(*fault);
+                hits += 1;
+            }
+        }
+        hits
+    }
+
+    /// Since when and until when a member that this client opens now is exposed.
+    pub(super) fn exposure(&self, at: u64, client: u32) -> Option<(u64, u64)> {
+        let hit = self.active.values().any(|(clients, _)| clients.contains(&client));
+        hit.then_some((at, u64::MAX))
+    }
+}
+
+impl Checker {
+    pub(super) fn fault_begins(&mut self, at: u64, fault: u64, clients: &[u32]) {
+        self.counts.faults += 1;
+        self.faults.active.insert(fault, (clients.to_vec(), at));
+        let mut met = false;
+        for publish in self.publishes.iter_mut().filter(|publish| clients.contains(&publish.producer)) {
+            if !publish.answered {
+                publish.hits += 1;
+                met = true;
+            }
+        }
+        for subscription in self.members_of(clients) {
+            met |= self.is_holding(subscription);
+            if let Some(member) = self.members.get_mut(&subscription) {
+                let since = member.exposed.filter(|(_, until)| at <= *until).map_or(at, |(since, _)| since);
+                member.exposed = Some((since, u64::MAX));
+            }
+            self.lose(at, subscription, None);
+        }
+        if met {
+            self.faults.met.insert(fault);
+        }
+    }
+
+    pub(super) fn fault_ends(&mut self, at: u64, fault: u64) {
+        let Some((clients, _)) = self.faults.active.remove(&fault) else { return };
+        for subscription in self.members_of(&clients) {
+            let client = self.members[&subscription].client;
+            let still = self.faults.active.values().any(|(clients, _)| clients.contains(&client));
+            if let Some((_, until)) = self.members.get_mut(&subscription).and_then(|member| member.exposed.as_mut()) {
+                *until = if still { u64::MAX } else { at.saturating_add(EXPOSED) };
+            }
+        }
+    }
+
+    /// What is told as settled while a fault lasts may not have arrived, where the level does not say that it has.
+    pub(super) fn settled_in_a_fault(&mut self, at: u64, delivery: u64) {
+        let Some((_, _, subscription)) = self.deliveries.get(&delivery) else { return };
+        let Some(member) = self.members.get(subscription) else { return };
+        let exposed = member.exposed.is_some_and(|(since, until)| (since..=until).contains(&at));
+        if !exposed || self.rules.level == AckLevel::Confirmed {
+            return;
+        }
+        if let Some(story) = self.story(delivery) {
+            let verb = story.verb_of(delivery);
+            if matches!(verb, Some(Verb::Ack | Verb::Nack)) {
+                story.may_be_forgotten(verb == Some(Verb::Nack));
+            }
+        }
+    }
+
+    /// Since when what a member has settled may be forgotten with its connection; `None` where the level says that it has
+    /// arrived.
+    pub(super) fn forgetful_since(&self, at: u64, subscription: u64) -> Option<u64> {
+        let exposed = self.members.get(&subscription).and_then(|member| member.exposed);
+        let since = match exposed.filter(|(_, until)| at <= *until) {
+            // Above 0, which says that no fault is known.
+            Some((since, _)) => since.saturating_sub(FORGETTING).max(1),
+            None => 0,
+        };
+        (self.rules.level != AckLevel::Confirmed).then_some(since)
+    }
+
+    fn members_of(&self, clients: &[u32]) -> Vec<u64> {
+        let of = self.members.iter().filter(|(_, member)| !member.gone && clients.contains(&member.client));
+        of.map(|(subscription, _)| *subscription).collect()
+    }
+
+    fn is_holding(&self, subscription: u64) -> bool {
+        let member = &self.members[&subscription];
+        member.destinations.iter().any(|destination| {
+            let stories = self.stories.get(&(member.group.clone(), destination.clone()));
+            stories.is_some_and(|stories| stories.values().any(|story| story.is_with(subscription)))
+        })
+    }
+}

@@ -1,0 +1,245 @@
+//! Faults of connections and of the server, each of them an event of the history: what was in flight on a connection
+//! that was hit may come twice, and nothing else.
+
+mod address;
+mod plan;
+mod proxy;
+mod pump;
+#[cfg(test)]
+mod tests;
+mod trial;
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use parking_lot::Mutex;
+
+use crate::case::{Breach, Proof};
+use crate::client::Client;
+use crate::env::Env;
+use crate::history::What;
+pub use address::{routes_of, url_through};
+pub(crate) use plan::{Kind, Planned, plan};
+use proxy::{End, Proxy, Way};
+pub(crate) use trial::{Disturbance, Trial};
+
+/// An address of the server that a proxy can stand in front of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Route {
+    /// Where the proxy has to listen, because the server tells its clients to come there (Kafka's and Pulsar's advertised
+    /// listeners). `None`: anywhere; each client then has a proxy of its own.
+    pub listen: Option<SocketAddr>,
+    /// The server's own `host:port`.
+    pub upstream: String,
+}
+
+impl Route {
+    /// A proxy may listen anywhere.
+    pub fn to(upstream: impl Into<String>) -> Self {
+        Self { listen: None, upstream: upstream.into() }
+    }
+
+    /// The server advertises `listen`, and listens on `upstream`.
+    pub fn advertised(listen: SocketAddr, upstream: impl Into<String>) -> Self {
+        Self { listen: Some(listen), upstream: upstream.into() }
+    }
+}
+
+impl std::str::FromStr for Route {
+    type Err = String;
+
+    /// `LISTEN=UPSTREAM` for an advertised address, `UPSTREAM` otherwise.
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            None => Ok(Self::to(text)),
+            Some((listen, upstream)) => {
+                let listen = listen.parse().map_err(|_| format!("`{listen}` is no address and port to listen on"))?;
+                Ok(Self::advertised(listen, upstream))
+            }
+        }
+    }
+}
+
+/// The process of the server, where a harness has it in its hands. Each call returns when it is done; an error is the
+/// text of what went wrong.
+#[async_trait]
+pub trait ServerControl: Send + Sync {
+    /// Ends it without a warning (SIGKILL). Its data stay.
+    async fn kill(&self) -> Result<(), String>;
+
+    /// Starts it again on the same ports with the same data, and waits until it serves clients.
+    async fn restart(&self) -> Result<(), String>;
+
+    /// Freezes it (SIGSTOP): connections stay open and nothing is answered.
+    async fn pause(&self) -> Result<(), String>;
+
+    /// Lets it go on.
+    async fn resume(&self) -> Result<(), String>;
+}
+
+/// The proxies of one client, or of all where the server advertises one address.
+pub(crate) struct Line {
+    proxies: Vec<Proxy>,
+    clients: Mutex<Vec<u32>>,
+}
+
+impl Line {
+    async fn start(routes: &[Route]) -> Proof<Arc<Self>> {
+        let mut proxies = Vec::new();
+        for route in routes {
+            let proxy = Proxy::start(route.listen, route.upstream.clone()).await.map_err(|error| {
+                Breach::NotRun(format!("no proxy can listen in front of {}: {error}", route.upstream))
+            })?;
+            proxies.push(proxy);
+        }
+        Ok(Arc::new(Self { proxies, clients: Mutex::default() }))
+    }
+
+    /// A client whose connections go through it.
+    pub(crate) async fn client<'e>(&self, env: &'e Env) -> Proof<Client<'e>> {
+        let addresses: Vec<_> = self.proxies.iter().map(Proxy::address).collect();
+        let bus = env.bounded("connect", env.harness.connect_through(&addresses)).await??;
+        let client = env.wrap(bus);
+        self.clients.lock().push(client.number());
+        Ok(client)
+    }
+
+    fn sum(&self, of: impl Fn(&Proxy) -> u64) -> u64 {
+        self.proxies.iter().map(of).sum()
+    }
+
+    fn set(&self, up: Way, down: Way) {
+        self.proxies.iter().for_each(|proxy| proxy.set(up, down));
+    }
+
+    fn end(&self, how: End) {
+        self.proxies.iter().for_each(|proxy| proxy.end(how));
+    }
+
+    fn refuse(&self, refuses: bool) {
+        self.proxies.iter().for_each(|proxy| proxy.refuse(refuses));
+    }
+
+    /// Everything that goes through it meets this fault, from now until it is over.
+    pub(crate) async fn suffer(&self, env: &Env, planned: &Planned) {
+        let clients = self.clients.lock().clone();
+        let open = self.proxies.iter().map(Proxy::open).sum::<usize>() as u64;
+        let (accepted, bytes) = (self.sum(Proxy::accepted), self.sum(Proxy::bytes));
+        let fault = env.history.number();
+        let kind = planned.kind.to_string();
+        env.history.record(0, What::FaultBegin { fault, kind, clients, connections: open });
+        self.begin(planned.kind);
+        // The fault is that time goes by.
+        tokio::time::sleep(planned.lasts).await;
+        self.over(planned.kind);
+        let connections = open + self.sum(Proxy::accepted) - accepted;
+        let bytes = self.sum(Proxy::bytes) - bytes;
+        env.history.record(0, What::FaultEnd { fault, connections, bytes });
+    }
+
+    fn begin(&self, kind: Kind) {
+        match kind {
+            Kind::Cut => {
+                self.refuse(true);
+                self.end(End::Reset);
+            }
+            Kind::Finish => {
+                self.refuse(true);
+                self.end(End::Finish);
+            }
+            Kind::HalfOpen => self.end(End::HalfOpen),
+            Kind::BlackHole => self.set(Way::Hold, Way::Hold),
+            Kind::DeafServer => self.set(Way::Hold, Way::Pass),
+            Kind::DropAnswers => self.set(Way::Pass, Way::Lose),
+            Kind::Slow { delay, bytes_per_second } => {
+                let way = Way::Slow { delay, bytes_per_second };
+                self.set(way, way);
+            }
+            Kind::CutAfter { bytes, answers } => match answers {
+                false => self.set(Way::CutAfter(bytes), Way::Pass),
+                true => self.set(Way::Pass, Way::CutAfter(bytes)),
+            },
+        }
+    }
+
+    fn over(&self, kind: Kind) {
+        match kind {
+            Kind::Cut | Kind::Finish => self.refuse(false),
+            _ => self.set(Way::Pass, Way::Pass),
+        }
+    }
+}
+
+/// How the clients of a case come to be behind proxies.
+pub(crate) struct Network<'e> {
+    env: &'e Env,
+    routes: Vec<Route>,
+    /// The only line, where the server advertises its address.
+    shared: Option<Arc<Line>>,
+}
+
+impl<'e> Network<'e> {
+    /// Finds out how, and that no client walks round it.
+    pub(crate) async fn open(env: &'e Env) -> Proof<Self> {
+        let routes = env.harness.routes().map_err(Breach::NotRun)?;
+        let shared = match routes.iter().any(|route| route.listen.is_some()) {
+            true => Some(Line::start(&routes).await?),
+            false => None,
+        };
+        let network = Self { env, routes, shared };
+        network.is_on_the_way().await?;
+        Ok(network)
+    }
+
+    /// A line for one client.
+    pub(crate) async fn line(&self) -> Proof<Arc<Line>> {
+        match &self.shared {
+            Some(line) => Ok(Arc::clone(line)),
+            None => Line::start(&self.routes).await,
+        }
+    }
+
+    /// With everything held back nothing can be published: otherwise the endpoint has told the client of another address.
+    async fn is_on_the_way(&self) -> Proof {
+        let line = self.line().await?;
+        let client = line.client(self.env).await?;
+        let destination = self.env.destination("probe");
+        let spec = self.env.spec(&destination, &self.env.group("probe"));
+        client.subscribe(spec).await?.close().await?;
+        line.set(Way::Hold, Way::Hold);
+        let held = client.publish_within(vec![client.message(&destination, "k")], PROBE).await?.remove(0);
+        line.set(Way::Pass, Way::Pass);
+        if held.is_ok() {
+            return Err(Breach::NotRun(
+                "the endpoint advertises addresses of its own, so that its clients walk round the proxy: name an advertised \
+                 address that the proxy can listen on"
+                    .into(),
+            ));
+        }
+        client.close().await
+    }
+}
+
+/// How long the probe waits for a confirm that cannot come.
+const PROBE: Duration = Duration::from_millis(1_000);
+
+/// A fault of the server, which hits every client.
+pub(crate) async fn of_server(
+    env: &Env,
+    kind: &str,
+    lasts: Duration,
+    begin: impl Future<Output = Result<(), String>>,
+    over: impl Future<Output = Result<(), String>>,
+) -> Proof {
+    let fault = env.history.number();
+    let clients = (0..env.clients()).collect();
+    env.history.record(0, What::FaultBegin { fault, kind: kind.to_owned(), clients, connections: 0 });
+    begin.await.map_err(Breach::NotRun)?;
+    tokio::time::sleep(lasts).await;
+    over.await.map_err(Breach::Failed)?;
+    env.history.record(0, What::FaultEnd { fault, connections: 0, bytes: 0 });
+    Ok(())
+}

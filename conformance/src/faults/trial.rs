@@ -1,0 +1,309 @@
+//! Publishers and members of a group that go on while faults come and go, and must end alike by themselves.
+
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use anybroker_core::{
+    Destination, Effect, ErrorKind, Group, Message, MessageId, Nack, Retry, Settlement, SubscribeSpec,
+};
+use futures_util::future::{BoxFuture, try_join_all};
+use parking_lot::Mutex;
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
+use rand::{RngExt, SeedableRng};
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use crate::case::{Proof, ensure, fail};
+use crate::client::Client;
+use crate::consumer::{Consumer, Held, settle};
+use crate::env::Env;
+
+const PUBLISHERS: usize = 4;
+const MEMBERS: usize = 3;
+/// What each publisher publishes: 2,000 messages in all.
+const EACH: usize = 500;
+const BATCH: usize = 20;
+const KEYS: usize = 16;
+/// Every publish ends by then, whatever the fault does.
+const PUBLISH_TIMEOUT: Duration = Duration::from_secs(2);
+/// One in so many messages whose publish failed or is unknown is left as it is: then nothing hides what became of it.
+const ABANDONED: usize = 4;
+/// One in so many deliveries is nacked, where that is possible.
+const NACKED: usize = 25;
+
+/// Something that happens to the trial, begun when the trial says that it will be met.
+pub(crate) trait Disturbance: Send + Sync {
+    /// Whether it needs a publish in flight, or a delivery; of whom, or whoever comes next when that one has none.
+    fn wants(&self) -> (bool, usize);
+
+    /// Happens to that publisher or member, and is over when the future is done.
+    fn happen<'a>(&'a self, env: &'a Env, whom: usize) -> BoxFuture<'a, Proof>;
+}
+
+/// The clients of a trial. See [`Trial::run`].
+pub(crate) struct Trial<'e> {
+    env: &'e Env,
+    destination: Destination,
+    spec: SubscribeSpec,
+    progress: Progress,
+}
+
+/// What the parts of a trial tell each other.
+#[derive(Default)]
+struct Progress {
+    changed: Notify,
+    /// How many messages each publisher may have begun by now.
+    budget: AtomicUsize,
+    made: [AtomicUsize; PUBLISHERS],
+    publishing: [AtomicBool; PUBLISHERS],
+    holding: [AtomicUsize; MEMBERS],
+    confirmed: Mutex<HashSet<MessageId>>,
+    /// Acked, or asked for with an unknown effect.
+    accounted: Mutex<HashSet<MessageId>>,
+    /// The last fault is over.
+    healed: Mutex<Option<Instant>>,
+    over: AtomicBool,
+}
+
+impl Progress {
+    fn tell(&self) {
+        self.changed.notify_waiters();
+    }
+
+    /// Waits until it holds; false at the deadline.
+    async fn until(&self, limit: Duration, mut holds: impl FnMut(&Self) -> bool) -> bool {
+        let deadline = Instant::now() + limit;
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if holds(self) {
+                return true;
+            }
+            if tokio::time::timeout_at(deadline, changed).await.is_err() {
+                return false;
+            }
+        }
+    }
+
+    fn is_publishing_beyond(&self, whom: usize, message: usize) -> bool {
+        self.publishing[whom].load(Ordering::Relaxed) && self.made[whom].load(Ordering::Relaxed) > message
+    }
+
+    fn is_holding(&self, whom: usize) -> bool {
+        self.holding[whom].load(Ordering::Relaxed) > 0
+    }
+
+    fn lacks(&self) -> usize {
+        let accounted = self.accounted.lock();
+        self.confirmed.lock().iter().filter(|id| !accounted.contains(*id)).count()
+    }
+}
+
+impl<'e> Trial<'e> {
+    /// `shape` alters what the members subscribe with.
+    pub(crate) fn new(env: &'e Env, shape: impl FnOnce(SubscribeSpec) -> SubscribeSpec) -> Self {
+        let (destination, group): (Destination, Group) = (env.destination("d"), env.group("g"));
+        let least = env.lease().max(Duration::from_secs(5));
+        let longest = env.record.limits.lease_max_ms.map_or(Duration::MAX, Duration::from_millis);
+        let spec = shape(env.spec(&destination, &group).with_max_in_flight(100).with_lease(least.min(longest)));
+        Self { env, destination, spec, progress: Progress::default() }
+    }
+
+    /// How many clients [`run`](Self::run) wants: publishers, then members.
+    pub(crate) const CLIENTS: (usize, usize) = (PUBLISHERS, MEMBERS);
+
+    /// Everybody works while the disturbances happen one after the other. Afterwards all that was confirmed must arrive at
+    /// the members without anybody's help, and a fresh client, which `env` connects directly, reads what is left.
+    pub(crate) async fn run(
+        &self,
+        publishers: Vec<Client<'e>>,
+        members: Vec<Client<'e>>,
+        disturbances: &[Box<dyn Disturbance + '_>],
+    ) -> Proof {
+        let mut random = self.env.rng();
+        let mut consumers = Vec::new();
+        for client in &members {
+            consumers.push(client.subscribe(self.spec.clone()).await?);
+        }
+        let seeds: Vec<u64> = (0..PUBLISHERS + MEMBERS).map(|_| random.random()).collect();
+        let (for_publishers, for_members) = seeds.split_at(PUBLISHERS);
+        let publishing = publishers.iter().zip(for_publishers).enumerate();
+        let publishing = try_join_all(publishing.map(|(number, (client, seed))| self.publish(number, client, *seed)));
+        let consuming = consumers.into_iter().zip(for_members).enumerate();
+        let consuming = try_join_all(consuming.map(|(number, (consumer, seed))| self.consume(number, consumer, *seed)));
+        let watched = async {
+            tokio::try_join!(self.disturb(disturbances), publishing)?;
+            self.settle_down().await
+        };
+        let (missing, _) = tokio::try_join!(watched, consuming)?;
+        let drained = self.env.client().await?.drain(self.spec.clone()).await?;
+        let came = drained.len();
+        ensure!(
+            missing == 0,
+            "{missing} confirmed messages did not come to the members after the last fault; a fresh client got {came}"
+        );
+        for client in publishers.iter().chain(&members) {
+            client.close().await?;
+        }
+        Ok(())
+    }
+
+    /// One disturbance after the other, each in the middle of its share of the messages.
+    async fn disturb(&self, disturbances: &[Box<dyn Disturbance + '_>]) -> Proof {
+        let progress = &self.progress;
+        let share = EACH / (disturbances.len() + 1);
+        for (number, disturbance) in disturbances.iter().enumerate() {
+            progress.budget.store(share * (number + 1), Ordering::Relaxed);
+            progress.tell();
+            let (publishing, whom) = disturbance.wants();
+            let middle = share * number + share / 3;
+            let limit = self.env.patience() * 2;
+            let mut chosen = None;
+            let is_met = progress.until(limit, |progress| {
+                chosen = match publishing {
+                    true => Some(whom % PUBLISHERS).filter(|whom| progress.is_publishing_beyond(*whom, middle)),
+                    // Order may leave everything to one member.
+                    false => (0..MEMBERS)
+                        .map(|next| (whom % MEMBERS + next) % MEMBERS)
+                        .find(|whom| progress.is_holding(*whom)),
+                };
+                chosen.is_some()
+            });
+            is_met.await;
+            let Some(whom) = chosen else { fail!("nothing was in flight that a fault could meet, for {limit:?}") };
+            disturbance.happen(self.env, whom).await?;
+        }
+        *progress.healed.lock() = Some(Instant::now());
+        progress.budget.store(EACH, Ordering::Relaxed);
+        progress.tell();
+        Ok(())
+    }
+
+    /// Whatever was confirmed arrives by itself; how much did not.
+    async fn settle_down(&self) -> Proof<usize> {
+        let limit = self.env.patience() + self.spec.lease * 2;
+        self.progress.until(limit, |progress| progress.lacks() == 0).await;
+        self.progress.over.store(true, Ordering::Relaxed);
+        Ok(self.progress.lacks())
+    }
+
+    async fn publish(&self, number: usize, client: &Client<'e>, seed: u64) -> Proof {
+        let mut random = StdRng::seed_from_u64(seed);
+        let progress = &self.progress;
+        let mut made = 0;
+        while made < EACH {
+            let limit = self.env.patience() * 4;
+            let goes_on = progress.until(limit, |progress| progress.budget.load(Ordering::Relaxed) > made).await;
+            ensure!(goes_on, "publisher {number} was not told to go on");
+            let count = BATCH.min(EACH - made);
+            let batch: Vec<Message> = (0..count)
+                .map(|_| client.message(&self.destination, format!("key {}", random.random_range(0..KEYS)).as_str()))
+                .collect();
+            made += count;
+            progress.made[number].store(made, Ordering::Relaxed);
+            self.publish_until_known(number, client, batch, &mut random).await?;
+        }
+        Ok(())
+    }
+
+    /// Publishes with the same ids until everything is confirmed, but for some that are left as they are.
+    async fn publish_until_known(
+        &self,
+        number: usize,
+        client: &Client<'e>,
+        batch: Vec<Message>,
+        random: &mut StdRng,
+    ) -> Proof {
+        let progress = &self.progress;
+        let (mut left, begin) = (batch, Instant::now());
+        loop {
+            progress.publishing[number].store(true, Ordering::Relaxed);
+            progress.tell();
+            let outcomes = client.publish_within(left.clone(), PUBLISH_TIMEOUT).await?;
+            progress.publishing[number].store(false, Ordering::Relaxed);
+            let mut again = Vec::new();
+            for (message, outcome) in left.into_iter().zip(outcomes) {
+                match outcome {
+                    Ok(_) => {
+                        progress.confirmed.lock().insert(message.id().clone());
+                    }
+                    Err(error) => {
+                        let passes = matches!(error.retry(), Retry::Later(_)) || error.effect() == Effect::Unknown;
+                        // What was not attempted for order's sake is no failure of its own.
+                        ensure!(passes || error.effect() == Effect::NotDone, "publishing in a fault: {error:?}");
+                        if random.random_range(0..ABANDONED) > 0 {
+                            again.push(message);
+                        }
+                    }
+                }
+            }
+            progress.tell();
+            if again.is_empty() {
+                return Ok(());
+            }
+            left = again;
+            let healed = *progress.healed.lock();
+            if let Some(healed) = healed {
+                let limit = self.env.patience();
+                let since = healed.max(begin).elapsed();
+                ensure!(since < limit, "publisher {number} has not recovered {since:?} after the last fault");
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    async fn consume(&self, number: usize, mut consumer: Consumer<'e>, seed: u64) -> Proof {
+        let mut random = StdRng::seed_from_u64(seed);
+        let progress = &self.progress;
+        let mut held: Vec<Held<'e>> = Vec::new();
+        loop {
+            let came = consumer.receive(40, Duration::from_millis(200)).await?;
+            let came_something = !came.is_empty();
+            held.extend(came);
+            progress.holding[number].store(held.len(), Ordering::Relaxed);
+            progress.tell();
+            if held.is_empty() && progress.over.load(Ordering::Relaxed) {
+                return consumer.close().await;
+            }
+            // Some stay out, so that faults find them unsettled.
+            held.shuffle(&mut random);
+            let staying = if came_something { held.len() / 2 } else { 0 };
+            let batch = held.split_off(staying);
+            self.settle(batch, &mut random).await?;
+            progress.holding[number].store(held.len(), Ordering::Relaxed);
+        }
+    }
+
+    async fn settle(&self, batch: Vec<Held<'e>>, random: &mut StdRng) -> Proof {
+        let can_nack = self.env.record.nack.is_given();
+        let (mut entries, mut acks) = (Vec::new(), Vec::new());
+        for held in batch {
+            let nacks = can_nack && random.random_range(0..NACKED) == 0;
+            acks.push((!nacks).then(|| held.message().id().clone()));
+            let nack = Nack { delay: Duration::ZERO, error_type: None };
+            entries.push((held, if nacks { Settlement::Nack(nack) } else { Settlement::Ack }));
+        }
+        for (outcome, acked) in settle(entries).await?.into_iter().zip(acks) {
+            let is_accounted = match &outcome {
+                Ok(_) => true,
+                // Dropped with its error it comes back, unless it is settled.
+                Err((_, error)) => {
+                    let kind = error.kind();
+                    let is_of_faults =
+                        matches!(kind, ErrorKind::StaleDelivery | ErrorKind::Timeout | ErrorKind::Unavailable)
+                            || error.effect() == Effect::Unknown;
+                    ensure!(is_of_faults, "settling in a fault: {error:?}");
+                    error.effect() == Effect::Unknown
+                }
+            };
+            if let Some(id) = acked.filter(|_| is_accounted) {
+                self.progress.accounted.lock().insert(id);
+            }
+        }
+        self.progress.tell();
+        Ok(())
+    }
+}
