@@ -31,11 +31,15 @@ pub mod mutants;
 mod need;
 mod report;
 mod run;
+mod timeline;
 
 pub use case::{Case, Level, Outcome};
 pub use cases::cases;
 pub use checker::{Anomaly, Counts};
-pub use harness::{Harness, UrlHarness};
+pub use harness::{About, Harness, UrlHarness};
 pub use need::Need;
-pub use report::{CaseReport, EndpointReport, Report, Totals};
-pub use run::{Options, Progress, run};
+pub use report::{
+    CaseChange, CaseReport, Comparison, EndpointComparison, EndpointReport, RecordChange, Report, ReportError,
+    ReportSet, RunSettings, SCHEMA, Totals,
+};
+pub use run::{Options, Progress, Stop, run};
