@@ -7,17 +7,21 @@ pub(super) struct Axis {
     places: Vec<(u64, f64)>,
 }
 
-/// Room for what happens at one moment.
-const LEAST: f64 = 7.0;
+/// Room for what happens at one moment: the fewer there are, the more each has.
+const LEAST: std::ops::RangeInclusive<f64> = 7.0..=30.0;
+/// What a few moments share.
+const PAGE: f64 = 1_200.0;
 const MOST: f64 = 110.0;
 
 impl Axis {
     pub(super) fn new(mut moments: Vec<u64>) -> Self {
         moments.sort_unstable();
         moments.dedup();
+        #[allow(clippy::cast_precision_loss, reason = "a place on a page")]
+        let least = (PAGE / moments.len().max(1) as f64).clamp(*LEAST.start(), *LEAST.end());
         let mut places: Vec<(u64, f64)> = Vec::with_capacity(moments.len());
         for moment in moments {
-            let place = places.last().map_or(0.0, |&(before, place)| place + room(moment - before));
+            let place = places.last().map_or(0.0, |&(before, place)| place + least + room(moment - before));
             places.push((moment, place));
         }
         Self { places }
@@ -48,7 +52,7 @@ impl Axis {
 #[allow(clippy::cast_precision_loss, reason = "a place on a page")]
 fn room(micros: u64) -> f64 {
     let tenths = micros as f64 / 100.0;
-    (LEAST + 6.0 * (1.0 + tenths).log2()).min(MOST)
+    (6.0 * (1.0 + tenths).log2()).min(MOST - LEAST.end())
 }
 
 #[cfg(test)]
@@ -59,7 +63,10 @@ mod tests {
     fn later_moments_stand_further_right_and_a_long_wait_takes_little_more_room_than_a_short_one() {
         let axis = Axis::new(vec![0, 10, 10, 1_000, 5_000_000, 5_000_010]);
         let places: Vec<f64> = [0, 10, 1_000, 5_000_000, 5_000_010].iter().map(|at| axis.place(*at)).collect();
-        assert!(places.windows(2).all(|pair| pair[1] - pair[0] >= LEAST && pair[1] - pair[0] <= MOST), "{places:?}");
+        assert!(
+            places.windows(2).all(|pair| pair[1] - pair[0] >= *LEAST.start() && pair[1] - pair[0] <= MOST),
+            "{places:?}"
+        );
         assert_eq!(axis.place(999), axis.place(10));
     }
 }

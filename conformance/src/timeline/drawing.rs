@@ -298,5 +298,5 @@ const LEGEND: &str = "<p class='muted key'>Time runs from left to right, not to 
 message; hold the pointer over a mark for its details. Publishes: <b>plain</b> confirmed, <b>✗</b> not stored, <b>?</b> unknown. \
 Deliveries, from the hand-over to the end of their settling: <b>✓</b> ack, <b>↺</b> nack, <b>↩</b> released, <b>†</b> dead letter, \
 <b>○</b> dropped, no mark: not settled. Moments: <b>!</b> a settle failed, <b>▪</b> closed, <b>✗</b> gone without a close, \
-<b>⚡</b> connection or lane lost, <b>†</b> a dead letter is read, <b>↻</b> redrive, <b>⏱</b> hang. The coloured line is the way of \
+<b>⚡</b> connection or lane lost, <b>†</b> a dead letter is read, <b>↻</b> redrive, <b>∞</b> hang. The coloured line is the way of \
 a message that something is wrong with.</p>\n";

@@ -65,7 +65,7 @@ pub(crate) fn page(case: &CaseReport, history: &str) -> String {
 }
 
 /// The messages that the page is about: those that the checker names; otherwise those that the case's own message names;
-/// otherwise those that were confirmed and never seen.
+/// otherwise those that were not brought to an end.
 fn focus(case: &CaseReport, model: &Model) -> Vec<String> {
     let mut focus: Vec<String> = Vec::new();
     let mut add = |message: &str| {
@@ -84,15 +84,30 @@ fn focus(case: &CaseReport, model: &Model) -> Vec<String> {
         focus = model.numbers.keys().filter(|message| case.detail.contains(message.as_str())).cloned().collect();
     }
     if focus.is_empty() {
-        let seen = |message: &str| {
-            model.spans.iter().any(|span| span.message == message && span.subscription.is_some())
-                || model.moments.iter().any(|moment| moment.messages.iter().any(|one| one == message))
-        };
-        let confirmed = model.spans.iter().filter(|span| span.subscription.is_none() && span.end == "ok");
-        focus = confirmed.map(|span| span.message.clone()).filter(|message| !seen(message)).collect();
-        focus.dedup();
+        focus = unfinished(model);
     }
     focus
+}
+
+/// Messages that were confirmed and never seen; where there are none, those whose last delivery was not settled for good.
+fn unfinished(model: &Model) -> Vec<String> {
+    let (mut unseen, mut open) = (Vec::new(), Vec::new());
+    for message in model.numbers.keys() {
+        let of = |is_delivery: bool| {
+            model
+                .spans
+                .iter()
+                .filter(move |span| span.message == *message && span.subscription.is_some() == is_delivery)
+        };
+        let is_letter = model.moments.iter().any(|moment| moment.messages.contains(message));
+        match of(true).next_back() {
+            None if is_letter => {}
+            None if of(false).any(|span| span.end == "ok") => unseen.push(message.clone()),
+            Some(last) if !matches!(last.end, "ack" | "dead_letter") => open.push(message.clone()),
+            _ => {}
+        }
+    }
+    if unseen.is_empty() { open } else { unseen }
 }
 
 fn table(body: &mut String, model: &Model, lines: &[&Line]) {

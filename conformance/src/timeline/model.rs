@@ -219,7 +219,7 @@ impl Reading<'_> {
             "degraded" | "lane_lost" => self.moment(line, "⚡", words),
             "letter" => self.moment(line, "†", words),
             "redrive_invoke" => self.moment(line, "↻", words),
-            "hang" => self.moment(line, "⏱", words),
+            "hang" => self.moment(line, "∞", words),
             event if event.contains("fault") => self.fault(line, words),
             _ => self.moment(line, "·", words),
         }
