@@ -24,19 +24,40 @@ pub(crate) struct Env {
     scope: String,
     seed: u64,
     clients: AtomicU32,
-    created: Mutex<Vec<Destination>>,
+    created: Arc<Created>,
+}
+
+/// What a case has created, and those whose surroundings these are within: whatever a part of a case could not delete, because
+/// it failed or was given up, is deleted after the case.
+#[derive(Default)]
+struct Created {
+    names: Mutex<Vec<Destination>>,
+    outer: Option<Arc<Created>>,
+}
+
+impl Created {
+    fn add(&self, name: &Destination) {
+        let mut names = self.names.lock();
+        if !names.contains(name) {
+            names.push(name.clone());
+        }
+        if let Some(outer) = &self.outer {
+            outer.add(name);
+        }
+    }
 }
 
 impl Env {
     pub(crate) fn new(harness: Arc<dyn Harness>, record: Arc<Capabilities>, scope: String, seed: u64) -> Self {
-        let (history, clients, created) = (History::new(), AtomicU32::new(0), Mutex::default());
+        let (history, clients, created) = (History::new(), AtomicU32::new(0), Arc::default());
         Self { harness, record, history, scope, seed, clients, created }
     }
 
     /// Surroundings within these, with names and a history of their own.
     pub(crate) fn sub(&self, label: &str) -> Self {
         let scope = format!("{}.{label}", self.scope);
-        Self::new(Arc::clone(&self.harness), Arc::clone(&self.record), scope, self.seed)
+        let created = Arc::new(Created { names: Mutex::default(), outer: Some(Arc::clone(&self.created)) });
+        Self { created, ..Self::new(Arc::clone(&self.harness), Arc::clone(&self.record), scope, self.seed) }
     }
 
     /// A fresh client.
@@ -65,10 +86,7 @@ impl Env {
     /// A destination of this case, deleted after it.
     pub(crate) fn destination(&self, label: &str) -> Destination {
         let name = Destination::from(format!("{}.{label}", self.scope));
-        let mut created = self.created.lock();
-        if !created.contains(&name) {
-            created.push(name.clone());
-        }
+        self.created.add(&name);
         name
     }
 
@@ -167,7 +185,7 @@ impl Env {
 
     /// Deletes what the case created. What cannot be deleted is left behind under a name of its own.
     pub(crate) async fn clean_up(&self) -> Result<(), Error> {
-        let created = std::mem::take(&mut *self.created.lock());
+        let created = std::mem::take(&mut *self.created.names.lock());
         if created.is_empty() || !self.record.delete.is_given() {
             return Ok(());
         }

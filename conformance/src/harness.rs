@@ -17,6 +17,11 @@ pub trait Harness: Send + Sync + 'static {
     /// What the report calls it, such as the URL without credentials.
     fn name(&self) -> String;
 
+    /// What the report says about the endpoint beyond what a client sees.
+    fn about(&self) -> About {
+        About::default()
+    }
+
     /// A fresh client of the same broker.
     ///
     /// # Errors
@@ -77,6 +82,15 @@ pub trait Harness: Send + Sync + 'static {
     fn server(&self) -> Option<Arc<dyn ServerControl>> {
         None
     }
+}
+
+/// See [`Harness::about`].
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct About {
+    /// Product and version of the client library, such as `librdkafka 2.11.0`.
+    pub client: Option<String>,
+    /// What stands in for the product, where it is not the product itself, such as `ElasticMQ in the place of Amazon SQS`.
+    pub emulated: Option<String>,
 }
 
 type Connect = Box<dyn Fn() -> BoxFuture<'static, Result<Bus>> + Send + Sync>;

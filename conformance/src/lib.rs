@@ -32,12 +32,16 @@ pub mod mutants;
 mod need;
 mod report;
 mod run;
+mod timeline;
 
 pub use case::{Case, Level, Outcome};
 pub use cases::cases;
 pub use checker::{Anomaly, Counts};
 pub use faults::{Route, ServerControl, routes_of, url_through};
-pub use harness::{Harness, UrlHarness};
+pub use harness::{About, Harness, UrlHarness};
 pub use need::Need;
-pub use report::{CaseReport, EndpointReport, Report, Totals};
-pub use run::{Options, Progress, run};
+pub use report::{
+    CaseChange, CaseReport, Comparison, EndpointComparison, EndpointReport, RecordChange, Report, ReportError,
+    ReportSet, RunSettings, SCHEMA, Totals,
+};
+pub use run::{Options, Progress, Stop, run};

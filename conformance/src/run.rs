@@ -8,16 +8,52 @@ use anybroker_core::{Capabilities, Result, Timestamp};
 use futures_util::StreamExt;
 use futures_util::stream;
 use rand::RngExt;
+use tokio::sync::watch;
 
 use crate::case::Breach;
 use crate::checker::{self, Anomaly, Rules};
 use crate::env::Env;
 use crate::history::{Event, What};
-use crate::report::{CaseReport, EndpointReport, Report};
+use crate::report::{CaseReport, EndpointReport, Report, RunSettings};
 use crate::{Case, Harness, Level, Outcome, cases};
 
 /// Called with a case's report.
 pub type Progress = Arc<dyn Fn(&CaseReport) + Send + Sync>;
+
+/// Ends a run before its time: cases that run are given up, what they created is deleted, and the others are not begun.
+#[derive(Debug, Clone)]
+pub struct Stop(Arc<watch::Sender<bool>>);
+
+impl Stop {
+    /// Nothing is asked for yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self(Arc::new(watch::Sender::new(false)))
+    }
+
+    /// Asks the run to end.
+    pub fn request(&self) {
+        self.0.send_replace(true);
+    }
+
+    /// Whether somebody has asked.
+    #[must_use]
+    pub fn is_requested(&self) -> bool {
+        *self.0.borrow()
+    }
+
+    /// Ends when somebody asks.
+    async fn requested(&self) {
+        // The sender lives as long as `self`.
+        let _ = self.0.subscribe().wait_for(|requested| *requested).await;
+    }
+}
+
+impl Default for Stop {
+    fn default() -> Self {
+        Self::new()
+    }
+}
 
 /// How the suite runs.
 #[derive(Clone)]
@@ -35,6 +71,8 @@ pub struct Options {
     pub case_timeout: Duration,
     /// Called with each case's report as soon as there is one.
     pub progress: Option<Progress>,
+    /// Ends the run before its time.
+    pub stop: Stop,
 }
 
 impl Default for Options {
@@ -46,6 +84,7 @@ impl Default for Options {
             parallelism: 8,
             case_timeout: Duration::from_secs(180),
             progress: None,
+            stop: Stop::new(),
         }
     }
 }
@@ -93,6 +132,13 @@ impl Options {
         self
     }
 
+    /// Lets the run be ended before its time. Cases that did not come to their end are "not run".
+    #[must_use]
+    pub fn with_stop(mut self, stop: Stop) -> Self {
+        self.stop = stop;
+        self
+    }
+
     fn chooses(&self, case: &Case) -> bool {
         case.level <= self.level
             && (self.filter.is_empty() || self.filter.iter().any(|pattern| matches(pattern, case.name)))
@@ -120,6 +166,7 @@ pub async fn run(harness: Arc<dyn Harness>, options: Options) -> Result<Report> 
     let bus = harness.connect().await?;
     let record = Arc::new(bus.capabilities().clone());
     let endpoint = EndpointReport::of(harness.as_ref(), &bus);
+    let settings = RunSettings::of(harness.as_ref(), &options);
     bus.close(harness.patience()).await?;
 
     let run_id = format!("conform-{:08x}", rand::rng().random::<u32>());
@@ -128,9 +175,9 @@ pub async fn run(harness: Arc<dyn Harness>, options: Options) -> Result<Report> 
     let run_one = |(index, case): (usize, &'static Case)| {
         let scope = format!("{run_id}.{index}");
         let env = Env::new(Arc::clone(&harness), Arc::clone(&record), scope, seed_of(case, options.seed));
-        let (timeout, progress) = (options.case_timeout, options.progress.clone());
+        let (timeout, progress, stop) = (options.case_timeout, options.progress.clone(), options.stop.clone());
         async move {
-            let report = run_case(case, Arc::new(env), timeout).await;
+            let report = run_case(case, Arc::new(env), timeout, &stop).await;
             if let Some(progress) = progress {
                 progress(&report);
             }
@@ -147,7 +194,7 @@ pub async fn run(harness: Arc<dyn Harness>, options: Options) -> Result<Report> 
     }
     reports.sort_by_key(|(index, _)| *index);
     let reports = reports.into_iter().map(|(_, report)| report).collect();
-    Ok(Report::new(endpoint, &record, &options, started, begin.elapsed(), reports))
+    Ok(Report::new(endpoint, &record, settings, started, begin.elapsed(), reports))
 }
 
 /// The case's own seed: the same whichever other cases run.
@@ -157,26 +204,36 @@ fn seed_of(case: &Case, seed: u64) -> u64 {
     hasher.finish()
 }
 
-async fn run_case(case: &'static Case, env: Arc<Env>, timeout: Duration) -> CaseReport {
+async fn run_case(case: &'static Case, env: Arc<Env>, timeout: Duration, stop: &Stop) -> CaseReport {
     let begin = Instant::now();
     let refused = refused(case, &env.record);
-    let task = {
+    let proof = if stop.is_requested() {
+        Err(interrupted())
+    } else {
         let env = Arc::clone(&env);
-        tokio::spawn(async move {
+        let mut task = tokio::spawn(async move {
             match refused {
                 Some(need) => (need.refusal)(&env).await,
                 None => (case.run)(&env).await,
             }
-        })
-    };
-    let abort = task.abort_handle();
-    let proof = match tokio::time::timeout(timeout, task).await {
-        Ok(Ok(proof)) => proof,
-        Ok(Err(panic)) => Err(Breach::Failed(panic_text(panic))),
-        Err(_) => {
-            abort.abort();
-            Err(Breach::Failed(format!("hang: the case did not end within {timeout:?}")))
+        });
+        let proof = tokio::select! {
+            biased;
+            ended = &mut task => match ended {
+                Ok(proof) => proof,
+                Err(panic) => Err(Breach::Failed(panic_text(panic))),
+            },
+            () = tokio::time::sleep(timeout) => {
+                Err(Breach::Failed(format!("hang: the case did not end within {timeout:?}")))
+            }
+            () = stop.requested() => Err(interrupted()),
+        };
+        if !task.is_finished() {
+            task.abort();
+            // Until it has let go of everything, it could create something after the deletion of what it created.
+            let _ = tokio::time::timeout(Duration::from_secs(5), task).await;
         }
+        proof
     };
     let events = env.history.events();
     let (anomalies, counts) = checker::check(&events, Rules::of(&env.record));
@@ -204,6 +261,10 @@ async fn run_case(case: &'static Case, env: Arc<Env>, timeout: Duration) -> Case
     let history = (!matches!(outcome, Outcome::Pass | Outcome::RefusedAndVerified | Outcome::NotRun))
         .then(|| env.history.to_json_lines());
     CaseReport::new(case, outcome, detail, begin.elapsed(), counts, anomalies, history)
+}
+
+fn interrupted() -> Breach {
+    Breach::NotRun("the run was interrupted".into())
 }
 
 /// The first of the case's needs that the endpoint refuses.

@@ -11,17 +11,19 @@ use std::collections::{BTreeMap, HashMap};
 use anybroker_core::{
     AckGranularity, AckLevel, AttemptCount, Capabilities, Destination, Group, MessageId, OnFailure, Order, Parallelism,
 };
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::history::{Event, Seen, Verb, What};
+use crate::report::interned;
 use faults::Faults;
 use story::{Held, Returned, Story};
 
 /// Something that must not be in a history.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Anomaly {
     /// Its class: `lost`, `phantom`, `unjustified-duplicate`, ….
-    pub name: &'static str,
+    #[serde(deserialize_with = "interned::text")]
+    pub name: interned::Text,
     /// The group it was seen in; empty where it concerns none.
     pub group: String,
     /// The message.
@@ -31,7 +33,8 @@ pub struct Anomaly {
 }
 
 /// What a history is made of: evidence that something was observed at all.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Counts {
     /// Messages whose publish was confirmed.
     pub published_ok: u64,

@@ -82,6 +82,10 @@ impl Harness for MutantHarness {
         format!("{} as {}", self.inner.name(), self.name)
     }
 
+    fn about(&self) -> crate::About {
+        self.inner.about()
+    }
+
     async fn connect(&self) -> Result<Bus> {
         Ok(self.tamper(&self.inner.connect().await?))
     }

@@ -295,7 +295,10 @@ pub(crate) struct DeleteArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct ConformArgs {
+    #[command(subcommand)]
+    pub(crate) command: Option<ConformCommand>,
     /// Only cases whose name matches; may be repeated; * stands for anything
     #[arg(long = "case", value_name = "GLOB")]
     pub(crate) cases: Vec<String>,
@@ -308,12 +311,66 @@ pub(crate) struct ConformArgs {
     /// How many cases run at once
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) parallel: u16,
-    /// Write the report there: report.txt, report.json, junit.xml, and the history of each case that did not pass
+    /// Write the report there: report.html, report.json, report.txt, junit.xml, and history and timeline of each case that failed
     #[arg(long, value_name = "DIR")]
     pub(crate) report: Option<PathBuf>,
+    /// What the report calls the endpoint; its URL without credentials when not given
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// Product and version of the client library, for the report
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) client: Option<String>,
+    /// What stands in for the product, for the report, where it is an emulator or stand-in
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) emulated: Option<String>,
+    /// The lease that cases about leases wait for
+    #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "1s")]
+    pub(crate) lease: Duration,
+    /// How long nothing must happen before an absence counts as one
+    #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "2s")]
+    pub(crate) quiet: Duration,
+    /// How long something may take that must happen
+    #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "30s")]
+    pub(crate) patience: Duration,
     /// Only list the cases; needs no endpoint
     #[arg(long, conflicts_with_all = ["cases", "seed", "report"])]
     pub(crate) list: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ConformCommand {
+    /// Reports that runs have left behind: put them side by side, compare two, or print the form
+    #[command(subcommand)]
+    Report(ReportCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ReportCommand {
+    /// Put the reports of several endpoints side by side, in one page and one file
+    Merge {
+        /// report.json of each run, or of earlier merges
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+        /// Where report.html, report.json, report.txt and junit.xml are written
+        #[arg(long, value_name = "DIR")]
+        to: PathBuf,
+    },
+    /// What changed from one run to another; the exit code is 1 where something that held does not any more
+    Compare {
+        /// report.json of the earlier run
+        before: PathBuf,
+        /// report.json of the later run
+        after: PathBuf,
+        /// Also write it as a page
+        #[arg(long, value_name = "FILE")]
+        html: Option<PathBuf>,
+    },
+    /// Print the JSON Schema of report.json
+    Schema {
+        /// That of the merged report
+        #[arg(long)]
+        merged: bool,
+    },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -2,14 +2,16 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use anybroker::config::EndpointUrl;
 use anybroker::{Bus, Config, ErrorKind, MessageId, TopologySpec};
-use anybroker_conformance::{Harness, Level, Options, Outcome, Report, cases};
+use anybroker_conformance::{About, Harness, Level, Options, Outcome, Report, Stop, cases};
 use async_trait::async_trait;
 use serde_json::{Value, json};
 
-use crate::args::{ConformArgs, Global, LevelArg};
+use crate::args::{ConformArgs, ConformCommand, Global, LevelArg};
+use crate::conform_report;
 use crate::connect;
 use crate::exit::{Exit, Failure};
 use crate::interrupt::Interrupt;
@@ -20,10 +22,13 @@ use crate::progress::Progress;
 const CREATE_DESTINATIONS: &str = "create_destinations";
 
 pub(crate) async fn run(global: &Global, args: ConformArgs, output: &mut Output) -> Result<Exit, Failure> {
+    if let Some(ConformCommand::Report(command)) = &args.command {
+        return conform_report::run(command, output);
+    }
     if args.list {
         return list(&args, output);
     }
-    let harness = CommandHarness::new(global).await?;
+    let harness = CommandHarness::new(global, &args).await?;
     let mut interrupt = Interrupt::listen()?;
     let done = Arc::new(AtomicU64::new(0));
     let progress = Progress::new("cases", false);
@@ -36,12 +41,24 @@ pub(crate) async fn run(global: &Global, args: ConformArgs, output: &mut Output)
     if let Some(seed) = args.seed {
         options = options.with_seed(seed);
     }
+    let stop = Stop::new();
+    let run = anybroker_conformance::run(Arc::new(harness), options.with_stop(stop.clone()));
+    tokio::pin!(run);
     let report = tokio::select! {
         biased;
-        () = interrupt.requested() => return Ok(Exit::Interrupted),
-        report = anybroker_conformance::run(Arc::new(harness), options) => report?,
+        () = interrupt.requested() => {
+            // What the cases created is deleted before the run ends.
+            stop.request();
+            run.await?
+        }
+        report = &mut run => report?,
     };
     drop(progress);
+    if stop.is_requested() {
+        // Half a report could be taken for a whole one, so none is written.
+        print(&report, output)?;
+        return Ok(Exit::Interrupted);
+    }
     if report.cases.is_empty() {
         return Err(Failure::Usage("no case matches; see conform --list".into()));
     }
@@ -99,16 +116,20 @@ fn level(level: LevelArg) -> Level {
 /// Fresh clients of the endpoint that the command line names.
 struct CommandHarness {
     name: String,
+    about: About,
+    lease: Duration,
+    quiet: Duration,
+    patience: Duration,
     config: Config,
     /// The same with missing destinations not created, where the adapter has that setting.
     strict: Option<Config>,
 }
 
 impl CommandHarness {
-    async fn new(global: &Global) -> Result<Self, Failure> {
+    async fn new(global: &Global, args: &ConformArgs) -> Result<Self, Failure> {
         let mut config = connect::settings(global)?;
         let bus = connect::connect(global).await?;
-        let name = bus.endpoint().url.clone();
+        let name = args.name.clone().unwrap_or_else(|| bus.endpoint().url.clone());
         if let Some(named) = private(global)
             && !is_shared(&bus, &config).await?
         {
@@ -117,7 +138,9 @@ impl CommandHarness {
         connect::close(&bus).await?;
         let strict = config.scheme().filter(|scheme| has_setting(scheme, CREATE_DESTINATIONS));
         let strict = strict.map(|scheme| config.clone().with(format!("{scheme}.{CREATE_DESTINATIONS}"), false));
-        Ok(Self { name, config, strict })
+        let about = About { client: args.client.clone(), emulated: args.emulated.clone() };
+        let (lease, quiet, patience) = (args.lease, args.quiet, args.patience);
+        Ok(Self { name, about, lease, quiet, patience, config, strict })
     }
 }
 
@@ -157,6 +180,22 @@ fn has_setting(scheme: &str, setting: &str) -> bool {
 impl Harness for CommandHarness {
     fn name(&self) -> String {
         self.name.clone()
+    }
+
+    fn about(&self) -> About {
+        self.about.clone()
+    }
+
+    fn lease(&self) -> Duration {
+        self.lease
+    }
+
+    fn quiet(&self) -> Duration {
+        self.quiet
+    }
+
+    fn patience(&self) -> Duration {
+        self.patience
     }
 
     async fn connect(&self) -> anybroker::Result<Bus> {

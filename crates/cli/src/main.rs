@@ -2,6 +2,7 @@
 
 mod args;
 mod conform;
+mod conform_report;
 mod connect;
 mod consume;
 mod dlq;

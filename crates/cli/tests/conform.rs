@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Cli, bare, texts};
+use common::{Cli, bare, finish, texts};
 
 #[test]
 fn cases_are_listed_without_an_endpoint() {
@@ -23,9 +23,70 @@ fn a_run_reports_each_case_and_leaves_a_report_behind() {
     assert!(!cases.is_empty());
     assert!(cases.iter().all(|case| case["outcome"] == "pass"), "{cases:?}");
     assert_eq!((&run["green"], &run["settings"]["seed"]), (&true.into(), &7.into()));
-    for name in ["report.txt", "report.json", "junit.xml"] {
+    for name in ["report.txt", "report.html", "report.json", "junit.xml"] {
         assert!(folder.join(name).is_file(), "{name}");
     }
+}
+
+#[test]
+fn reports_are_merged_and_compared() {
+    let cli = Cli::new();
+    let report = |name: &str, case: &str| {
+        let folder = cli.path(name);
+        let args = ["conform", "--case", case, "--name", "it", "--client", "client 9", "--report"];
+        cli.json(&[&args[..], &[folder.to_str().expect("UTF-8")]].concat(), b"");
+        folder.join("report.json").to_str().expect("UTF-8").to_owned()
+    };
+    let (before, after) = (report("before", "delivery/what-*"), report("after", "delivery/a-fresh-client-*"));
+    let all = cli.path("all");
+    let merged = cli.json(&["conform", "report", "merge", &before, &after, "--to", all.to_str().expect("UTF-8")], b"");
+    assert_eq!(merged[0]["reports"].as_array().map(Vec::len), Some(2));
+    assert_eq!(merged[0]["reports"][0]["endpoint"]["client"], "client 9");
+    assert!(all.join("report.html").is_file() && all.join("report.json").is_file());
+
+    let same = bare(&["conform", "report", "compare", &before, &before, "--json"]);
+    assert_eq!(same.code, Some(0), "{same:?}");
+    // What the earlier run showed, the later one does not show any more.
+    let less = bare(&["conform", "report", "compare", &before, &after]);
+    assert_eq!(less.code, Some(1), "{less:?}");
+    assert!(less.out.contains("not part of the run"), "{}", less.out);
+}
+
+#[test]
+fn a_file_that_is_no_report_is_wrong_usage() {
+    let cli = Cli::new();
+    let file = cli.path("report.json");
+    std::fs::write(&file, "{\"schema\": 1}").expect("written");
+    let file = file.to_str().expect("UTF-8");
+    let ran = bare(&["conform", "report", "compare", file, file, "--json"]);
+    assert_eq!((ran.code, &ran.error()["kind"]), (Some(2), &"usage".into()));
+    let missing = bare(&["conform", "report", "compare", "/nowhere/report.json", file, "--json"]);
+    assert_eq!((missing.code, &missing.error()["kind"]), (Some(1), &"io".into()));
+}
+
+#[test]
+fn an_interrupted_run_deletes_what_it_created() {
+    let cli = Cli::new();
+    let folder = cli.path("report");
+    let child = cli.spawn(&["conform", "--json", "--parallel", "4", "--report", folder.to_str().expect("UTF-8")]);
+    let created = || {
+        let file = rusqlite::Connection::open(cli.path("events.db")).expect("opened");
+        let count = "SELECT count(*) FROM destinations WHERE name LIKE 'conform-%'";
+        // Before the file has its tables there is nothing in it.
+        file.query_row(count, [], |row| row.get::<_, i64>(0)).unwrap_or(0)
+    };
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while created() == 0 {
+        assert!(std::time::Instant::now() < deadline, "no case has begun");
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    rustix::process::kill_process(rustix::process::Pid::from_child(&child), rustix::process::Signal::INT)
+        .expect("signalled");
+    let ran = finish(child);
+    assert_eq!(ran.code, Some(130), "{ran:?}");
+    assert!(ran.out.contains("interrupted"), "{}", ran.out);
+    assert_eq!(created(), 0, "destinations are left behind");
+    assert!(!folder.join("report.json").exists(), "half a report could be taken for a whole one");
 }
 
 #[test]

@@ -52,6 +52,12 @@ pub(crate) fn output_of(command: &mut Command) -> Result<String> {
     String::from_utf8(output.stdout).with_context(|| format!("`{line}` printed something that is not UTF-8"))
 }
 
+/// Like [`run`], with the exit status for the caller to judge.
+pub(crate) fn watched(command: &mut Command, limit: Duration) -> Result<ExitStatus> {
+    println!("$ {}", describe(command));
+    wait(command, limit)
+}
+
 /// Like [`run`], without output, and with the exit status for the caller to judge.
 pub(crate) fn quietly(command: &mut Command, limit: Duration) -> Result<ExitStatus> {
     wait(command.stdout(Stdio::null()).stderr(Stdio::null()), limit)

@@ -1,8 +1,10 @@
-//! Development commands of AnyBroker: real brokers on this machine, the test command, benchmarks.
+//! Development commands of AnyBroker: real brokers on this machine, the test command, all
+//! modes under the conformance suite, benchmarks.
 
 mod bench;
 mod brokers;
 mod child;
+mod conform;
 mod folders;
 mod interrupt;
 mod lanes;
@@ -29,6 +31,7 @@ enum Command {
     Brokers(brokers::command::Brokers),
     Test(test::Test),
     Bench(bench::Bench),
+    Conform(conform::Conform),
 }
 
 fn main() -> ExitCode {
@@ -48,5 +51,6 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Brokers(brokers) => brokers.run(),
         Command::Test(test) => test.run(),
         Command::Bench(bench) => bench.run(),
+        Command::Conform(conform) => conform.run(),
     }
 }

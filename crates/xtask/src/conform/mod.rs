@@ -1,0 +1,224 @@
+//! `cargo xtask conform`: the conformance suite on every mode of every adapter, one report of all.
+
+mod modes;
+mod state;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Args, ValueEnum};
+
+use crate::brokers::{self, How, PrivateInstance};
+use crate::child::{self, cargo};
+use crate::workspace;
+use modes::{MODES, Mode};
+use state::State;
+
+/// A mode takes minutes; one that takes that long hangs.
+const MODE_LIMIT: Duration = Duration::from_secs(60 * 60);
+const BUILD_LIMIT: Duration = Duration::from_secs(40 * 60);
+
+/// Run the conformance suite on every mode of every adapter
+///
+/// Brings the servers up one after the other, runs the suite on each mode, and puts all reports side by side. What a mode's
+/// run finds is written as soon as it ends, so that an interrupted command goes on with --resume.
+#[derive(Debug, Args)]
+pub(crate) struct Conform {
+    /// Which modes
+    #[arg(long, value_enum, default_value = "all")]
+    modes: Choice,
+    /// Only these, by name; separated by commas
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    only: Vec<String>,
+    /// Only print the modes
+    #[arg(long)]
+    list: bool,
+    /// Go on where an earlier run with the same report folder stopped
+    #[arg(long)]
+    resume: bool,
+    /// Where the reports go; target/conformance when not given
+    #[arg(long, value_name = "DIR")]
+    report: Option<PathBuf>,
+    /// Up to this level: conformance, reliability or cluster
+    #[arg(long, default_value = "conformance")]
+    level: String,
+    /// Only cases whose name matches; may be repeated
+    #[arg(long = "case", value_name = "GLOB")]
+    cases: Vec<String>,
+    /// Where the brokers come from
+    #[arg(long, value_enum, default_value = "auto")]
+    how: How,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Choice {
+    /// Every mode
+    All,
+    /// The default mode of each adapter
+    Default,
+}
+
+/// What became of a mode.
+enum Ended {
+    Green,
+    NotGreen,
+    Before,
+    NotRun(String),
+}
+
+impl Conform {
+    pub(crate) fn run(&self) -> Result<()> {
+        workspace::enter()?;
+        let chosen = self.chosen()?;
+        if self.list {
+            for mode in chosen {
+                println!("{:22} {:10} {}", mode.name, mode.broker.unwrap_or("-"), mode.settings);
+            }
+            return Ok(());
+        }
+        let folder = match &self.report {
+            Some(folder) => std::path::absolute(folder)?,
+            None => workspace::target()?.join("conformance"),
+        };
+        let state = State::begin(&folder, self.resume, &self.level, &self.cases)?;
+        let command = build(&chosen)?;
+        let ended = self.modes(&chosen, &state, &command)?;
+        self.conclude(&folder, &state, &command, &ended)
+    }
+
+    fn chosen(&self) -> Result<Vec<&'static Mode>> {
+        for name in &self.only {
+            ensure!(
+                MODES.iter().any(|mode| mode.name == name),
+                "no mode is called `{name}`; see cargo xtask conform --list"
+            );
+        }
+        let chosen = |mode: &&Mode| match self.only.is_empty() {
+            true => self.modes == Choice::All || mode.is_default,
+            false => self.only.iter().any(|name| name == mode.name),
+        };
+        Ok(MODES.iter().filter(chosen).collect())
+    }
+
+    /// Runs those that have no report yet, server by server.
+    fn modes(
+        &self,
+        chosen: &[&'static Mode],
+        state: &State,
+        command: &Path,
+    ) -> Result<Vec<(&'static Mode, Ended, Duration)>> {
+        let mut instance = PrivateInstance::new()?;
+        let mut ended = Vec::new();
+        for share in chosen.chunk_by(|one, other| one.broker.is_some() && one.broker == other.broker) {
+            let open: Vec<_> = share.iter().filter(|mode| !state.has(mode.name)).copied().collect();
+            ended.extend(
+                share.iter().filter(|mode| state.has(mode.name)).map(|mode| (*mode, Ended::Before, Duration::ZERO)),
+            );
+            if open.is_empty() {
+                continue;
+            }
+            let server = match self.server(&mut instance, share[0].broker) {
+                Ok(server) => server,
+                Err(error) => {
+                    crate::interrupt::check()?;
+                    let why = format!("{error:#}");
+                    println!("{why}");
+                    ended.extend(open.into_iter().map(|mode| (mode, Ended::NotRun(why.clone()), Duration::ZERO)));
+                    continue;
+                }
+            };
+            for mode in open {
+                println!("\n==> {}", mode.name);
+                let since = Instant::now();
+                let how = self.mode(mode, server.as_deref(), state, command)?;
+                ended.push((mode, how, since.elapsed()));
+            }
+            instance.down()?;
+        }
+        Ok(ended)
+    }
+
+    fn server(&self, instance: &mut PrivateInstance, broker: Option<&str>) -> Result<Option<String>> {
+        let Some(name) = broker else { return Ok(None) };
+        let recipes = brokers::recipes(&[name.to_owned()])?;
+        let endpoints = instance.up(&recipes, self.how)?;
+        Ok(Some(endpoints.first().context("a server that was started has an address")?.url.clone()))
+    }
+
+    fn mode(&self, mode: &Mode, server: Option<&str>, state: &State, command: &Path) -> Result<Ended> {
+        let folder = tempfile::tempdir()?;
+        let url = mode.url(server, folder.path().to_str().context("a temporary folder with a name in UTF-8")?);
+        let report = state.folder_of(mode.name);
+        let pace = mode.pace;
+        let mut run = Command::new(command);
+        run.args(["conform", "--url", &url, "--name", mode.name, "--level", &self.level])
+            .args(["--lease", pace.lease, "--quiet", pace.quiet, "--patience", pace.patience])
+            .args(["--parallel", &pace.parallel.to_string()])
+            .arg("--report")
+            .arg(&report);
+        for case in &self.cases {
+            run.args(["--case", case]);
+        }
+        let clients = state::versions(Path::new("Cargo.lock"), mode.clients)?;
+        if !clients.is_empty() {
+            run.args(["--client", &clients]);
+        }
+        if let Some(emulated) = mode.emulated {
+            run.args(["--emulated", emulated]);
+        }
+        let status = child::watched(&mut run, MODE_LIMIT)?;
+        Ok(match (status.success(), state.has(mode.name)) {
+            (true, true) => Ended::Green,
+            (false, true) => Ended::NotGreen,
+            (_, false) => Ended::NotRun(format!("the suite ended without a report ({status})")),
+        })
+    }
+
+    /// Merges all reports there are, also those of other modes that earlier runs left in the folder.
+    fn conclude(&self, folder: &Path, state: &State, command: &Path, ended: &[(&Mode, Ended, Duration)]) -> Result<()> {
+        let reports: Vec<PathBuf> =
+            MODES.iter().filter(|mode| state.has(mode.name)).map(|mode| state.report_of(mode.name)).collect();
+        let mut green = false;
+        if !reports.is_empty() {
+            println!("\n==> all reports side by side");
+            let mut merge = Command::new(command);
+            merge.args(["conform", "report", "merge"]).args(&reports).arg("--to").arg(folder);
+            green = child::watched(&mut merge, BUILD_LIMIT)?.success();
+            println!("{}", folder.join("report.html").display());
+        }
+        println!();
+        let mut missing = Vec::new();
+        for (mode, how, time) in ended {
+            let said = match how {
+                Ended::Green => "green".to_owned(),
+                Ended::NotGreen => "NOT GREEN".to_owned(),
+                Ended::Before => "from an earlier run".to_owned(),
+                Ended::NotRun(why) => {
+                    missing.push(mode.name);
+                    format!("not run: {why}")
+                }
+            };
+            println!("{:22} {:>8.1} s  {said}", mode.name, time.as_secs_f64());
+        }
+        if !missing.is_empty() {
+            bail!("not run: {}; the same command with --resume goes on", missing.join(", "));
+        }
+        ensure!(green, "not every mode is green; see {}", folder.join("report.html").display());
+        Ok(())
+    }
+}
+
+/// Builds the command with what the modes need, and answers where it is.
+fn build(chosen: &[&Mode]) -> Result<PathBuf> {
+    let mut features: Vec<&str> = chosen.iter().filter_map(|mode| mode.feature).collect();
+    features.sort_unstable();
+    features.dedup();
+    let mut build = cargo(["build", "--package", "anybroker-cli"]);
+    if !features.is_empty() {
+        build.args(["--features", &features.join(",")]);
+    }
+    child::run(&mut build, BUILD_LIMIT)?;
+    Ok(workspace::target()?.join("debug").join("anybroker"))
+}

@@ -1,0 +1,155 @@
+//! Every mode of every adapter, as data. A mode is an endpoint's settings; the suite runs on each.
+
+/// One mode.
+pub(super) struct Mode {
+    /// In commands, and what the report calls it.
+    pub(super) name: &'static str,
+    /// The server it needs, as `cargo xtask brokers` calls it; none for what runs in the process.
+    pub(super) broker: Option<&'static str>,
+    /// The feature of the command that brings the adapter in; none for what is always there.
+    pub(super) feature: Option<&'static str>,
+    /// Settings that are added to the server's URL; without a server the whole URL, in which `{folder}` is an empty folder.
+    pub(super) settings: &'static str,
+    /// Whether `--modes default` runs it.
+    pub(super) is_default: bool,
+    /// Packages of Cargo.lock whose versions stand in the report as the client's.
+    pub(super) clients: &'static [&'static str],
+    /// What stands in for the product.
+    pub(super) emulated: Option<&'static str>,
+    pub(super) pace: Pace,
+}
+
+/// How long cases wait, and how many run at once: what the adapters' own tests take.
+#[derive(Clone, Copy)]
+pub(super) struct Pace {
+    pub(super) lease: &'static str,
+    pub(super) quiet: &'static str,
+    pub(super) patience: &'static str,
+    pub(super) parallel: u16,
+}
+
+const IN_PROCESS: Pace = Pace { lease: "500ms", quiet: "150ms", patience: "30s", parallel: 8 };
+/// Kafka: members come and go by rebalances, which take seconds.
+const GROUPED: Pace = Pace { lease: "2s", quiet: "2s", patience: "60s", parallel: 8 };
+const PROMPT: Pace = Pace { lease: "1s", quiet: "500ms", patience: "30s", parallel: 8 };
+/// SQS counts leases in whole seconds, and its emulator answers slowly.
+const POLLED: Pace = Pace { lease: "2s", quiet: "2s", patience: "60s", parallel: 16 };
+
+const ELASTIC_MQ: Option<&str> = Some("ElasticMQ in the place of Amazon SQS");
+const MOTO: Option<&str> = Some("moto in the place of Amazon SQS and SNS");
+
+macro_rules! in_process {
+    ($name:literal, $settings:literal, $default:literal, $clients:expr) => {
+        Mode {
+            name: $name,
+            broker: None,
+            feature: None,
+            settings: $settings,
+            is_default: $default,
+            clients: $clients,
+            emulated: None,
+            pace: IN_PROCESS,
+        }
+    };
+}
+
+macro_rules! on_server {
+    ($name:literal, $broker:literal, $feature:literal, $settings:literal, $default:literal, $clients:expr, $emulated:expr, $pace:expr) => {
+        Mode {
+            name: $name,
+            broker: Some($broker),
+            feature: Some($feature),
+            settings: $settings,
+            is_default: $default,
+            clients: $clients,
+            emulated: $emulated,
+            pace: $pace,
+        }
+    };
+}
+
+/// In the order in which they run. Modes of one server stand together, so that it is started once.
+pub(super) const MODES: &[Mode] = &[
+    in_process!("memory", "memory://", true, &[]),
+    in_process!("memory-as-kafka", "memory://?profile=kafka", false, &[]),
+    in_process!("memory-as-rabbitmq", "memory://?profile=rabbitmq", false, &[]),
+    in_process!("memory-as-jetstream", "memory://?profile=jetstream", false, &[]),
+    in_process!("memory-as-sqs", "memory://?profile=sqs", false, &[]),
+    in_process!("memory-as-pulsar", "memory://?profile=pulsar", false, &[]),
+    in_process!("embedded", "embedded://{folder}/events.db?durability=synced", true, &["rusqlite"]),
+    in_process!("embedded-grouped", "embedded://{folder}/events.db?durability=grouped", false, &["rusqlite"]),
+    on_server!("kafka", "kafka", "kafka", "", true, &["rdkafka", "rdkafka-sys"], None, GROUPED),
+    on_server!("kafka-in-place", "kafka", "kafka", "nack=in_place", false, &["rdkafka", "rdkafka-sys"], None, GROUPED),
+    on_server!("rabbitmq", "rabbitmq", "rabbitmq", "", true, &["lapin"], None, PROMPT),
+    on_server!("nats", "nats", "nats", "", true, &["async-nats"], None, PROMPT),
+    on_server!("sqs", "sqs", "sqs", "", true, &["aws-sdk-sqs"], ELASTIC_MQ, POLLED),
+    on_server!("sqs-fifo", "sqs", "sqs", "mode=fifo", false, &["aws-sdk-sqs"], ELASTIC_MQ, POLLED),
+    on_server!(
+        "sqs-fifo-total",
+        "sqs",
+        "sqs",
+        "mode=fifo&message_group=one",
+        false,
+        &["aws-sdk-sqs"],
+        ELASTIC_MQ,
+        POLLED
+    ),
+    on_server!("sqs-sns", "moto", "sqs", "", false, &["aws-sdk-sqs", "aws-sdk-sns"], MOTO, POLLED),
+    on_server!("pulsar", "pulsar", "pulsar", "", true, &["pulsar"], None, PROMPT),
+    on_server!("pulsar-partitions", "pulsar", "pulsar", "partitions=3", false, &["pulsar"], None, PROMPT),
+];
+
+impl Mode {
+    /// The endpoint: `server` is its server's URL.
+    pub(super) fn url(&self, server: Option<&str>, folder: &str) -> String {
+        match server {
+            None => self.settings.replace("{folder}", folder),
+            Some(server) if self.settings.is_empty() => server.to_owned(),
+            Some(server) => {
+                let separator = if server.contains('?') { '&' } else { '?' };
+                format!("{server}{separator}{}", self.settings)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::brokers;
+
+    #[test]
+    fn every_mode_has_a_name_of_its_own_and_a_server_that_can_be_started() {
+        let mut names: Vec<&str> = MODES.iter().map(|mode| mode.name).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), MODES.len());
+        for mode in MODES {
+            let broker: Vec<String> = mode.broker.iter().map(|&name| name.to_owned()).collect();
+            assert!(brokers::recipes(&broker).is_ok(), "{}: {broker:?}", mode.name);
+            assert_eq!(mode.broker.is_some(), mode.feature.is_some(), "{}", mode.name);
+        }
+    }
+
+    #[test]
+    fn every_adapter_has_exactly_one_default_mode_and_modes_of_one_server_stand_together() {
+        let mut seen: Vec<Option<&str>> = Vec::new();
+        for mode in MODES {
+            if mode.broker.is_some() && seen.last() != Some(&mode.broker) {
+                assert!(!seen.contains(&mode.broker), "{:?} is started twice", mode.broker);
+            }
+            seen.push(mode.broker);
+        }
+        let defaults: Vec<&str> = MODES.iter().filter(|mode| mode.is_default).map(|mode| mode.name).collect();
+        assert_eq!(defaults, ["memory", "embedded", "kafka", "rabbitmq", "nats", "sqs", "pulsar"]);
+    }
+
+    #[test]
+    fn settings_are_added_to_what_the_url_has_already() {
+        let mode = MODES.iter().find(|mode| mode.name == "sqs-fifo").unwrap();
+        assert_eq!(mode.url(Some("sqs://h?region=x"), ""), "sqs://h?region=x&mode=fifo");
+        assert_eq!(mode.url(Some("sqs://h"), ""), "sqs://h?mode=fifo");
+        let embedded = MODES.iter().find(|mode| mode.name == "embedded").unwrap();
+        assert!(embedded.url(None, "/f").starts_with("embedded:///f/events.db?"));
+    }
+}
