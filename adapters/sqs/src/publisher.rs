@@ -40,6 +40,9 @@ pub(crate) struct Publisher {
     /// Begins the deduplication ids of this publisher.
     nonce: String,
     sent: AtomicU64,
+    /// In mode `fifo` batches are handed over one after the other: the first ones wait until a queue is found, and would
+    /// overtake one another.
+    handing_over: tokio::sync::Mutex<()>,
     /// The last request of each lane: the next one waits until it is done.
     lanes: Mutex<HashMap<(Route, u8), oneshot::Receiver<()>>>,
 }
@@ -69,6 +72,7 @@ impl Publisher {
             is_total: settings.is_total,
             nonce: uuid::Uuid::new_v4().simple().to_string(),
             sent: AtomicU64::new(0),
+            handing_over: tokio::sync::Mutex::default(),
             lanes: Mutex::default(),
         }
     }
@@ -76,6 +80,21 @@ impl Publisher {
     /// Hands a batch over, in order; waits only while as many requests as allowed are on their way.
     pub(crate) async fn publish(&self, batch: &[Message], terms: &PublishTerms) -> Confirms {
         let deadline = Instant::now() + terms.timeout;
+        let _turn = if self.is_fifo {
+            // It is fair: who comes first is first.
+            match tokio::time::timeout_at(deadline, self.handing_over.lock()).await {
+                Ok(turn) => Some(turn),
+                Err(_) => {
+                    let late = |_| {
+                        let text = "the batches before it took until the deadline";
+                        Err(Error::new(ErrorKind::RateLimited, "publish", text).with_effect(Effect::NotDone))
+                    };
+                    return Confirms::ready(batch.iter().map(late).collect());
+                }
+            }
+        } else {
+            None
+        };
         let failed = (self.is_fifo && terms.order == PublishOrder::Key).then(Failed::default);
         let mut outcomes: Vec<Option<PublishOutcome>> = Vec::new();
         outcomes.resize_with(batch.len(), || None);

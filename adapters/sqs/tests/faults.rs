@@ -73,7 +73,7 @@ async fn cut(url: &str, settings: &'static str, seed: u64) {
             let messages = numbered(&name, batch * 30..batch * 30 + 30);
             let mut left: Vec<Message> =
                 messages.into_iter().enumerate().map(|(n, message)| message.with_key(key(n))).collect();
-            let mut is_cut = random.next() % 3 == 0;
+            let mut is_cut = random.next().is_multiple_of(3);
             // What is not known to be stored is sent again, with its id.
             while !left.is_empty() {
                 let confirms = bus.submit(left.clone(), &options).await;

@@ -187,6 +187,30 @@ async fn after_an_unknown_message_nothing_of_its_key_is_attempted() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_batch_whose_queue_is_found_late_is_not_overtaken_by_the_next_one() {
+    let Some(url) = url() else { return };
+    let (proxy, bus, direct) = connections(&url, "mode=fifo").await;
+    let name = unique("overtaken");
+    let spec = direct.subscription(name.as_str(), "g").with_order(Order::Key);
+    let mut subscriber = direct.subscribe(spec).await.unwrap();
+    let keyed = |numbers| numbered(&name, numbers).into_iter().map(|message| message.with_key("k")).collect::<Vec<_>>();
+    // The client looks again by itself, after a while.
+    proxy.script("GetQueueUrl", [Fault::Answer(503, UNAVAILABLE)]);
+    let (first, second) = tokio::join!(bus.publish(keyed(0..3)), bus.publish(keyed(3..6)));
+    assert!(first.into_iter().chain(second).all(|outcome| outcome.is_ok()));
+    assert!(proxy.is_spent());
+    let mut seen = Vec::new();
+    while seen.len() < 6 {
+        let delivery = receive(&mut subscriber, 1).await.remove(0);
+        seen.push(number(&delivery));
+        delivery.ack().await.unwrap();
+    }
+    assert_eq!(seen, (0..6).collect::<Vec<_>>());
+    subscriber.close(LONG).await.unwrap();
+    direct.delete(name.as_str(), None).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_subscription_tells_that_sqs_does_not_serve_and_goes_on_when_it_does() {
     let Some(url) = url() else { return };
     let (proxy, bus, direct) = connections(&url, "").await;

@@ -90,7 +90,9 @@ async fn serve(mut client: TcpStream, target: &str, scripts: &Scripts) -> std::i
         Some(Fault::Unmentioned(places)) => {
             let mut told = json_of(&ask(target, &head, &body).await?)?;
             let done = told["Successful"].as_array_mut().expect("a batch's answer");
-            done.retain(|entry| !places.iter().any(|place| entry["Id"] == place.to_string()));
+            let is_left_out =
+                |id: &Value| id.as_str().and_then(|id| id.parse().ok()).is_some_and(|id| places.contains(&id));
+            done.retain(|entry| !is_left_out(&entry["Id"]));
             answer(200, &serde_json::to_vec(&told)?)
         }
     };
