@@ -11,8 +11,9 @@ pub(crate) struct Plan {
     pub(crate) ack_guarantee: &'static str,
     /// Added to the endpoint's URL, for both sides.
     pub(crate) query: &'static str,
-    /// Whether each round has destinations of its own: where a log keeps what was read, it would only grow.
-    pub(crate) is_log: bool,
+    /// Whether each round has destinations of its own: a log keeps what was read, and a queue of RabbitMQ may hand out again
+    /// what was acked just before the channel was closed.
+    pub(crate) is_fresh: bool,
     /// Whether the broker's own count of what is left is exact once everything is settled.
     pub(crate) has_lag: bool,
     pub(crate) window: usize,
@@ -36,7 +37,7 @@ pub(crate) static PLANS: &[Plan] = &[
         publish_guarantee: "acks=all, idempotent; one partition, one replica",
         ack_guarantee: "offsets committed every 100 ms, and at the close, which is in the time",
         query: "partitions=1",
-        is_log: true,
+        is_fresh: true,
         has_lag: true,
         window: 10_000,
         batch: 100,
@@ -53,7 +54,7 @@ pub(crate) static PLANS: &[Plan] = &[
         publish_guarantee: "publisher confirm, mandatory, persistent; quorum queue, one node",
         ack_guarantee: "acks sent, several at once; all of them taken by the close of the channel, which is in the time",
         query: "",
-        is_log: false,
+        is_fresh: true,
         has_lag: false,
         window: 1_000,
         batch: 100,
@@ -70,7 +71,7 @@ pub(crate) static PLANS: &[Plan] = &[
         publish_guarantee: "PubAck; file storage, one replica",
         ack_guarantee: "each ack confirmed by the server",
         query: "",
-        is_log: true,
+        is_fresh: true,
         has_lag: true,
         window: 1_000,
         batch: 100,
@@ -87,7 +88,7 @@ pub(crate) static PLANS: &[Plan] = &[
         publish_guarantee: "SendMessageBatch of ten, each entry's answer read",
         ack_guarantee: "DeleteMessageBatch, each entry's answer read",
         query: "",
-        is_log: false,
+        is_fresh: false,
         has_lag: false,
         window: 320,
         batch: 10,
@@ -104,7 +105,7 @@ pub(crate) static PLANS: &[Plan] = &[
         publish_guarantee: "receipt for each message, no batches; standalone, one bookie",
         ack_guarantee: "adapter: each ack confirmed by the broker; bare client: acks sent, it cannot ask for receipts",
         query: "",
-        is_log: true,
+        is_fresh: true,
         has_lag: false,
         window: 1_000,
         batch: 100,

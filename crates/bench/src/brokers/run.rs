@@ -212,7 +212,7 @@ impl<'a> Bench<'a> {
             if self.plan.has_lag {
                 self.check_nothing_is_left(&places[side]).await?;
             }
-            if self.plan.is_log
+            if self.plan.is_fresh
                 && let Some(place) = places.remove(side)
             {
                 self.bus.delete(place.destination.as_str(), None).await?;
