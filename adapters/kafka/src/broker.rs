@@ -62,10 +62,13 @@ async fn reach(publisher: &Arc<Publisher>, timeout: Duration) -> Result<usize> {
     let publisher = Arc::clone(publisher);
     let asked = tokio::task::spawn_blocking(move || -> Result<usize> {
         let deadline = std::time::Instant::now() + timeout;
+        let mut step = Duration::from_millis(250);
         loop {
             let left = deadline.saturating_duration_since(std::time::Instant::now());
             let client = publisher.client();
-            let answer = client.client().fetch_metadata(None, left.min(Duration::from_millis(250)));
+            let answer = client.client().fetch_metadata(None, left.min(step));
+            // Short, to look for a refusal; not always, because an answer may take longer than that.
+            step = (step * 2).min(Duration::from_secs(2));
             match answer {
                 Ok(metadata) => return Ok(metadata.brokers().len()),
                 Err(error) => {
@@ -183,7 +186,7 @@ impl Broker for KafkaBroker {
             }
         }
         let flushed = self.publisher.flush(grace).await;
-        if let Some(reporter) = self.publisher.stop() {
+        for reporter in self.publisher.stop() {
             // It ends within its poll.
             let joined = tokio::task::spawn_blocking(move || reporter.join()).await;
             if !matches!(joined, Ok(Ok(()))) {

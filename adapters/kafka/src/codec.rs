@@ -79,6 +79,34 @@ pub(crate) fn encode(message: &Message, now: Timestamp, scratch: &mut Vec<u8>) -
     (native, is_native_time.then_some(millis))
 }
 
+/// More than a batch of one message takes beside the bytes of its fields.
+pub(crate) const OVERHEAD: usize = 1_024;
+
+/// The bytes of a batch of this one record, uncompressed (record format 2: KIP-98 and Kafka's "Message Format" page).
+pub(crate) fn batch_size(key: Option<&[u8]>, payload: Option<&[u8]>, headers: &OwnedHeaders) -> usize {
+    const BATCH_HEADER: usize = 61;
+    let field = |field: Option<&[u8]>| match field {
+        Some(bytes) => varint(bytes.len()) + bytes.len(),
+        // A length of -1.
+        None => 1,
+    };
+    let sizes = headers.iter().map(|header| field(Some(header.key.as_bytes())) + field(header.value));
+    // Attributes and the two differences to the batch's first record, which are zero.
+    let record = 3 + field(key) + field(payload) + varint(headers.count()) + sizes.sum::<usize>();
+    BATCH_HEADER + varint(record) + record
+}
+
+/// The bytes of a length as a zigzag varint.
+fn varint(length: usize) -> usize {
+    let mut rest = length << 1 >> 7;
+    let mut bytes = 1;
+    while rest > 0 {
+        rest >>= 7;
+        bytes += 1;
+    }
+    bytes
+}
+
 fn write_field(buffer: &mut Vec<u8>, field: &[u8]) {
     let length = u32::try_from(field.len()).expect("an id or content type of 4 GiB cannot be built");
     buffer.extend_from_slice(&length.to_le_bytes());

@@ -240,8 +240,12 @@ impl Settings {
         self.client()
     }
 
-    pub(crate) fn producer(&self) -> ClientConfig {
+    /// `batch` bounds what is put into one batch, in bytes.
+    pub(crate) fn producer(&self, batch: Option<usize>) -> ClientConfig {
         let mut config = self.client();
+        if let Some(batch) = batch {
+            config.set("batch.size", batch.to_string());
+        }
         config
             .set("acks", "all")
             .set("enable.idempotence", "true")

@@ -52,7 +52,8 @@ pub(crate) async fn describe(topology: &Topology, letters: &Letters, destination
     })
 }
 
-async fn configured(topology: &Topology, topic: &str) -> Result<BTreeMap<String, String>> {
+/// The topic's settings among [`SHOWN`].
+pub(crate) async fn configured(topology: &Topology, topic: &str) -> Result<BTreeMap<String, String>> {
     let resource = ResourceSpecifier::Topic(topic);
     let described = topology.admin().describe_configs([&resource], &options()).await;
     let described = described.map_err(|error| failed("describe", &error))?;

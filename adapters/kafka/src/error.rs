@@ -25,6 +25,8 @@ pub(crate) fn unpublished(error: &KafkaError) -> Error {
         Code::PurgeQueue | Code::PurgeInflight | Code::Fatal => (ErrorKind::Unavailable, Effect::Unknown),
         Code::QueueFull => (ErrorKind::RateLimited, Effect::NotDone),
         Code::NotEnoughReplicas => (ErrorKind::Unavailable, Effect::NotDone),
+        // Another record of its batch was refused; by itself it may be taken.
+        Code::InvalidDifferentRecord => (ErrorKind::Unavailable, Effect::NotDone),
         code => match kind(code) {
             kind @ (ErrorKind::TooLarge
             | ErrorKind::NotFound

@@ -3,6 +3,7 @@
 //! How each word of the contract is mapped, what it costs and what is refused: see the README beside this crate.
 
 mod blocks;
+mod board;
 mod broker;
 mod capabilities;
 mod codec;
@@ -15,6 +16,7 @@ mod groups;
 mod lag;
 mod lanes;
 mod letters;
+mod line;
 mod member;
 mod names;
 mod note;

@@ -3,124 +3,87 @@
 
 use std::collections::HashSet;
 use std::future::Future;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::task::{Context, Poll, Waker};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anybroker_core::{
-    Bytes, Confirms, Destination, Effect, Error, ErrorKind, Message, Position, PublishOrder, PublishOutcome,
-    PublishTerms, Receipt, Result, Timestamp,
+    Bytes, Confirms, Destination, Effect, Error, ErrorKind, Message, PublishOrder, PublishOutcome, PublishTerms,
+    Result, Timestamp,
 };
-use parking_lot::{Mutex, RwLock};
-use rdkafka::config::FromClientConfigAndContext;
+use parking_lot::Mutex;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
-use rdkafka::message::{Message as _, OwnedHeaders};
-use rdkafka::producer::{BaseProducer, BaseRecord, DeliveryResult, Producer, ProducerContext, PurgeConfig};
-use rdkafka::{ClientConfig, ClientContext};
-use tokio::sync::Notify;
+use rdkafka::message::OwnedHeaders;
+use rdkafka::producer::{BaseRecord, Producer};
 use tokio::time::Instant;
 
+use crate::board::{Answers, Board, Setbacks};
 use crate::codec;
 use crate::config::Settings;
 use crate::error::{failed, unpublished};
+use crate::line::{Client, Line, is_of_topic};
 
-type Client = BaseProducer<Reports>;
+/// librdkafka makes batches of up to so many bytes, unless it is told less (`batch.size`).
+const BATCH: usize = 1_000_000;
 
-/// The producer of an endpoint, shared by everything that publishes on it.
+/// The producers of an endpoint, shared by everything that publishes on it.
 pub(crate) struct Publisher {
-    current: Arc<Current>,
+    settings: Settings,
     board: Arc<Board>,
-    stopping: Arc<AtomicBool>,
-    reporter: Mutex<Option<JoinHandle<()>>>,
-}
-
-/// The client of the moment. One that has met a fatal error (a sequence of the idempotent producer was broken) takes
-/// nothing any more, and is replaced.
-struct Current {
-    config: ClientConfig,
-    board: Arc<Board>,
-    faults: Arc<Faults>,
-    client: RwLock<Arc<Client>>,
-}
-
-impl Current {
-    fn client(&self) -> Arc<Client> {
-        Arc::clone(&self.client.read())
-    }
-
-    /// Serves reports and errors, and replaces the client after a fatal one.
-    fn serve(&self) {
-        let client = self.client();
-        client.poll(Duration::from_millis(50));
-        if !self.faults.is_fatal.swap(false, Ordering::AcqRel) {
-            return;
-        }
-        let Some((code, reason)) = client.client().fatal_error() else { return };
-        let context = Reports { board: Arc::clone(&self.board), faults: Arc::clone(&self.faults) };
-        match Client::from_config_and_context(&self.config, context) {
-            Ok(fresh) => {
-                tracing::warn!(%code, reason, "the producer was replaced after a fatal error");
-                *self.client.write() = Arc::new(fresh);
-            }
-            Err(error) => {
-                tracing::error!(%error, "the producer could not be replaced after a fatal error");
-                self.faults.is_fatal.store(true, Ordering::Release);
-            }
-        }
-        // What it still held certainly or possibly is not stored; each gets its outcome.
-        client.purge(PurgeConfig::default().queue().inflight());
-        let deadline = std::time::Instant::now() + Duration::from_secs(5);
-        while client.in_flight_count() > 0 && std::time::Instant::now() < deadline {
-            client.poll(Duration::from_millis(20));
-        }
-    }
+    main: Arc<Line>,
+    /// For topics that do not take batches of the usual size: what librdkafka may put into one, and who does.
+    small: Mutex<Vec<(usize, Arc<Line>)>>,
 }
 
 impl Publisher {
     pub(crate) fn new(settings: &Settings) -> Result<Self> {
-        let (board, faults) = (Arc::new(Board::default()), Arc::new(Faults::default()));
-        let context = Reports { board: Arc::clone(&board), faults: Arc::clone(&faults) };
-        let config = settings.producer();
-        let client = Client::from_config_and_context(&config, context).map_err(|error| failed("connect", &error))?;
-        let client = RwLock::new(Arc::new(client));
-        let current = Arc::new(Current { config, board: Arc::clone(&board), faults, client });
-        let stopping = Arc::new(AtomicBool::new(false));
-        let reporter = {
-            let (current, stopping) = (Arc::clone(&current), Arc::clone(&stopping));
-            let work = move || {
-                while !stopping.load(Ordering::Acquire) {
-                    current.serve();
-                }
-            };
-            std::thread::Builder::new().name("anybroker-kafka-reports".into()).spawn(work)
-        };
-        let reporter = reporter.map_err(|error| {
-            Error::new(ErrorKind::Unavailable, "connect", "no thread could be started").with_source(error)
-        })?;
-        Ok(Self { current, board, stopping, reporter: Mutex::new(Some(reporter)) })
+        let board = Arc::new(Board::default());
+        let main = Arc::new(Line::new(settings.producer(None), &board)?);
+        Ok(Self { settings: settings.clone(), board, main, small: Mutex::default() })
     }
 
     /// The client, for metadata.
     pub(crate) fn client(&self) -> Arc<Client> {
-        self.current.client()
+        Arc::clone(&self.main.client())
     }
 
     /// Why the cluster does not let this client in, if that is what happened.
     pub(crate) fn refusal(&self) -> Option<Error> {
-        self.current.faults.refusal.lock().as_ref().map(|(_, refusal)| refusal.duplicate())
+        self.main.refusal()
     }
 
-    /// The same, where trying again is in vain. A TLS handshake also fails when a server is just coming or going.
+    /// The same, where trying again is in vain.
     pub(crate) fn final_refusal(&self) -> Option<Error> {
-        let refusal = self.current.faults.refusal.lock();
-        refusal.as_ref().filter(|(code, _)| *code != RDKafkaErrorCode::SSL).map(|(_, refusal)| refusal.duplicate())
+        self.main.final_refusal()
     }
 
-    /// Hands a batch over, in order; waits only while librdkafka's buffers are full. `routes` answers the topic of
-    /// each destination, or why there is none.
+    /// Topics that are not as they were known, since this was asked.
+    pub(crate) fn suspects(&self) -> HashSet<String> {
+        self.board.suspects()
+    }
+
+    /// Who publishes to a topic that takes batches of up to `largest` bytes. librdkafka has one size for all topics of a
+    /// client and does not divide a batch that was refused: its messages would fail together, each of them small
+    /// enough. Powers of four, so that there are few clients.
+    pub(crate) fn line(&self, largest: usize) -> Result<Arc<Line>> {
+        if largest >= BATCH {
+            return Ok(Arc::clone(&self.main));
+        }
+        let mut size = 1 << 18;
+        while size > largest && size > 1 {
+            size >>= 2;
+        }
+        let mut small = self.small.lock();
+        if let Some((_, line)) = small.iter().find(|(known, _)| *known == size) {
+            return Ok(Arc::clone(line));
+        }
+        let line = Arc::new(Line::new(self.settings.producer(Some(size)), &self.board)?);
+        small.push((size, Arc::clone(&line)));
+        Ok(line)
+    }
+
+    /// Hands a batch over, in order; waits only while librdkafka's buffers are full. `routes` answers where each
+    /// destination's messages go, or why they cannot.
     pub(crate) async fn publish(
         &self,
         batch: &[Message],
@@ -129,28 +92,35 @@ impl Publisher {
         deadline: Instant,
     ) -> Confirms {
         let mut answers = self.board.open(batch.len());
-        let mut failed_keys: HashSet<(Destination, Bytes)> = HashSet::new();
+        answers.of_topics(routes.0.iter().filter_map(|(_, route)| Some(Arc::clone(&route.as_ref().ok()?.topic))));
+        let mut keys = (terms.order == PublishOrder::Key).then(|| FailedKeys::new(&self.board, batch));
         let mut scratch = Vec::with_capacity(64);
         let now = Timestamp::now();
-        let mut route = 0;
+        let mut last = 0;
         for (index, message) in batch.iter().enumerate() {
-            let place = || message.key_bytes().map(|key| (message.destination().clone(), key.clone()));
-            let outcome = if !failed_keys.is_empty() && place().is_some_and(|place| failed_keys.contains(&place)) {
-                Err(held_back())
-            } else {
-                match routes.topic(message.destination(), &mut route) {
-                    Err(error) => Err(error.duplicate()),
-                    Ok(topic) => {
-                        let (headers, timestamp) = codec::encode(message, now, &mut scratch);
-                        let (key, payload) = (message.key(), message.payload());
-                        let record = Outgoing { topic, partition: None, key, payload, headers, timestamp };
-                        self.enqueue(record, &mut answers, index, deadline).await
+            let outcome = match routes.route(message.destination(), &mut last) {
+                Err(error) => Err(error.duplicate()),
+                Ok(route) => loop {
+                    if keys.as_mut().is_some_and(|keys| keys.hold_back(&self.board, &answers, index)) {
+                        break Err(held_back());
                     }
-                }
+                    let (headers, timestamp) = codec::encode(message, now, &mut scratch);
+                    if let Err(error) = route.check(message, &headers) {
+                        break Err(error);
+                    }
+                    let (key, payload) = (message.key(), message.payload());
+                    let record = Outgoing { topic: &route.topic, partition: None, key, payload, headers, timestamp };
+                    let seen = keys.as_ref().map(|keys| keys.seen);
+                    match self.enqueue(&route.line, record, &mut answers, index, seen, deadline).await {
+                        Ok(()) => break Ok(()),
+                        Err(Unsent::Setback) => {}
+                        Err(Unsent::Refused(error)) => break Err(error),
+                    }
+                },
             };
             if let Err(error) = outcome {
-                if terms.order == PublishOrder::Key {
-                    failed_keys.extend(place());
+                if let Some(keys) = &mut keys {
+                    keys.add(index);
                 }
                 answers.refuse(index, error.with("id", message.id()).with("destination", message.destination()));
             }
@@ -160,18 +130,21 @@ impl Publisher {
 
     async fn enqueue(
         &self,
+        line: &Line,
         mut record: Outgoing<'_>,
         answers: &mut Answers,
         index: usize,
+        seen: Option<Setbacks>,
         deadline: Instant,
-    ) -> Result<()> {
+    ) -> Result<(), Unsent> {
         loop {
             let room = self.board.room.notified();
-            match self.send(record, answers, index) {
+            match self.send(line, record, answers, index, seen) {
                 Ok(()) => return Ok(()),
-                Err((error, back)) => {
+                Err((Refusal::Setback, _)) => return Err(Unsent::Setback),
+                Err((Refusal::Client(error), back)) => {
                     if !is_for_later(&error) {
-                        return Err(unpublished(&error).with_effect(Effect::NotDone));
+                        return Err(Unsent::Refused(unpublished(&error).with_effect(Effect::NotDone)));
                     }
                     record = back;
                 }
@@ -180,7 +153,7 @@ impl Publisher {
             let _ = tokio::time::timeout(Duration::from_millis(20), room).await;
             if Instant::now() >= deadline {
                 let text = "the client's buffers stayed full: the broker does not take messages";
-                return Err(Error::new(ErrorKind::RateLimited, "publish", text));
+                return Err(Unsent::Refused(Error::new(ErrorKind::RateLimited, "publish", text)));
             }
         }
     }
@@ -195,16 +168,20 @@ impl Publisher {
         let mut answers = self.board.open(records.len());
         let mut waiting = Vec::new();
         for (index, record) in records.into_iter().enumerate() {
-            match self.send(record.outgoing(), &mut answers, index) {
+            match self.send(&self.main, record.outgoing(), &mut answers, index, None) {
                 Ok(()) => {}
-                Err((error, _)) if is_for_later(&error) => waiting.push((index, record)),
-                Err((error, _)) => answers.refuse(index, unpublished(&error).with_effect(Effect::NotDone)),
+                Err((Refusal::Client(error), _)) if !is_for_later(&error) => {
+                    answers.refuse(index, unpublished(&error).with_effect(Effect::NotDone));
+                }
+                Err(_) => waiting.push((index, record)),
             }
         }
         let publisher = Arc::clone(self);
         async move {
             for (index, record) in waiting {
-                if let Err(error) = publisher.enqueue(record.outgoing(), &mut answers, index, deadline).await {
+                let record = record.outgoing();
+                let sent = publisher.enqueue(&publisher.main, record, &mut answers, index, None, deadline).await;
+                if let Err(Unsent::Refused(error)) = sent {
                     answers.refuse(index, error);
                 }
             }
@@ -212,29 +189,39 @@ impl Publisher {
         }
     }
 
+    /// `seen` is what the caller knows to have gone wrong; when there is more, nothing is sent.
     #[allow(clippy::result_large_err, reason = "what could not be sent is tried again; boxing it would cost each time")]
     fn send<'a>(
         &self,
+        line: &Line,
         outgoing: Outgoing<'a>,
         answers: &mut Answers,
         index: usize,
-    ) -> Result<(), (KafkaError, Outgoing<'a>)> {
+        seen: Option<Setbacks>,
+    ) -> Result<(), (Refusal, Outgoing<'a>)> {
+        // While it is held the client is not replaced: what is seen now holds for this record.
+        let client = line.client();
+        if seen.is_some_and(|seen| seen != self.board.setbacks()) {
+            return Err((Refusal::Setback, outgoing));
+        }
         let Outgoing { topic, partition, key, payload, headers, timestamp } = outgoing;
         let mut record: BaseRecord<'_, [u8], [u8], usize> =
             BaseRecord::with_opaque_to(topic, answers.opaque(index)).headers(headers);
         record.payload = payload.map(|payload| &payload[..]);
         (record.partition, record.key, record.timestamp) = (partition, key, timestamp);
-        match self.current.client.read().send(record) {
+        match client.send(record) {
             Ok(()) => {
                 answers.unsent -= 1;
                 Ok(())
             }
             Err((error, record)) => {
-                if error.rdkafka_error_code() == Some(RDKafkaErrorCode::Fatal) {
-                    self.current.faults.is_fatal.store(true, Ordering::Release);
+                match error.rdkafka_error_code() {
+                    Some(RDKafkaErrorCode::Fatal) => line.is_fatal(),
+                    Some(code) if is_of_topic(code) => self.board.suspect(topic),
+                    _ => {}
                 }
                 let headers = record.headers.unwrap_or_default();
-                Err((error, Outgoing { topic, partition, key, payload, headers, timestamp }))
+                Err((Refusal::Client(error), Outgoing { topic, partition, key, payload, headers, timestamp }))
             }
         }
     }
@@ -257,25 +244,102 @@ impl Publisher {
         Ok(())
     }
 
-    /// Ends the thread that collects reports.
-    pub(crate) fn stop(&self) -> Option<JoinHandle<()>> {
-        self.stopping.store(true, Ordering::Release);
-        self.reporter.lock().take()
+    /// Ends the threads that collect reports.
+    pub(crate) fn stop(&self) -> Vec<JoinHandle<()>> {
+        let small = self.small.lock();
+        std::iter::once(&self.main).chain(small.iter().map(|(_, line)| line)).filter_map(|line| line.stop()).collect()
     }
 }
 
-impl Drop for Publisher {
-    fn drop(&mut self) {
-        self.stop();
+/// Why a record was not handed over.
+enum Refusal {
+    Setback,
+    Client(KafkaError),
+}
+
+/// Why an entry is not on its way.
+enum Unsent {
+    /// Something of the batch may have failed meanwhile.
+    Setback,
+    Refused(Error),
+}
+
+/// The keys of a batch of which an entry failed, or is unknown because its client was given up.
+struct FailedKeys<'a> {
+    batch: &'a [Message],
+    keys: HashSet<(Destination, Bytes)>,
+    seen: Setbacks,
+}
+
+impl<'a> FailedKeys<'a> {
+    fn new(board: &Board, batch: &'a [Message]) -> Self {
+        Self { batch, keys: HashSet::new(), seen: board.setbacks() }
+    }
+
+    fn place(&self, index: usize) -> Option<(Destination, Bytes)> {
+        let message = &self.batch[index];
+        message.key_bytes().map(|key| (message.destination().clone(), key.clone()))
+    }
+
+    fn add(&mut self, index: usize) {
+        let place = self.place(index);
+        self.keys.extend(place);
+    }
+
+    /// Whether an earlier entry of the same key failed, as far as it is known by now.
+    fn hold_back(&mut self, board: &Board, answers: &Answers, index: usize) -> bool {
+        let setbacks = board.setbacks();
+        if setbacks != self.seen {
+            let were_replaced = setbacks.replacements != self.seen.replacements;
+            let failed = if were_replaced { answers.unstored(index) } else { answers.failed() };
+            for failed in failed {
+                self.add(failed);
+            }
+            self.seen = setbacks;
+        }
+        !self.keys.is_empty() && self.place(index).is_some_and(|place| self.keys.contains(&place))
     }
 }
 
-/// The topics of a batch's destinations, or why there is none.
-pub(crate) struct Routes(pub(crate) Vec<(Destination, Result<Arc<str>>)>);
+/// Where the messages of a destination go, and what is taken there.
+#[derive(Clone)]
+pub(crate) struct Route {
+    pub(crate) topic: Arc<str>,
+    pub(crate) line: Arc<Line>,
+    /// The largest batch; `usize::MAX` where the cluster does not tell.
+    pub(crate) largest: usize,
+    /// A compacted topic refuses what has no key, and the batch that it is in.
+    pub(crate) needs_key: bool,
+}
+
+impl Route {
+    /// What the broker would refuse is refused before, because librdkafka sends what is behind it all the same.
+    fn check(&self, message: &Message, headers: &OwnedHeaders) -> Result<()> {
+        let (key, payload) = (message.key(), message.payload());
+        let texts = message.content_type().map_or(0, str::len) + message.id().with_str(str::len);
+        // Headers twice: more than their lengths may take. An exact sum only where it may matter.
+        let about = key.map_or(0, <[u8]>::len) + payload.map_or(0, Bytes::len) + texts;
+        if about + 2 * message.headers().as_packed().len() + codec::OVERHEAD > self.largest {
+            let size = codec::batch_size(key, payload.map(|payload| &payload[..]), headers);
+            if size > self.largest {
+                let text = format!("the topic takes {} bytes at most (max.message.bytes)", self.largest);
+                return Err(Error::new(ErrorKind::TooLarge, "publish", text).with("bytes", size));
+            }
+        }
+        if self.needs_key && key.is_none() {
+            let text = "the topic is compacted, and takes no message without a key";
+            return Err(Error::new(ErrorKind::InvalidMessage, "publish", text).with_effect(Effect::NotDone));
+        }
+        Ok(())
+    }
+}
+
+/// The routes of a batch's destinations, or why there is none.
+pub(crate) struct Routes(pub(crate) Vec<(Destination, Result<Route>)>);
 
 impl Routes {
     /// `last` is where the message before this one went; neighbours mostly go the same way.
-    fn topic(&self, destination: &Destination, last: &mut usize) -> &Result<Arc<str>> {
+    fn route(&self, destination: &Destination, last: &mut usize) -> &Result<Route> {
         if self.0[*last].0 != *destination {
             let found = self.0.iter().position(|(other, _)| other == destination);
             *last = found.expect("every destination of the batch has been routed");
@@ -325,208 +389,6 @@ fn is_for_later(error: &KafkaError) -> bool {
 fn held_back() -> Error {
     let text = "order: not attempted, because an earlier message of this key in the batch failed";
     Error::new(ErrorKind::Unavailable, "publish", text).with_effect(Effect::NotDone)
-}
-
-/// Where delivery reports are noted, batch by batch. An opaque number names batch and entry, so that nothing is
-/// allocated for a message.
-#[derive(Default)]
-struct Board {
-    slots: Mutex<Slots>,
-    on_their_way: AtomicUsize,
-    /// Something got its outcome: there is room in the buffers again.
-    room: Notify,
-}
-
-#[derive(Default)]
-struct Slots {
-    slots: Vec<Slot>,
-    free: Vec<u32>,
-}
-
-#[derive(Default)]
-struct Slot {
-    outcomes: Vec<Option<PublishOutcome>>,
-    /// Entries without an outcome.
-    missing: usize,
-    waker: Option<Waker>,
-    /// Nobody waits for the answers.
-    is_detached: bool,
-}
-
-impl Board {
-    fn open(self: &Arc<Self>, count: usize) -> Answers {
-        let mut slots = self.slots.lock();
-        let slot = match slots.free.pop() {
-            Some(slot) => slot,
-            None => {
-                slots.slots.push(Slot::default());
-                u32::try_from(slots.slots.len() - 1).expect("memory ends before 2^32 batches are on their way")
-            }
-        };
-        let entry = &mut slots.slots[slot as usize];
-        entry.outcomes.clear();
-        entry.outcomes.resize_with(count, || None);
-        (entry.missing, entry.waker, entry.is_detached) = (count, None, false);
-        self.on_their_way.fetch_add(count, Ordering::AcqRel);
-        Answers { board: Arc::clone(self), slot, unsent: count, is_open: true }
-    }
-
-    fn on_their_way(&self) -> usize {
-        self.on_their_way.load(Ordering::Acquire)
-    }
-
-    fn report(&self, opaque: usize, outcome: PublishOutcome) {
-        let (slot, index) = ((opaque >> 32) as u32, opaque & 0xffff_ffff);
-        let mut slots = self.slots.lock();
-        let entry = &mut slots.slots[slot as usize];
-        entry.outcomes[index] = Some(outcome);
-        entry.missing -= 1;
-        if entry.missing == 0 {
-            if let Some(waker) = entry.waker.take() {
-                waker.wake();
-            }
-            if entry.is_detached {
-                slots.free.push(slot);
-            }
-        }
-        drop(slots);
-        if self.on_their_way.fetch_sub(1, Ordering::AcqRel) % 1024 == 1 {
-            self.room.notify_waiters();
-        }
-    }
-}
-
-/// The answers of one batch.
-pub(crate) struct Answers {
-    board: Arc<Board>,
-    slot: u32,
-    /// Entries that librdkafka has not got; they count as missing until they are refused or given up.
-    unsent: usize,
-    is_open: bool,
-}
-
-impl Answers {
-    fn opaque(&self, index: usize) -> usize {
-        (self.slot as usize) << 32 | index
-    }
-
-    fn refuse(&mut self, index: usize, error: Error) {
-        self.unsent -= 1;
-        self.board.on_their_way.fetch_sub(1, Ordering::AcqRel);
-        let entry = &mut self.board.slots.lock().slots[self.slot as usize];
-        entry.missing -= 1;
-        entry.outcomes[index] = Some(Err(error));
-    }
-
-    fn confirms(self, deadline: Instant) -> Confirms {
-        let is_done = self.board.slots.lock().slots[self.slot as usize].missing == 0;
-        if is_done {
-            return Confirms::ready(self.take());
-        }
-        Confirms::waiting(self.wait(deadline))
-    }
-
-    /// The outcomes; *unknown* for those that have none at the deadline.
-    pub(crate) async fn wait(mut self, deadline: Instant) -> Vec<PublishOutcome> {
-        let _ = tokio::time::timeout_at(deadline, Missing(&mut self)).await;
-        self.take()
-    }
-
-    fn take(mut self) -> Vec<PublishOutcome> {
-        let mut slots = self.board.slots.lock();
-        let entry = &mut slots.slots[self.slot as usize];
-        let late = || Err(Error::new(ErrorKind::Timeout, "publish", "no confirm from the broker in time"));
-        let outcomes = entry.outcomes.iter_mut().map(|outcome| outcome.take().unwrap_or_else(late)).collect();
-        drop(slots);
-        self.detach();
-        outcomes
-    }
-
-    fn detach(&mut self) {
-        if !std::mem::replace(&mut self.is_open, false) {
-            return;
-        }
-        let mut slots = self.board.slots.lock();
-        let entry = &mut slots.slots[self.slot as usize];
-        (entry.is_detached, entry.waker) = (true, None);
-        entry.missing -= self.unsent;
-        self.board.on_their_way.fetch_sub(self.unsent, Ordering::AcqRel);
-        if entry.missing == 0 {
-            slots.free.push(self.slot);
-        }
-    }
-}
-
-impl Drop for Answers {
-    fn drop(&mut self) {
-        self.detach();
-    }
-}
-
-/// Ready when no report is missing.
-struct Missing<'a>(&'a mut Answers);
-
-impl Future for Missing<'_> {
-    type Output = ();
-
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
-        let answers = &self.0;
-        let mut slots = answers.board.slots.lock();
-        let entry = &mut slots.slots[answers.slot as usize];
-        if entry.missing == 0 {
-            return Poll::Ready(());
-        }
-        entry.waker = Some(context.waker().clone());
-        Poll::Pending
-    }
-}
-
-/// What went wrong with a client beside single messages.
-#[derive(Default)]
-struct Faults {
-    is_fatal: AtomicBool,
-    refusal: Mutex<Option<(RDKafkaErrorCode, Error)>>,
-}
-
-/// Receives librdkafka's delivery reports.
-pub(crate) struct Reports {
-    board: Arc<Board>,
-    faults: Arc<Faults>,
-}
-
-impl ClientContext for Reports {
-    fn error(&self, error: KafkaError, reason: &str) {
-        tracing::debug!(%error, reason, "kafka producer");
-        match error.rdkafka_error_code() {
-            Some(RDKafkaErrorCode::Fatal) => self.faults.is_fatal.store(true, Ordering::Release),
-            Some(code) => {
-                if let Some(refusal) = crate::error::refused(code, reason) {
-                    *self.faults.refusal.lock() = Some((code, refusal));
-                }
-            }
-            None => {}
-        }
-    }
-}
-
-impl ProducerContext for Reports {
-    type DeliveryOpaque = usize;
-
-    fn delivery(&self, result: &DeliveryResult<'_>, opaque: usize) {
-        let outcome = match result {
-            Ok(record) => {
-                let position = u64::try_from(record.offset()).ok().map(Position::new);
-                Ok(Receipt { position, duplicate: false })
-            }
-            Err((error, _)) => {
-                if error.rdkafka_error_code() == Some(RDKafkaErrorCode::Fatal) {
-                    self.faults.is_fatal.store(true, Ordering::Release);
-                }
-                Err(unpublished(error))
-            }
-        };
-        self.board.report(opaque, outcome);
-    }
 }
 
 /// What the cluster says of a topic.

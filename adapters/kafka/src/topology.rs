@@ -18,7 +18,7 @@ use crate::config::Settings;
 use crate::error::{failed, kind};
 use crate::groups;
 use crate::names;
-use crate::publisher::{Found, Publisher, Routes, unavailable};
+use crate::publisher::{Found, Publisher, Route, Routes, unavailable};
 
 /// How long a single request to the cluster may take.
 pub(crate) const REQUEST: Duration = Duration::from_secs(10);
@@ -28,7 +28,7 @@ pub(crate) struct Topology {
     settings: Settings,
     publisher: Arc<Publisher>,
     admin: Arc<AdminClient<DefaultClientContext>>,
-    known: RwLock<HashMap<Destination, Arc<str>>>,
+    known: RwLock<HashMap<Destination, Route>>,
 }
 
 impl Topology {
@@ -49,40 +49,58 @@ impl Topology {
         &self.admin
     }
 
-    /// The topics of destinations that are published to; looked up, and created where the configuration says so, the
-    /// first time.
+    /// Where the messages of destinations go; looked up, and created where the configuration says so, the first time, and
+    /// again when a topic did not take something.
     pub(crate) async fn route(&self, destinations: Vec<Destination>, deadline: Instant) -> Routes {
+        let suspects = self.publisher.suspects();
+        if !suspects.is_empty() {
+            self.known.write().retain(|_, route| !suspects.contains(&*route.topic));
+        }
         let mut routes = Vec::with_capacity(destinations.len());
         for destination in destinations {
             let known = self.known.read().get(&destination).cloned();
-            let topic = match known {
-                Some(topic) => Ok(topic),
+            let route = match known {
+                Some(route) => Ok(route),
                 None => self.find(&destination, deadline).await,
             };
-            routes.push((destination, topic));
+            routes.push((destination, route));
         }
         Routes(routes)
     }
 
-    async fn find(&self, destination: &Destination, deadline: Instant) -> Result<Arc<str>> {
+    async fn find(&self, destination: &Destination, deadline: Instant) -> Result<Route> {
         let topic = names::topic(destination);
         let looked_up = async {
             if self.settings.create_destinations {
-                self.ensure(&topic, Shape::Destination, "publish").await.map(|_| ())
+                self.ensure(&topic, Shape::Destination, "publish").await?;
             } else {
-                self.expect(&topic, "publish").await.map(|_| ())
+                self.expect(&topic, "publish").await?;
             }
+            Ok((topic.as_str().into(), self.taken(&topic).await))
         };
-        match tokio::time::timeout_at(deadline, looked_up).await {
-            Ok(found) => found.map_err(|error| error.with_effect(anybroker_core::Effect::NotDone))?,
+        let found: Result<(Arc<str>, _)> = match tokio::time::timeout_at(deadline, looked_up).await {
+            Ok(found) => found.map_err(|error: Error| error.with_effect(anybroker_core::Effect::NotDone)),
             Err(_) => {
                 let text = "the topic could not be looked up in time";
                 return Err(Error::new(ErrorKind::Unavailable, "publish", text));
             }
-        }
-        let topic: Arc<str> = topic.into();
-        self.known.write().insert(destination.clone(), Arc::clone(&topic));
-        Ok(topic)
+        };
+        let (topic, (largest, needs_key)) = found?;
+        let route = Route { topic, line: self.publisher.line(largest)?, largest, needs_key };
+        self.known.write().insert(destination.clone(), route.clone());
+        Ok(route)
+    }
+
+    /// The largest batch that the topic takes, and whether it wants keys. Where the cluster does not tell (that needs
+    /// DescribeConfigs), the broker refuses what does not fit.
+    async fn taken(&self, topic: &str) -> (usize, bool) {
+        let settings = crate::describe::configured(self, topic).await.unwrap_or_else(|error| {
+            tracing::debug!(%error, topic, "what the topic takes is not known");
+            Default::default()
+        });
+        let largest = settings.get("max.message.bytes").and_then(|bytes| bytes.parse().ok()).unwrap_or(usize::MAX);
+        let needs_key = settings.get("cleanup.policy").is_some_and(|policy| policy.contains("compact"));
+        (largest, needs_key)
     }
 
     /// Forgets a topic that is gone.

@@ -11,19 +11,15 @@ use common::{try_connect, url};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_the_record_claims_holds_and_what_it_refuses_is_refused() {
-    suite("", "create_destinations=false", &[]).await;
+    suite("", "create_destinations=false").await;
 }
 
-/// The other mode differs in what becomes of a failure; everything, when `ANYBROKER_TEST_ALL_MODES=1`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn failures_that_are_held_in_place_keep_what_the_record_claims() {
-    let is_all = std::env::var("ANYBROKER_TEST_ALL_MODES").is_ok_and(|value| value == "1");
-    let share = ["ordering/*", "redelivery/*", "settle/*", "random/*blocked*", "*redrive*", "topology/every-refused*"];
-    let settings = ("nack=in_place", "nack=in_place&create_destinations=false");
-    suite(settings.0, settings.1, if is_all { &[] } else { &share }).await;
+    suite("nack=in_place", "nack=in_place&create_destinations=false").await;
 }
 
-async fn suite(settings: &'static str, strict_settings: &'static str, share: &[&str]) {
+async fn suite(settings: &'static str, strict_settings: &'static str) {
     let Some(url) = url() else { return };
     let strict = url.clone();
     let name = url.clone();
@@ -31,10 +27,9 @@ async fn suite(settings: &'static str, strict_settings: &'static str, share: &[&
         .with_strict(move || Box::pin(try_connect(strict.clone(), strict_settings)))
         .with_lease(Duration::from_secs(2))
         .with_patience(Duration::from_secs(60));
-    let mut options = Options::default().with_parallelism(8);
-    match std::env::var("ANYBROKER_CONFORM_FILTER") {
-        Ok(filter) => options = options.with_filter(filter),
-        Err(_) => options = share.iter().fold(options, |options, pattern| options.with_filter(*pattern)),
+    let mut options = Options::default().with_parallelism(16);
+    if let Ok(filter) = std::env::var("ANYBROKER_CONFORM_FILTER") {
+        options = options.with_filter(filter);
     }
     let report = run(Arc::new(harness), options).await.unwrap();
     println!("{}", report.text());

@@ -4,7 +4,6 @@
 mod common;
 
 use std::collections::{BTreeMap, HashSet};
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -12,7 +11,7 @@ use std::time::Duration;
 use anybroker_core::{
     Bus, Effect, Message, Order, PublishOptions, Reason, Settlement, SubscriptionEvent, Verdict, settle,
 };
-use common::{LONG, connect, number, url};
+use common::{LONG, connect, number, url, xtask};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
@@ -39,26 +38,19 @@ struct Seen {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_is_lost_when_the_broker_is_killed_or_frozen_and_everybody_goes_on_by_himself() {
     let Some(url) = url() else { return };
-    if std::env::var_os("ANYBROKER_XTASK").is_none() {
-        println!("not run: ANYBROKER_XTASK is not set (cargo xtask test sets it)");
-        return;
-    }
-    disturbed(&url, "killed", 12, || {
-        broker("kill");
-        broker("restart");
+    let Some(broker) = xtask().map(Arc::new) else { return };
+    let kills = Arc::clone(&broker);
+    disturbed(&url, "killed", 12, move || {
+        kills("kill");
+        kills("restart");
     })
     .await;
-    disturbed(&url, "frozen", 9, || {
+    disturbed(&url, "frozen", 9, move || {
         broker("pause");
         std::thread::sleep(Duration::from_secs(4));
         broker("resume");
     })
     .await;
-}
-
-fn broker(verb: &str) {
-    let xtask = std::env::var_os("ANYBROKER_XTASK").unwrap();
-    assert!(Command::new(xtask).args(["brokers", verb, "kafka"]).status().unwrap().success());
 }
 
 async fn disturbed(url: &str, what: &str, seconds: u64, disturb: impl FnOnce() + Send + 'static) {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anybroker_core::{Bus, Config, ErrorKind, Message, Registry};
 use anybroker_kafka::KafkaDriver;
-use common::{LONG, receive, unique, url};
+use common::{LONG, Server, receive, unique};
 use tokio::time::Instant;
 
 /// Where the secured listeners are.
@@ -20,21 +20,9 @@ struct Secured {
 
 /// What `cargo xtask brokers up kafka` wrote for its server; `None` after saying why the test does not run.
 fn secured() -> Option<Secured> {
-    url()?;
-    let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/state/anybroker"));
-    let state = std::env::var_os("ANYBROKER_STATE").map(PathBuf::from).or_else(home).unwrap();
-    let instance = std::env::var("ANYBROKER_INSTANCE").unwrap_or_else(|_| "dev".into());
-    let folder = state.join("brokers").join(instance).join("kafka");
-    let Ok(properties) = std::fs::read_to_string(folder.join("server.properties")) else {
-        println!("not run: {} is not a server of `cargo xtask brokers`", folder.display());
-        return None;
-    };
-    let listeners = properties.lines().find_map(|line| line.strip_prefix("listeners=")).unwrap();
-    let port = |name: &str| {
-        let listener = listeners.split(',').find_map(|listener| listener.strip_prefix(name)).unwrap();
-        listener.rsplit_once(':').unwrap().1.parse().unwrap()
-    };
-    Some(Secured { sasl: port("SASL_PLAINTEXT://"), tls: port("SASL_SSL://"), folder })
+    let server = Server::find()?;
+    let port = |listener| server.port("listeners", listener);
+    Some(Secured { sasl: port("SASL_PLAINTEXT"), tls: port("SASL_SSL"), folder: server.folder })
 }
 
 impl Secured {

@@ -32,6 +32,7 @@ const ENDPOINTS: &[Endpoint] = &[
     Endpoint { name: "memory", built: true, place: Place::Url("memory://"), setting: "" },
     Endpoint { name: "embedded", built: true, place: Place::File, setting: "" },
     server("kafka", cfg!(feature = "kafka"), "ANYBROKER_TEST_KAFKA_URL", ""),
+    server("kafka-in-place", cfg!(feature = "kafka"), "ANYBROKER_TEST_KAFKA_URL", "nack=in_place"),
     server("rabbitmq", cfg!(feature = "rabbitmq"), "ANYBROKER_TEST_RABBITMQ_URL", ""),
     server("jetstream", cfg!(feature = "nats"), "ANYBROKER_TEST_NATS_URL", ""),
     server("sqs", cfg!(feature = "sqs"), "ANYBROKER_TEST_SQS_URL", ""),

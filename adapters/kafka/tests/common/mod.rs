@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses its share")]
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anybroker_core::{Bus, Config, Delivery, Message, MessageId, Registry, Subscriber};
@@ -22,6 +23,47 @@ pub(crate) fn url() -> Option<String> {
         assert!(!is_required, "{VARIABLE} is not set, and ANYBROKER_TEST_REQUIRE_BROKERS demands it");
     }
     url
+}
+
+/// The server that `cargo xtask brokers up kafka` started.
+pub(crate) struct Server {
+    pub(crate) folder: PathBuf,
+    properties: String,
+}
+
+impl Server {
+    /// `None` after saying why the test does not run.
+    pub(crate) fn find() -> Option<Self> {
+        url()?;
+        let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/state/anybroker"));
+        let state = std::env::var_os("ANYBROKER_STATE").map(PathBuf::from).or_else(home).unwrap();
+        let instance = std::env::var("ANYBROKER_INSTANCE").unwrap_or_else(|_| "dev".into());
+        let folder = state.join("brokers").join(instance).join("kafka");
+        let Ok(properties) = std::fs::read_to_string(folder.join("server.properties")) else {
+            println!("not run: {} is not a server of `cargo xtask brokers`", folder.display());
+            return None;
+        };
+        Some(Self { folder, properties })
+    }
+
+    /// The port of a listener in `listeners` or `advertised.listeners`.
+    pub(crate) fn port(&self, setting: &str, listener: &str) -> u16 {
+        let line = self.properties.lines().find_map(|line| line.strip_prefix(setting)?.strip_prefix('=')).unwrap();
+        let address = line.split(',').find_map(|address| address.strip_prefix(listener)?.strip_prefix("://")).unwrap();
+        address.rsplit_once(':').unwrap().1.parse().unwrap()
+    }
+}
+
+/// The command that kills, freezes and starts the broker; `None` after saying why the test does not run.
+pub(crate) fn xtask() -> Option<impl Fn(&str) + Send + Sync + 'static> {
+    let Some(xtask) = std::env::var_os("ANYBROKER_XTASK") else {
+        println!("not run: ANYBROKER_XTASK is not set (cargo xtask test sets it)");
+        return None;
+    };
+    Some(move |verb: &str| {
+        let status = std::process::Command::new(&xtask).args(["brokers", verb, "kafka"]).status();
+        assert!(status.unwrap().success(), "{verb}");
+    })
 }
 
 pub(crate) async fn connect(url: &str, settings: &'static str) -> Bus {

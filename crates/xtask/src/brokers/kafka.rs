@@ -3,6 +3,9 @@
 //! Beside the plain listener, which may do everything, there are one with passwords and one with passwords and TLS. Tests
 //! read their addresses in `server.properties` and the certificate to trust in `ca.pem`, both in the server's folder. `alice`
 //! may do everything, `limited` nothing.
+//!
+//! A last listener, PROXIED, sends its clients to another port, where a test may put a proxy: Kafka's clients follow the
+//! advertised address, and would go round a proxy that is not behind it.
 
 use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
@@ -37,7 +40,11 @@ impl Recipe for Kafka {
     }
 
     fn port_names(&self) -> &'static [&'static str] {
-        &["clients", "controller", "sasl", "sasl-tls"]
+        &["clients", "controller", "sasl", "sasl-tls", "proxied", "proxy"]
+    }
+
+    fn is_port_of_tests(&self, name: &str) -> bool {
+        name == "proxy"
     }
 
     fn url(&self, ports: &[u16]) -> String {
@@ -128,7 +135,7 @@ fn make_certificate(site: &Site<'_>) -> Result<()> {
 }
 
 fn properties(site: &Site<'_>, data: &Path) -> String {
-    let [port, controller, sasl, tls] = site.ports else { unreachable!("one port for each purpose") };
+    let [port, controller, sasl, tls, proxied, proxy] = site.ports else { unreachable!("one port for each purpose") };
     let users: String = USERS.iter().map(|(user, password)| format!(" user_{user}=\"{password}\"")).collect();
     let modules: String = ["sasl_plaintext", "sasl_ssl"]
         .map(|listener| {
@@ -144,9 +151,9 @@ listener.name.{listener}.scram-sha-512.sasl.jaas.config=org.apache.kafka.common.
         "process.roles=broker,controller
 node.id=1
 controller.quorum.voters=1@127.0.0.1:{controller}
-listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller},SASL_PLAINTEXT://127.0.0.1:{sasl},SASL_SSL://127.0.0.1:{tls}
-advertised.listeners=PLAINTEXT://127.0.0.1:{port},SASL_PLAINTEXT://127.0.0.1:{sasl},SASL_SSL://localhost:{tls}
-listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,SASL_PLAINTEXT:SASL_PLAINTEXT,SASL_SSL:SASL_SSL
+listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller},SASL_PLAINTEXT://127.0.0.1:{sasl},SASL_SSL://127.0.0.1:{tls},PROXIED://127.0.0.1:{proxied}
+advertised.listeners=PLAINTEXT://127.0.0.1:{port},SASL_PLAINTEXT://127.0.0.1:{sasl},SASL_SSL://localhost:{tls},PROXIED://127.0.0.1:{proxy}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,SASL_PLAINTEXT:SASL_PLAINTEXT,SASL_SSL:SASL_SSL,PROXIED:PLAINTEXT
 sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-256,SCRAM-SHA-512
 {modules}ssl.keystore.type=PKCS12
 ssl.keystore.location={store}

@@ -38,6 +38,13 @@ pub(crate) trait Recipe: Sync {
     /// What its ports are for; the first is the one that clients connect to.
     fn port_names(&self) -> &'static [&'static str];
 
+    /// Whether the port of that name is kept for a test to listen on (a proxy to which the server sends its clients), and
+    /// not the server's own: taken or not, it stays the same.
+    fn is_port_of_tests(&self, name: &str) -> bool {
+        let _ = name;
+        false
+    }
+
     /// The URL that a service puts into its configuration.
     fn url(&self, ports: &[u16]) -> String;
 

@@ -112,7 +112,7 @@ impl Server {
                     ensure!(ports::is_free(wanted), "port {wanted} ({purpose}) is taken by another process");
                     wanted
                 }
-                (_, Some(&port)) if ports::is_free_soon(port) => port,
+                (_, Some(&port)) if self.recipe.is_port_of_tests(purpose) || ports::is_free_soon(port) => port,
                 _ => ports::choose(&ports)?,
             };
             ports.push(port);
