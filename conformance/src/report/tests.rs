@@ -132,7 +132,7 @@ fn a_comparison_shows_a_record_that_changed_and_an_endpoint_that_is_gone() {
     assert!(!one.is_worse() && one.html().contains("refused"));
 
     after.endpoint.name = "two".into();
-    let sets = (ReportSet::new(vec![before.clone(), after.clone()]), ReportSet::new(vec![after.clone()]));
+    let sets = (ReportSet::new(vec![before, after.clone()]), ReportSet::new(vec![after.clone()]));
     let gone = Comparison::of(&sets.0, &sets.1);
     assert_eq!((gone.gone.as_slice(), gone.is_worse()), (["one".to_owned()].as_slice(), true));
 }

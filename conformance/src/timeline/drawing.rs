@@ -46,9 +46,9 @@ pub(super) fn draw(body: &mut String, model: &Model, focus: &[String]) {
         .collect();
     let left_out = model.spans.len() - spans.len();
     if left_out > 0 {
-        let _ = write!(
+        let _ = writeln!(
             body,
-            "<p class=muted>{left_out} publishes and deliveries of other messages are not drawn; the stored history has them.</p>\n"
+            "<p class=muted>{left_out} publishes and deliveries of other messages are not drawn; the stored history has them.</p>"
         );
     }
     let end = model.end();
@@ -126,17 +126,17 @@ impl Canvas<'_> {
         for row in rows {
             if client != Some(row.client) {
                 client = Some(row.client);
-                let _ = write!(
+                let _ = writeln!(
                     lanes,
-                    "<line class=lane x1=0 x2={width:.0} y1={top:.0} y2={top:.0} /><text class=who x=8 y={:.0}>client {}</text>\n",
+                    "<line class=lane x1=0 x2={width:.0} y1={top:.0} y2={top:.0} /><text class=who x=8 y={:.0}>client {}</text>",
                     top + 13.0,
                     row.client
                 );
             }
             let height = self.row(row, top);
-            let _ = write!(
+            let _ = writeln!(
                 lanes,
-                "<g><title>{}</title><text class=name x=78 y={:.0}>{}</text></g>\n",
+                "<g><title>{}</title><text class=name x=78 y={:.0}>{}</text></g>",
                 text(&row.title),
                 top + 13.0,
                 text(&row.label)
@@ -151,19 +151,19 @@ the same in words' width={width:.0} height={:.0} viewBox='0 0 {width:.0} {:.0}'>
         );
         for (moment, place) in self.axis.ticks() {
             let x = NAMES + place;
-            let _ = write!(
+            let _ = writeln!(
                 svg,
-                "<line class=tick x1={x:.1} x2={x:.1} y1=20 y2={top:.0} /><text class=when x={x:.1} y=14>{}</text>\n",
+                "<line class=tick x1={x:.1} x2={x:.1} y1=20 y2={top:.0} /><text class=when x={x:.1} y=14>{}</text>",
                 time(moment)
             );
         }
         for band in &self.model.bands {
             let from = NAMES + self.axis.place(band.from);
             let until = NAMES + self.axis.place(band.until.unwrap_or_else(|| self.model.end()));
-            let _ = write!(
+            let _ = writeln!(
                 svg,
                 "<g><title>{4}</title><rect class=fault x={from:.1} y=20 width={1:.1} height={2:.0} /><text class=fault x={3:.1} \
-y=30>{0}</text></g>\n",
+y=30>{0}</text></g>",
                 text(&band.label),
                 (until - from).max(3.0),
                 top - 20.0,
@@ -175,7 +175,7 @@ y=30>{0}</text></g>\n",
         for (colour, path) in self.path.iter_mut().enumerate().take(COLOURS) {
             path.sort_by(|one, other| one.0.cmp(&other.0).then(one.1.total_cmp(&other.1)));
             let points: Vec<String> = path.iter().map(|(_, x, y)| format!("{x:.1},{y:.1}")).collect();
-            let _ = write!(svg, "<polyline class='way c{colour}' points='{}' />\n", points.join(" "));
+            let _ = writeln!(svg, "<polyline class='way c{colour}' points='{}' />", points.join(" "));
         }
         svg.push_str(&self.body);
         svg.push_str("</svg></div>\n");
@@ -257,9 +257,9 @@ x={:.1} y={:.1}>{}{}</text></g>\n",
         if let Some((from, until)) = row.life {
             let from = NAMES + self.axis.place(from);
             let width = (NAMES + self.axis.place(until) - from).max(LEAST);
-            let _ = write!(
+            let _ = writeln!(
                 self.body,
-                "<rect class=life x={from:.1} y={:.1} width={width:.1} height={:.1} rx=3 />\n",
+                "<rect class=life x={from:.1} y={:.1} width={width:.1} height={:.1} rx=3 />",
                 top + 1.0,
                 height - 2.0
             );

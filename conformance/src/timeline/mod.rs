@@ -31,9 +31,9 @@ pub(crate) fn page(case: &CaseReport, history: &str) -> String {
     if !case.anomalies.is_empty() {
         body.push_str("<ul>\n");
         for anomaly in case.anomalies.iter().take(20) {
-            let _ = write!(
+            let _ = writeln!(
                 body,
-                "<li><b>{}</b> <span class=m>{}</span> {}\n",
+                "<li><b>{}</b> <span class=m>{}</span> {}",
                 text(anomaly.name),
                 text(&model.label(&anomaly.id)),
                 text(&anomaly.detail)
@@ -43,22 +43,22 @@ pub(crate) fn page(case: &CaseReport, history: &str) -> String {
     }
     drawing::draw(&mut body, &model, &focus);
     for (colour, message) in focus.iter().enumerate().take(STORIES) {
-        let _ = write!(
+        let _ = writeln!(
             body,
-            "<h2><span class='m c{colour}'>{}</span> {}</h2>\n",
+            "<h2><span class='m c{colour}'>{}</span> {}</h2>",
             text(&model.label(message)),
             text(message)
         );
         table(&mut body, &model, &model.story(message));
     }
     if focus.len() > STORIES {
-        let _ = write!(body, "<p class=muted>and {} more messages</p>\n", focus.len() - STORIES);
+        let _ = writeln!(body, "<p class=muted>and {} more messages</p>", focus.len() - STORIES);
     }
     let all: Vec<&Line> = model.lines.iter().take(LISTED).collect();
-    let _ = write!(body, "<details><summary>Everything, in its order ({} events)</summary>\n", model.lines.len());
+    let _ = writeln!(body, "<details><summary>Everything, in its order ({} events)</summary>", model.lines.len());
     table(&mut body, &model, &all);
     if model.lines.len() > LISTED {
-        let _ = write!(body, "<p class=muted>and {} more, in the stored history</p>\n", model.lines.len() - LISTED);
+        let _ = writeln!(body, "<p class=muted>and {} more, in the stored history</p>", model.lines.len() - LISTED);
     }
     body.push_str("</details>\n");
     document(&format!("Timeline of {}", case.name), include_str!("style.css"), &body)
@@ -117,9 +117,9 @@ fn table(body: &mut String, model: &Model, lines: &[&Line]) {
             id if id.is_empty() => String::new(),
             id => model.label(&id),
         };
-        let _ = write!(
+        let _ = writeln!(
             body,
-            "<tr><td class=n>{}<td class=n>{}<td><span class=m>{}</span><td>{}</tr>\n",
+            "<tr><td class=n>{}<td class=n>{}<td><span class=m>{}</span><td>{}</tr>",
             words::time(line.at),
             line.client,
             text(&message),

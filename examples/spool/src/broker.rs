@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Weak;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -70,7 +70,7 @@ impl Spool {
         let one = |id: &DeadLetterId| {
             let (_, group) = self.dead(scope, operation)?;
             let is_number = !id.0.is_empty() && id.0.bytes().all(|byte| byte.is_ascii_digit());
-            match is_number.then(|| change(&group, &id.0)).unwrap_or(Ok(false)) {
+            match if is_number { change(&group, &id.0) } else { Ok(false) } {
                 Ok(true) => Ok(()),
                 Ok(false) => {
                     Err(Error::new(ErrorKind::NotFound, operation, "there is no such dead letter").with("letter", id))
@@ -82,7 +82,7 @@ impl Spool {
     }
 }
 
-fn read_letter(topic: &Topic, group: &Group, folder: &PathBuf, name: &str) -> std::io::Result<DeadLetter> {
+fn read_letter(topic: &Topic, group: &Group, folder: &Path, name: &str) -> std::io::Result<DeadLetter> {
     let letter: Letter = serde_json::from_slice(&fs::read(folder.join("dead").join(name))?)?;
     let number: u64 = name.parse().map_err(|_| std::io::ErrorKind::InvalidData)?;
     Ok(DeadLetter {

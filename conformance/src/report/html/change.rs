@@ -14,10 +14,10 @@ pub(in crate::report) fn comparison(comparison: &Comparison) -> String {
     } else {
         "<b class='pill pass'>✓ nothing is worse</b>"
     };
-    let _ = write!(body, "<p>{verdict}</p>\n");
+    let _ = writeln!(body, "<p>{verdict}</p>");
     for (names, what) in [(&comparison.gone, "only in the earlier run"), (&comparison.new, "only in the later run")] {
         if !names.is_empty() {
-            let _ = write!(body, "<p>{what}: {}</p>\n", text(&names.join(", ")));
+            let _ = writeln!(body, "<p>{what}: {}</p>", text(&names.join(", ")));
         }
     }
     for endpoint in &comparison.endpoints {
@@ -39,9 +39,9 @@ fn section(body: &mut String, endpoint: &EndpointComparison) {
         body.push_str("<div class=wide><table><thead><tr><th>case<th>before<th>after<th>why</tr></thead><tbody>\n");
         for change in &endpoint.cases {
             let class = if change.is_worse() { " class=why" } else { "" };
-            let _ = write!(
+            let _ = writeln!(
                 body,
-                "<tr{class}><td><code>{}</code><td>{}<td>{}<td>{}</tr>\n",
+                "<tr{class}><td><code>{}</code><td>{}<td>{}<td>{}</tr>",
                 text(&change.name),
                 ended(change.before),
                 ended(change.after),
@@ -62,9 +62,9 @@ fn section(body: &mut String, endpoint: &EndpointComparison) {
                     text(&word)
                 )
             };
-            let _ = write!(
+            let _ = writeln!(
                 body,
-                "<tr><td><code>{}</code><td>{}<td>{}</tr>\n",
+                "<tr><td><code>{}</code><td>{}<td>{}</tr>",
                 text(&change.field),
                 value(&change.before),
                 value(&change.after)

@@ -12,7 +12,7 @@ const COLUMNS: usize = 8;
 
 pub(super) fn section(page: &mut String, number: usize, report: &Report, alone: bool) {
     if !alone {
-        let _ = write!(page, "<h2 id=e{number}>{}</h2>\n", text(&report.endpoint.name));
+        let _ = writeln!(page, "<h2 id=e{number}>{}</h2>", text(&report.endpoint.name));
     }
     facts(page, report);
     record(page, report);
@@ -68,7 +68,7 @@ fn facts(page: &mut String, report: &Report) {
     page.push_str("<dl class=facts>\n");
     for (name, value) in rows {
         let class = if name == "emulated" { " class='pill odd'" } else { "" };
-        let _ = write!(page, "<dt>{name}</dt><dd><span{class}>{}</span></dd>\n", text(&value));
+        let _ = writeln!(page, "<dt>{name}</dt><dd><span{class}>{}</span></dd>", text(&value));
     }
     page.push_str("</dl>\n");
 }
@@ -81,9 +81,9 @@ what would give it</tr></thead><tbody>\n",
     for (field, value) in &report.record {
         let (class, word, note) = capability(value);
         let class = if class.is_empty() { String::new() } else { format!(" class='pill {class}'") };
-        let _ = write!(
+        let _ = writeln!(
             page,
-            "<tr><td><code>{}</code><td><span{class}>{}</span><td class=muted>{}</tr>\n",
+            "<tr><td><code>{}</code><td><span{class}>{}</span><td class=muted>{}</tr>",
             text(field),
             text(&word),
             text(note.as_deref().unwrap_or_default())
@@ -128,10 +128,10 @@ fn row(page: &mut String, number: usize, case: &CaseReport) {
     } else {
         "0".into()
     };
-    let _ = write!(
+    let _ = writeln!(
         page,
         "<tr id='{}'{}><td>{}<td class=case><code>{}</code><small>{}</small><td class=n>{} / {} / {}<td class=n>{}<td \
-class=n>{} / {unjustified}<td class=n>{}<td class=n>{}<td class=n>{}</tr>\n",
+class=n>{} / {unjustified}<td class=n>{}<td class=n>{}<td class=n>{}</tr>",
         anchor(number, case.name),
         if case.is_green() { " class=green" } else { "" },
         pill(case.outcome),
@@ -148,9 +148,9 @@ class=n>{} / {unjustified}<td class=n>{}<td class=n>{}<td class=n>{}</tr>\n",
     );
     if case.is_green() {
         if !case.detail.is_empty() {
-            let _ = write!(
+            let _ = writeln!(
                 page,
-                "<tr class=green><td><td colspan={} class=muted>{}</tr>\n",
+                "<tr class=green><td><td colspan={} class=muted>{}</tr>",
                 COLUMNS - 1,
                 text(&case.detail)
             );

@@ -22,10 +22,10 @@ class=n>unjustified duplicates<th class=n>time</tr></thead><tbody>\n",
             Some(emulated) => format!(" <b class='pill odd' title='{}'>emulated</b>", text(emulated)),
             None => String::new(),
         };
-        let _ = write!(
+        let _ = writeln!(
             page,
             "<tr><td class=case><a href='#e{number}'>{}</a>{emulated}<small>{}</small><td>{}<td>{}<td class=n>{}<td class=n>{}<td \
-class=n>{}<td class=n>{}<td class=n>{}<td class=n>{}<td class=n>{}<td class=n>{}<td class=n>{}</tr>\n",
+class=n>{}<td class=n>{}<td class=n>{}<td class=n>{}<td class=n>{}<td class=n>{}<td class=n>{}</tr>",
             text(&endpoint.name),
             text(&versions.join(" · ")),
             verdict(report),
@@ -62,7 +62,7 @@ pub(super) fn cases(page: &mut String, reports: &[Report]) {
         }
     }
     for theme in themes {
-        let _ = write!(page, "<tr><th class=theme colspan={}>{}</tr>\n", reports.len() + 1, text(theme));
+        let _ = writeln!(page, "<tr><th class=theme colspan={}>{}</tr>", reports.len() + 1, text(theme));
         for case in known.iter().filter(|case| case.theme == theme) {
             let found: Vec<Option<&CaseReport>> = reports.iter().map(|report| report.case(case.name)).collect();
             let green = found.iter().flatten().all(|case| case.is_green());
