@@ -27,7 +27,7 @@ async fn suite(settings: &'static str, strict_settings: &'static str) {
         .with_strict(move || Box::pin(try_connect(strict.clone(), strict_settings)))
         .with_lease(Duration::from_secs(2))
         .with_patience(Duration::from_secs(60));
-    let mut options = Options::default().with_parallelism(24);
+    let mut options = Options::default().with_parallelism(16);
     if let Ok(filter) = std::env::var("ANYBROKER_CONFORM_FILTER") {
         options = options.with_filter(filter);
     }

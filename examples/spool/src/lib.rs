@@ -8,7 +8,7 @@
 //! ```
 //!
 //! A message is taken by renaming its mark from `ready` to `held`. A rename is atomic and the second one fails, so two
-//! members never have the same message. What this cannot do is refused in [`record`], and the suite verifies that.
+//! members never have the same message. What this cannot do is refused in its record, and the suite verifies that.
 
 mod broker;
 mod files;
