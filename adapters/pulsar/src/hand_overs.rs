@@ -29,6 +29,8 @@ use crate::wire::{Conn, Inbound, command};
 pub(crate) const RESERVED: u64 = 10_000;
 /// Notes that are read at once.
 const READ_AHEAD: u32 = 1_000;
+/// How long the broker may take to say what its last message is, before it is asked again.
+const ANSWERED: Duration = Duration::from_secs(2);
 /// How long storing a note may take, and how long to wait before it is tried again.
 const STORED: Duration = Duration::from_secs(10);
 const AGAIN: Duration = Duration::from_millis(500);
@@ -156,10 +158,16 @@ impl HandOvers {
                 get_last_message_id: Some(proto::CommandGetLastMessageId { consumer_id, request_id }),
                 ..command(Type::GetLastMessageId)
             };
-            let Ok(answer) = conn.ask(operation, ask).await else {
-                // It is not there yet, or not any more.
-                tokio::time::sleep(Duration::from_millis(20)).await;
-                continue;
+            let answer = match tokio::time::timeout(ANSWERED, conn.ask(operation, ask)).await {
+                Ok(Ok(answer)) => answer,
+                Ok(Err(_)) => {
+                    // It is not there yet, or not any more.
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    continue;
+                }
+                // Seen once on 4.2.4: both subscriptions were made at once, and nothing more came for 15 s. Asking changes
+                // nothing, so it is asked again.
+                Err(_) => continue,
             };
             let last = answer.get_last_message_id_response.map(|answer| answer.last_message_id);
             // Entry -1 is an empty topic's.

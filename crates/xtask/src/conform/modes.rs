@@ -36,7 +36,7 @@ const PROMPT: Pace = Pace { lease: "1s", quiet: "500ms", patience: "30s", parall
 const POLLED: Pace = Pace { lease: "2s", quiet: "2s", patience: "60s", parallel: 16 };
 
 const ELASTIC_MQ: Option<&str> = Some("ElasticMQ in the place of Amazon SQS");
-const MOTO: Option<&str> = Some("moto in the place of Amazon SQS and SNS");
+const LOCALSTACK: Option<&str> = Some("LocalStack in the place of Amazon SQS and SNS");
 
 macro_rules! in_process {
     ($name:literal, $settings:literal, $default:literal, $clients:expr) => {
@@ -94,7 +94,7 @@ pub(super) const MODES: &[Mode] = &[
         ELASTIC_MQ,
         POLLED
     ),
-    on_server!("sqs-sns", "moto", "sqs", "", false, &["aws-sdk-sqs", "aws-sdk-sns"], MOTO, POLLED),
+    on_server!("sqs-sns", "localstack", "sqs", "", false, &["aws-sdk-sqs", "aws-sdk-sns"], LOCALSTACK, POLLED),
     on_server!("pulsar", "pulsar", "pulsar", "", true, &["pulsar"], None, PROMPT),
     on_server!("pulsar-partitions", "pulsar", "pulsar", "partitions=3", false, &["pulsar"], None, PROMPT),
 ];
