@@ -9,6 +9,7 @@ use anybroker_core::{Bus, Capabilities, Destination, Error, ErrorKind, Group, St
 use parking_lot::Mutex;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
+use tokio::time::Instant;
 
 use crate::Harness;
 use crate::case::{Breach, Proof};
@@ -184,19 +185,30 @@ impl Env {
     }
 
     /// Deletes what the case created. What cannot be deleted is left behind under a name of its own.
-    pub(crate) async fn clean_up(&self) -> Result<(), Error> {
+    ///
+    /// What a case that was given up had on its way goes on without it, and may create a destination anew after it was
+    /// deleted. Then it is looked at again after a quiet window, until nothing came back.
+    pub(crate) async fn clean_up(&self, given_up: bool) -> Result<(), Error> {
         let created = std::mem::take(&mut *self.created.names.lock());
         if created.is_empty() || !self.record.delete.is_given() {
             return Ok(());
         }
         let bus = self.harness.connect().await?;
-        let mut result = Ok(());
-        for destination in created {
-            match bus.delete(&destination, None).await {
-                Err(error) if error.kind() != ErrorKind::NotFound => result = Err(error),
-                _ => {}
+        let deadline = Instant::now() + self.patience();
+        let result = loop {
+            let (mut found, mut result) = (false, Ok(()));
+            for destination in &created {
+                match bus.delete(destination, None).await {
+                    Ok(()) => found = true,
+                    Err(error) if error.kind() != ErrorKind::NotFound => result = Err(error),
+                    Err(_) => {}
+                }
             }
-        }
+            if !given_up || !found || Instant::now() >= deadline {
+                break result;
+            }
+            tokio::time::sleep(self.quiet()).await;
+        };
         bus.close(self.harness.patience()).await?;
         result
     }

@@ -207,6 +207,7 @@ fn seed_of(case: &Case, seed: u64) -> u64 {
 async fn run_case(case: &'static Case, env: Arc<Env>, timeout: Duration, stop: &Stop) -> CaseReport {
     let begin = Instant::now();
     let refused = refused(case, &env.record);
+    let mut given_up = false;
     let proof = if stop.is_requested() {
         Err(interrupted())
     } else {
@@ -229,6 +230,7 @@ async fn run_case(case: &'static Case, env: Arc<Env>, timeout: Duration, stop: &
             () = stop.requested() => Err(interrupted()),
         };
         if !task.is_finished() {
+            given_up = true;
             task.abort();
             // Until it has let go of everything, it could create something after the deletion of what it created.
             let _ = tokio::time::timeout(Duration::from_secs(5), task).await;
@@ -253,7 +255,7 @@ async fn run_case(case: &'static Case, env: Arc<Env>, timeout: Duration, stop: &
         proof => proof,
     };
     let (mut outcome, mut detail) = conclude(proof, refused.map(|need| need.name), &anomalies);
-    if let Err(error) = env.clean_up().await
+    if let Err(error) = env.clean_up(given_up).await
         && outcome == Outcome::Pass
     {
         (outcome, detail) = (Outcome::Fail, format!("cleaning up: {error:?}"));

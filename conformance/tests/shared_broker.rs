@@ -27,6 +27,8 @@ type Named = Arc<Mutex<BTreeSet<Destination>>>;
 struct Watched {
     inner: Arc<dyn Broker>,
     named: Named,
+    /// How long a publish is on its way. It arrives whether or not anybody still waits for it, as on a network.
+    latency: Duration,
 }
 
 impl Watched {
@@ -47,7 +49,15 @@ impl Broker for Watched {
 
     async fn publish(&self, batch: Vec<Message>, terms: PublishTerms) -> Confirms {
         batch.iter().for_each(|message| self.note(message.destination()));
-        self.inner.publish(batch, terms).await
+        if self.latency.is_zero() {
+            return self.inner.publish(batch, terms).await;
+        }
+        let (inner, latency) = (Arc::clone(&self.inner), self.latency);
+        let arrival = tokio::spawn(async move {
+            tokio::time::sleep(latency).await;
+            inner.publish(batch, terms).await
+        });
+        arrival.await.unwrap()
     }
 
     async fn subscribe(&self, spec: SubscribeSpec) -> Result<Box<dyn Subscription>> {
@@ -109,18 +119,23 @@ impl Broker for Watched {
 struct Shared {
     memory: Memory,
     named: Named,
+    latency: Duration,
 }
 
 impl Shared {
     fn new() -> Self {
-        Self { memory: Memory::new(), named: Named::default() }
+        Self::with_latency(Duration::ZERO)
+    }
+
+    fn with_latency(latency: Duration) -> Self {
+        Self { memory: Memory::new(), named: Named::default(), latency }
     }
 
     fn harness(&self) -> Arc<dyn Harness> {
-        let (memory, named) = (self.memory.clone(), Arc::clone(&self.named));
+        let (memory, named, latency) = (self.memory.clone(), Arc::clone(&self.named), self.latency);
         let harness = UrlHarness::new("a shared broker", move || {
             let inner = Arc::clone(memory.bus().broker());
-            let watched = Watched { inner, named: Arc::clone(&named) };
+            let watched = Watched { inner, named: Arc::clone(&named), latency };
             Box::pin(async move { Ok(Bus::new(Arc::new(watched), BusOptions::default())) })
         });
         let harness = harness.with_lease(Duration::from_millis(500)).with_quiet(Duration::from_millis(100));
@@ -164,7 +179,7 @@ async fn cases_that_fail_leave_nothing_behind() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_interrupted_run_leaves_nothing_behind_and_says_what_it_did_not_run() {
-    let shared = Shared::new();
+    let shared = Shared::with_latency(Duration::from_millis(40));
     let (stop, done) = (Stop::new(), AtomicUsize::new(0));
     let asked = stop.clone();
     let options = Options::default().with_parallelism(8).with_stop(stop).with_progress(move |_| {

@@ -289,7 +289,7 @@ async fn unsupported_matrix(env: &Env) -> Proof {
         // Names of its own for each, or the groups of one would be in the way of another.
         let own = env.sub(need.name);
         let answer = (need.refusal)(&own).await;
-        own.clean_up().await?;
+        own.clean_up(false).await?;
         match answer {
             Ok(()) => verified.push(need.name),
             Err(Breach::NotRun(_)) => {}
