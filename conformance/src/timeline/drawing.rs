@@ -59,7 +59,8 @@ pub(super) fn draw(body: &mut String, model: &Model, focus: &[String]) {
     times.extend(model.bands.iter().flat_map(|band| [band.from, band.until.unwrap_or(end)]));
     let axis = Axis::new(times);
     let rows = rows(model, &spans, &moments, end);
-    Canvas { axis, model, focus, body: String::new(), path: vec![Vec::new(); focus.len()] }.finish(body, &rows);
+    Canvas { axis, model, focus, ground: String::new(), body: String::new(), path: vec![Vec::new(); focus.len()] }
+        .finish(body, &rows);
 }
 
 fn rows<'m>(model: &Model, spans: &[&'m Span], moments: &[&'m Moment], end: u64) -> Vec<Row<'m>> {
@@ -112,6 +113,8 @@ struct Canvas<'m> {
     axis: Axis,
     model: &'m Model,
     focus: &'m [String],
+    /// What lies under the ways of the messages.
+    ground: String,
     body: String,
     /// Where the messages in focus went: moment and place.
     path: Vec<Vec<(u64, f64, f64)>>,
@@ -171,6 +174,7 @@ y=30>{0}</text></g>",
                 text(&band.title),
             );
         }
+        svg.push_str(&self.ground);
         svg.push_str(&lanes);
         for (colour, path) in self.path.iter_mut().enumerate().take(COLOURS) {
             path.sort_by(|one, other| one.0.cmp(&other.0).then(one.1.total_cmp(&other.1)));
@@ -258,7 +262,7 @@ x={:.1} y={:.1}>{}{}</text></g>\n",
             let from = NAMES + self.axis.place(from);
             let width = (NAMES + self.axis.place(until) - from).max(LEAST);
             let _ = writeln!(
-                self.body,
+                self.ground,
                 "<rect class=life x={from:.1} y={:.1} width={width:.1} height={:.1} rx=3 />",
                 top + 1.0,
                 height - 2.0

@@ -21,12 +21,14 @@ const LISTED: usize = 3_000;
 pub(crate) fn page(case: &CaseReport, history: &str) -> String {
     let model = Model::read(history);
     let focus = focus(case, &model);
+    // The list below says what the history shows.
+    let (found, _) = case.detail.split_once("the history shows").unwrap_or((&case.detail, ""));
     let mut body = format!(
         "<h1>{}</h1>\n<p>{}</p>\n<p class=verdict><b>{}</b> {}</p>\n",
         text(case.name),
         text(case.proves),
         text(case.outcome.as_str()),
-        text(&case.detail)
+        text(found.trim_end_matches([' ', ';']))
     );
     if !case.anomalies.is_empty() {
         body.push_str("<ul>\n");

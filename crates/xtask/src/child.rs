@@ -3,7 +3,7 @@
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process_group};
@@ -13,6 +13,9 @@ use crate::interrupt;
 /// What a `cargo` that runs this program sets for it alone. Handed on, some of it makes build scripts run again.
 const SET_BY_CARGO_RUN: &[&str] =
     &["CARGO", "CARGO_MANIFEST_DIR", "CARGO_MANIFEST_PATH", "CARGO_BIN_NAME", "CARGO_CRATE_NAME"];
+
+/// How long a program may take to end after it was asked to: a run of the suite deletes what it created.
+const GRACE: Duration = Duration::from_secs(60);
 
 /// `cargo` with `arguments`, to be run in the current folder.
 pub(crate) fn cargo<S: AsRef<std::ffi::OsStr>>(arguments: impl IntoIterator<Item = S>) -> Command {
@@ -75,10 +78,8 @@ pub(crate) fn wait(command: &mut Command, limit: Duration) -> Result<ExitStatus>
     }
     let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw).context("a child without a pid")?;
     let _ = kill_process_group(group, Signal::TERM);
-    for _ in 0..100 {
-        if child.try_wait()?.is_some() {
-            break;
-        }
+    let until = Instant::now() + GRACE;
+    while child.try_wait()?.is_none() && Instant::now() < until {
         std::thread::sleep(Duration::from_millis(50));
     }
     let _ = kill_process_group(group, Signal::KILL);
