@@ -5,7 +5,7 @@ mod common;
 
 use std::collections::{HashMap, HashSet};
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anybroker_conformance::{Level, Options, ServerControl, UrlHarness, run};
@@ -136,25 +136,29 @@ async fn a_server_that_is_killed_in_the_middle_loses_nothing_that_was_confirmed(
             })
         })
         .collect();
+    // Everything that any member has seen: they go on until that is all there is, however long the outage takes.
+    let seen = Arc::new(Mutex::new(HashSet::new()));
     let consumers: Vec<_> = members
         .into_iter()
         .map(|mut member| {
+            let seen = Arc::clone(&seen);
             tokio::spawn(async move {
-                let (mut seen, mut deliveries, mut events) = (HashSet::new(), 0, Vec::new());
-                let mut quiet_since = Instant::now();
-                while quiet_since.elapsed() < Duration::from_secs(12) {
+                let (mut deliveries, mut events) = (0, Vec::new());
+                let deadline = Instant::now() + LONG * 6;
+                let is_complete = |events: &[SubscriptionEvent]| {
+                    let all = seen.lock().unwrap().len() >= (PUBLISHERS * EACH) as usize;
+                    all && events.contains(&SubscriptionEvent::Recovered)
+                };
+                while !is_complete(&events) && Instant::now() < deadline {
                     let received = member.receive_all(100, Duration::from_secs(1)).await.unwrap();
                     events.extend(received.events);
-                    if !received.deliveries.is_empty() {
-                        quiet_since = Instant::now();
-                        deliveries += received.deliveries.len();
-                        seen.extend(received.deliveries.iter().map(number));
-                        // An ack that the crash swallowed gives the delivery back, and that brings it again.
-                        drop(ack(received.deliveries).await);
-                    }
+                    deliveries += received.deliveries.len();
+                    seen.lock().unwrap().extend(received.deliveries.iter().map(number));
+                    // An ack that the crash swallowed gives the delivery back, and that brings it again.
+                    drop(ack(received.deliveries).await);
                 }
                 member.close(LONG).await.unwrap();
-                (seen, deliveries, events)
+                (deliveries, events)
             })
         })
         .collect();
@@ -166,14 +170,14 @@ async fn a_server_that_is_killed_in_the_middle_loses_nothing_that_was_confirmed(
     for publisher in publishers {
         publisher.await.unwrap();
     }
-    let (mut seen, mut deliveries) = (HashSet::new(), 0);
+    let mut deliveries = 0;
     for consumer in consumers {
-        let (more, count, events) = consumer.await.unwrap();
+        let (count, events) = consumer.await.unwrap();
         assert!(events.iter().any(|event| matches!(event, SubscriptionEvent::Degraded { .. })), "{events:?}");
         assert!(events.contains(&SubscriptionEvent::Recovered), "{events:?}");
-        seen.extend(more);
         deliveries += count;
     }
+    let seen = seen.lock().unwrap().clone();
     let lost: Vec<_> = (0..PUBLISHERS * EACH).filter(|number| !seen.contains(number)).collect();
     assert!(lost.is_empty(), "{} lost: {:?}", lost.len(), &lost[..lost.len().min(20)]);
     assert_eq!(seen.len(), (PUBLISHERS * EACH) as usize, "nothing that was never published");
