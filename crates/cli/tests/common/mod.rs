@@ -42,10 +42,14 @@ impl Cli {
     pub fn feed(&self, args: &[&str], input: &[u8]) -> Ran {
         let mut child = self.spawn(args);
         let mut stdin = child.stdin.take().expect("piped");
-        // A command that refuses its arguments does not read its input.
-        let _ = stdin.write_all(input);
-        drop(stdin);
-        finish(child)
+        // The command answers while it reads: with its output unread, both sides would wait for each other's pipe.
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                // A command that refuses its arguments does not read its input.
+                let _ = stdin.write_all(input);
+            });
+            finish(child)
+        })
     }
 
     /// As `feed`, which must succeed; the JSON objects it printed.
