@@ -34,6 +34,8 @@ const BRIEFLY_FULL: Duration = Duration::from_millis(300);
 const POLL: Duration = Duration::from_millis(20);
 /// How long the last commit is tried while the group rebalances.
 const FLUSH: Duration = Duration::from_secs(10);
+/// How long a member that leaves waits for its partitions to be given back; closing goes on with it.
+const LEAVE: Duration = Duration::from_secs(5);
 /// How long joining the group may take when the subscription has to be a member before it counts.
 const JOIN: Duration = Duration::from_secs(20);
 /// How long a member of a group that exists is waited for.
@@ -90,6 +92,7 @@ impl Feeder {
         drop(fetching);
         let _ = ended.send(self.flush(&consumer));
         // Leaving the group may take as long as a rebalance: after the answer, on this thread (rust-rdkafka #509).
+        leave(&consumer);
         drop(consumer);
         drop(left);
     }
@@ -127,6 +130,11 @@ impl Feeder {
         // As long as nobody is in the group, another first member could fix another start after this one returned. A
         // group that exists is joined a moment later anyway, where its rebalance takes that long.
         let deadline = Instant::now() + if is_new { JOIN } else { REJOIN };
+        self.wait_until_joined(&consumer, is_new, deadline).inspect_err(|_| leave(&consumer))?;
+        Ok(consumer)
+    }
+
+    fn wait_until_joined(&self, consumer: &Client, is_new: bool, deadline: Instant) -> Result<()> {
         while !consumer.context().has_joined.load(Ordering::Acquire) {
             if Instant::now() >= deadline {
                 if !is_new {
@@ -143,7 +151,7 @@ impl Feeder {
                 self.add(log, record.partition(), Filling::one(&record, log == Log::Retry));
             }
         }
-        Ok(consumer)
+        Ok(())
     }
 
     /// Which log a record stands in.
@@ -163,6 +171,21 @@ impl Feeder {
         let committed = consumer.context().commit(consumer, scope)?;
         self.trim.settled(committed, *scope != Scope::Changed);
         Ok(())
+    }
+}
+
+/// Gives all partitions back before the consumer is closed. librdkafka ends the whole process by an assertion when a close
+/// meets certain moments of a rebalance (`rd_kafka_cgrp_terminated`, librdkafka #4792, open as of 2.12.1); a consumer that
+/// has nothing assigned any more does not get there.
+fn leave(consumer: &Client) {
+    consumer.unsubscribe();
+    let deadline = Instant::now() + LEAVE;
+    while Instant::now() < deadline {
+        // Serves the revocation, which unassigns.
+        drop(consumer.poll(POLL));
+        if consumer.assignment().is_ok_and(|assigned| assigned.count() == 0) {
+            return;
+        }
     }
 }
 
