@@ -19,11 +19,13 @@ pub(crate) struct Consumer<'e> {
     client: u32,
     pub(crate) subscription: u64,
     pub(crate) subscriber: Subscriber,
+    /// Lanes that were taken away, or were about to be.
+    pub(crate) lanes_lost: usize,
 }
 
 impl<'e> Consumer<'e> {
     pub(crate) fn new(env: &'e Env, client: u32, subscription: u64, subscriber: Subscriber) -> Self {
-        Self { env, client, subscription, subscriber }
+        Self { env, client, subscription, subscriber, lanes_lost: 0 }
     }
 
     fn record(&self, what: What) {
@@ -50,6 +52,7 @@ impl<'e> Consumer<'e> {
                         self.record(What::Assigned { subscription, lane: lane.index });
                     }
                     SubscriptionEvent::Revoking { lane, .. } | SubscriptionEvent::Lost { lane } => {
+                        self.lanes_lost += 1;
                         self.record(What::LaneLost { subscription, lane: lane.index });
                     }
                     SubscriptionEvent::Degraded { .. } => self.record(What::Degraded { subscription }),
@@ -154,7 +157,7 @@ impl<'e> Consumer<'e> {
     }
 
     pub(crate) async fn try_close(self, grace: Duration) -> Proof<Result<(), Error>> {
-        let Self { env, client, subscription, subscriber } = self;
+        let Self { env, client, subscription, subscriber, .. } = self;
         env.history.record(client, What::CloseInvoke { subscription });
         let closed = env.bounded("close the subscription", subscriber.close(grace)).await?;
         env.history.record(client, What::Closed { subscription });

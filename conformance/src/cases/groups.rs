@@ -73,6 +73,12 @@ pub(super) const CASES: &[Case] = &[
         "Members may come and go; every message is settled once, and nothing is lost.",
         churn
     ),
+    case!(
+        "groups/what-is-acked-while-its-lane-moves-does-not-come-again",
+        [],
+        "Revocation waits for a lane's handlers: what they ack before it is gone is settled for its next owner too.",
+        acked_on_the_move
+    ),
 ];
 
 async fn each_sees_all(env: &Env) -> Proof {
@@ -297,4 +303,44 @@ async fn churn(env: &Env) -> Proof {
     acked.extend(ids(&left));
     ensure_eq!(acked, sent, "everything that was acked");
     Ok(())
+}
+
+async fn acked_on_the_move(env: &Env) -> Proof {
+    let (destination, group) = (env.destination("d"), env.group("g"));
+    let (client, other) = (env.client().await?, env.client().await?);
+    let mut first = client.subscribe(env.spec(&destination, &group)).await?;
+    for number in 0..12 {
+        client.fill(&destination, format!("key {number}").as_str(), 1).await?;
+    }
+    let held = first.take(12).await?;
+    // Lanes begin to move while the second member joins. What has no lanes moves nothing.
+    let (second, ()) = futures_util::try_join!(other.subscribe(env.spec(&destination, &group)), async {
+        let deadline = tokio::time::Instant::now() + if has_lanes(env) { env.patience() } else { env.quiet() };
+        while first.lanes_lost == 0 && tokio::time::Instant::now() < deadline {
+            first.receive(1, Duration::from_millis(20)).await?;
+        }
+        Ok(())
+    })?;
+    let mut second = second;
+    if has_lanes(env) && first.lanes_lost == 0 {
+        return Err(crate::case::Breach::Inconclusive("no lane moved to the second member".into()));
+    }
+    let acks = held.into_iter().map(|held| (held, anybroker_core::Settlement::Ack)).collect();
+    let mut late = BTreeSet::new();
+    for outcome in crate::consumer::settle(acks).await? {
+        // On a machine that stood still the lane may be gone already; then the message is the other one's.
+        if let Err((held, error)) = outcome {
+            ensure_eq!(error.kind(), anybroker_core::ErrorKind::StaleDelivery, "an ack while a lane moves");
+            late.insert(held.id());
+        }
+    }
+    first.close().await?;
+    let again = second.take(late.len()).await?;
+    ensure_eq!(held_ids(&again).into_iter().collect::<BTreeSet<_>>(), late, "what comes to the next owner");
+    ack_all(again).await?;
+    second.silence_then_canary(&other, "the rest was acked before its lane had moved").await
+}
+
+fn has_lanes(env: &Env) -> bool {
+    matches!(env.record.parallelism, anybroker_core::Parallelism::Lanes(_))
 }

@@ -14,6 +14,12 @@ use crate::need;
 pub(super) const CASES: &[Case] = &[
     case!("settle/what-was-acked-never-comes-again", [], "ack: done, never again in this group.", acked_is_done),
     case!(
+        "settle/what-was-acked-stays-away-when-its-lease-would-have-ended",
+        [],
+        "ack: done, never again in this group; not only hidden for as long as a lease.",
+        acked_outlives_its_lease
+    ),
+    case!(
         "settle/acks-may-come-in-any-order",
         [],
         "Acks may come in any order; when all are there, nothing comes again after a close.",
@@ -68,6 +74,21 @@ async fn acked_is_done(env: &Env) -> Proof {
     let left = env.client().await?.drain(env.spec(&destination, &group)).await?;
     ensure_eq!(ids(&left), Vec::<String>::new(), "what a fresh client reads of a group that acked everything");
     Ok(())
+}
+
+async fn acked_outlives_its_lease(env: &Env) -> Proof {
+    let (destination, group) = (env.destination("d"), env.group("g"));
+    let client = env.client().await?;
+    let lease = env.lease();
+    let mut consumer = client.subscribe(env.spec(&destination, &group).with_lease(lease)).await?;
+    let leased = env.now();
+    client.fill(&destination, env.loose_key(), 3).await?;
+    for _ in 0..3 {
+        let held = consumer.one().await?;
+        consumer.ack_in_time(held, leased).await?;
+    }
+    env.pass(lease + lease / 2).await;
+    consumer.silence_then_canary(&client, "all were acked before their leases ended").await
 }
 
 async fn reverse_acks(env: &Env) -> Proof {

@@ -1,5 +1,5 @@
 //! Development commands of AnyBroker: real brokers on this machine, the test command, all
-//! modes under the conformance suite, benchmarks.
+//! modes under the conformance suite, mutants of the adapters, benchmarks.
 
 mod bench;
 mod brokers;
@@ -8,6 +8,7 @@ mod conform;
 mod folders;
 mod interrupt;
 mod lanes;
+mod mutants;
 mod report;
 mod test;
 mod tools;
@@ -32,6 +33,7 @@ enum Command {
     Test(test::Test),
     Bench(bench::Bench),
     Conform(conform::Conform),
+    Mutants(mutants::Mutants),
 }
 
 fn main() -> ExitCode {
@@ -52,5 +54,6 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Test(test) => test.run(),
         Command::Bench(bench) => bench.run(),
         Command::Conform(conform) => conform.run(),
+        Command::Mutants(mutants) => mutants.run(),
     }
 }

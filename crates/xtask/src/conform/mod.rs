@@ -1,6 +1,6 @@
 //! `cargo xtask conform`: the conformance suite on every mode of every adapter, one report of all.
 
-mod modes;
+pub(crate) mod modes;
 mod state;
 
 use std::path::{Path, PathBuf};
@@ -15,6 +15,7 @@ use crate::child::{self, cargo};
 use crate::workspace;
 use modes::{MODES, Mode};
 use state::State;
+pub(crate) use state::revision;
 
 /// A mode takes minutes; one that takes that long hangs.
 const MODE_LIMIT: Duration = Duration::from_secs(60 * 60);

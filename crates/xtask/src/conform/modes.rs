@@ -1,31 +1,31 @@
 //! Every mode of every adapter, as data. A mode is an endpoint's settings; the suite runs on each.
 
 /// One mode.
-pub(super) struct Mode {
+pub(crate) struct Mode {
     /// In commands, and what the report calls it.
-    pub(super) name: &'static str,
+    pub(crate) name: &'static str,
     /// The server it needs, as `cargo xtask brokers` calls it; none for what runs in the process.
-    pub(super) broker: Option<&'static str>,
+    pub(crate) broker: Option<&'static str>,
     /// The feature of the command that brings the adapter in; none for what is always there.
-    pub(super) feature: Option<&'static str>,
+    pub(crate) feature: Option<&'static str>,
     /// Settings that are added to the server's URL; without a server the whole URL, in which `{folder}` is an empty folder.
-    pub(super) settings: &'static str,
+    pub(crate) settings: &'static str,
     /// Whether `--modes default` runs it.
-    pub(super) is_default: bool,
+    pub(crate) is_default: bool,
     /// Packages of Cargo.lock whose versions stand in the report as the client's.
-    pub(super) clients: &'static [&'static str],
+    pub(crate) clients: &'static [&'static str],
     /// What stands in for the product.
-    pub(super) emulated: Option<&'static str>,
-    pub(super) pace: Pace,
+    pub(crate) emulated: Option<&'static str>,
+    pub(crate) pace: Pace,
 }
 
 /// How long cases wait, and how many run at once: what the adapters' own tests take.
 #[derive(Clone, Copy)]
-pub(super) struct Pace {
-    pub(super) lease: &'static str,
-    pub(super) quiet: &'static str,
-    pub(super) patience: &'static str,
-    pub(super) parallel: u16,
+pub(crate) struct Pace {
+    pub(crate) lease: &'static str,
+    pub(crate) quiet: &'static str,
+    pub(crate) patience: &'static str,
+    pub(crate) parallel: u16,
 }
 
 const IN_PROCESS: Pace = Pace { lease: "500ms", quiet: "150ms", patience: "30s", parallel: 8 };
@@ -69,7 +69,7 @@ macro_rules! on_server {
 }
 
 /// In the order in which they run. Modes of one server stand together, so that it is started once.
-pub(super) const MODES: &[Mode] = &[
+pub(crate) const MODES: &[Mode] = &[
     in_process!("memory", "memory://", true, &[]),
     in_process!("memory-as-kafka", "memory://?profile=kafka", false, &[]),
     in_process!("memory-as-rabbitmq", "memory://?profile=rabbitmq", false, &[]),
@@ -101,7 +101,7 @@ pub(super) const MODES: &[Mode] = &[
 
 impl Mode {
     /// The endpoint: `server` is its server's URL.
-    pub(super) fn url(&self, server: Option<&str>, folder: &str) -> String {
+    pub(crate) fn url(&self, server: Option<&str>, folder: &str) -> String {
         match server {
             None => self.settings.replace("{folder}", folder),
             Some(server) if self.settings.is_empty() => server.to_owned(),

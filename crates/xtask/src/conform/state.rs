@@ -81,7 +81,8 @@ impl State {
     }
 }
 
-fn revision() -> Result<String> {
+/// The commit, and whether there are changes beyond it.
+pub(crate) fn revision() -> Result<String> {
     let commit = output_of(Command::new("git").args(["rev-parse", "--short=12", "HEAD"]))?;
     let changed = output_of(Command::new("git").args(["status", "--porcelain"]))?;
     Ok(format!("{}{}", commit.trim(), if changed.is_empty() { "" } else { " with changes" }))
