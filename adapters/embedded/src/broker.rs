@@ -220,6 +220,11 @@ impl Broker for EmbeddedBroker {
         self.inbox().call("describe", move |store| topology::describe(store, &destination)).await
     }
 
+    async fn list(&self, prefix: &str) -> Result<Vec<Destination>> {
+        let prefix = prefix.to_owned();
+        self.inbox().call("list", move |store| topology::list(store, &prefix)).await
+    }
+
     async fn delete(&self, destination: &Destination, group: Option<&Group>) -> Result<()> {
         let (destination, group) = (destination.clone(), group.cloned());
         self.inbox().call("delete", move |store| topology::delete(store, &destination, group.as_ref())).await

@@ -233,6 +233,12 @@ pub(crate) fn describe(store: &Store<'_>, name: &Destination) -> Step<Descriptio
     })
 }
 
+/// The destinations whose names begin with `prefix`.
+pub(crate) fn list(store: &Store<'_>, prefix: &str) -> Step<Vec<Destination>> {
+    let sql = "SELECT name FROM destinations WHERE substr(name, 1, length(?1)) = ?1 ORDER BY name";
+    Ok(store.all(sql, [prefix], |row| row.get::<_, String>(0).map(Destination::from))?)
+}
+
 /// Deletes a group, or a destination with all its groups.
 pub(crate) fn delete(store: &Store<'_>, name: &Destination, group: Option<&Group>) -> Step<()> {
     let dest = find_destination(store, name)?.ok_or_else(|| no_destination("delete", name))?;

@@ -166,6 +166,11 @@ impl Broker for KafkaBroker {
         describe::describe(&self.topology, &self.letters, destination).await
     }
 
+    async fn list(&self, prefix: &str) -> Result<Vec<Destination>> {
+        self.open("list")?;
+        self.topology.list(prefix).await
+    }
+
     async fn delete(&self, destination: &Destination, group: Option<&Group>) -> Result<()> {
         self.open("delete")?;
         self.topology.delete(destination, group).await

@@ -34,6 +34,18 @@ pub(crate) fn group(topic: &str, group: &Group) -> String {
     format!("{topic}/{group}")
 }
 
+/// The destination with that topic; `None` where the name does not tell.
+pub(crate) fn destination(topic: &str) -> Option<Destination> {
+    let mut parts = topic.split("--");
+    let mut bytes = parts.next()?.as_bytes().to_vec();
+    for part in parts {
+        bytes.push(u8::from_str_radix(part.get(..2)?, 16).ok()?);
+        bytes.extend_from_slice(&part.as_bytes()[2..]);
+    }
+    let found = String::from_utf8(bytes).ok().map(Destination::from)?;
+    (self::topic(&found) == topic).then_some(found)
+}
+
 fn escaped(name: &str) -> String {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'.';
     let is_dots = name.bytes().all(|byte| byte == b'.');
@@ -97,7 +109,10 @@ mod tests {
         for topic in &topics {
             assert!(topic.len() <= LONGEST && topic != "." && topic != "..", "{topic}");
             assert!(topic.bytes().all(|byte| byte.is_ascii_alphanumeric() || b".-".contains(&byte)), "{topic}");
+            let told = destination(topic);
+            assert!(told.is_some_and(|told| names.contains(&told.as_str())) || topic.contains("--h"), "{topic}");
         }
+        assert_eq!(destination("foreign_topic"), None);
     }
 
     #[test]
@@ -114,5 +129,6 @@ mod tests {
             .flat_map(|(d, g)| [dead_letters(&(*d).into(), &(*g).into()), retries(&(*d).into(), &(*g).into())])
             .collect();
         assert_eq!(topics.len(), names.len() * 2);
+        assert!(topics.iter().all(|topic| destination(topic).is_none()));
     }
 }

@@ -258,6 +258,14 @@ impl Topology {
         Err(Error::new(ErrorKind::NotFound, operation, "the group has no offsets of this topic").with("group", group))
     }
 
+    pub(crate) async fn list(&self, prefix: &str) -> Result<Vec<Destination>> {
+        let mut found: Vec<Destination> =
+            self.topics().await?.iter().filter_map(|topic| names::destination(topic)).collect();
+        found.retain(|name| name.starts_with(prefix));
+        found.sort();
+        Ok(found)
+    }
+
     pub(crate) async fn delete(&self, destination: &Destination, group: Option<&Group>) -> Result<()> {
         let topic = names::topic(destination);
         let partitions = self.expect(&topic, "delete").await?;

@@ -108,6 +108,10 @@ impl Broker for Connection {
         topology::describe(self.open("describe")?, destination)
     }
 
+    async fn list(&self, prefix: &str) -> Result<Vec<Destination>> {
+        Ok(self.open("list")?.names(prefix))
+    }
+
     async fn delete(&self, destination: &Destination, group: Option<&Group>) -> Result<()> {
         topology::delete(self.open("delete")?, destination, group)
     }

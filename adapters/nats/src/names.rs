@@ -26,6 +26,16 @@ impl Names {
         format!("{}-{}", self.prefix, token(destination))
     }
 
+    /// The subjects of the streams of all destinations.
+    pub(crate) fn all_subjects(&self) -> String {
+        format!("{}.d.>", self.prefix)
+    }
+
+    /// The destination with that stream; `None` where the name does not tell.
+    pub(crate) fn destination(&self, stream: &str) -> Option<Destination> {
+        name_of(stream.strip_prefix(&self.prefix)?.strip_prefix('-')?).map(Destination::from)
+    }
+
     /// The subject that messages of a destination are published to.
     pub(crate) fn subject(&self, destination: &Destination) -> String {
         format!("{}.d.{}.m", self.prefix, token(destination))
@@ -84,6 +94,17 @@ fn token(name: &str) -> String {
     text
 }
 
+/// The name of which a token was made, where it tells.
+fn name_of(token: &str) -> Option<String> {
+    let mut parts = token.split('=');
+    let mut bytes = parts.next()?.as_bytes().to_vec();
+    for part in parts {
+        bytes.push(u8::from_str_radix(part.get(..2)?, 16).ok()?);
+        bytes.extend_from_slice(&part.as_bytes()[2..]);
+    }
+    String::from_utf8(bytes).ok().filter(|name| self::token(name) == token)
+}
+
 /// FNV-1a of 128 bits: not against an adversary, but far beyond chance for names.
 fn fnv1a(bytes: &[u8]) -> u128 {
     bytes.iter().fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d, |hash: u128, byte| {
@@ -110,6 +131,8 @@ mod tests {
         for name in names {
             let stream = all.stream(&name.as_str().into());
             assert!(stream.len() < 255 && !stream.contains(['.', '*', '>', ' ', '/', '\\']), "{stream}");
+            let told = all.destination(&stream);
+            assert!(told.is_some_and(|told| told == *name) || stream.contains("=h"), "{name}");
             assert!(streams.insert(stream), "{name}");
         }
     }
@@ -121,5 +144,6 @@ mod tests {
         let streams: HashSet<String> = pairs.iter().map(|(d, g)| all.records(&(*d).into(), &(*g).into())).collect();
         assert_eq!(streams.len(), pairs.len());
         assert!(pairs.iter().all(|(d, _)| !streams.contains(&all.stream(&(*d).into()))));
+        assert!(streams.iter().all(|records| all.destination(records).is_none()));
     }
 }

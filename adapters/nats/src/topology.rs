@@ -253,6 +253,14 @@ impl Topology {
         Ok(())
     }
 
+    pub(crate) async fn list(&self, prefix: &str) -> Result<Vec<Destination>> {
+        let streams = self.api.streams_of("list", &self.names.all_subjects()).await?;
+        let mut found: Vec<Destination> = streams.iter().filter_map(|stream| self.names.destination(stream)).collect();
+        found.retain(|name| name.starts_with(prefix));
+        found.sort();
+        Ok(found)
+    }
+
     pub(crate) async fn delete(&self, destination: &Destination, group: Option<&Group>) -> Result<()> {
         let stream = self.names.stream(destination);
         let Some(group) = group else {

@@ -36,6 +36,14 @@ impl Names {
         token(destination)
     }
 
+    /// The destination with that topic, by its whole name or that of one of its partitions; `None` where the name does not
+    /// tell.
+    pub(crate) fn destination(&self, full: &str) -> Option<Destination> {
+        let local = full.strip_prefix("persistent://")?.strip_prefix(&self.space)?.strip_prefix('/')?;
+        let whole = local.rsplit_once("-partition-").map_or(local, |(whole, _)| whole);
+        name_of(whole).map(Destination::from)
+    }
+
     /// The local name of the topic that brings messages back to one group.
     pub(crate) fn back(destination: &Destination, group: &Group) -> String {
         format!("{}=b={}", token(destination), token(group))
@@ -81,6 +89,17 @@ fn token(name: &str) -> String {
     text
 }
 
+/// The name of which a token was made, where it tells.
+fn name_of(token: &str) -> Option<String> {
+    let mut parts = token.split('=');
+    let mut bytes = parts.next()?.as_bytes().to_vec();
+    for part in parts {
+        bytes.push(u8::from_str_radix(part.get(..2)?, 16).ok()?);
+        bytes.extend_from_slice(&part.as_bytes()[2..]);
+    }
+    String::from_utf8(bytes).ok().filter(|name| self::token(name) == token)
+}
+
 /// FNV-1a of 128 bits: not against an adversary, but far beyond chance for names.
 fn fnv1a(bytes: &[u8]) -> u128 {
     bytes.iter().fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d, |hash: u128, byte| {
@@ -103,10 +122,14 @@ mod tests {
             .chain(["a-partition-1".to_owned(), "a=2dpartition=2d1".to_owned(), "__change_events".to_owned()])
             .chain([long.clone(), format!("{long}y")]);
         let mut topics = HashSet::new();
+        let all = Names { space: "public/default".into() };
         for name in names {
             let topic = Names::topic(&name.as_str().into());
             let is_legal = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.=".contains(&byte);
             assert!(topic.len() < 200 && topic.bytes().all(is_legal) && !topic.contains("-partition-"), "{topic}");
+            let told = all.destination(&all.full(&topic));
+            assert!(told.is_some_and(|told| told == *name) || topic.contains("=h"), "{name}");
+            assert_eq!(all.destination(&all.full(&format!("{topic}-partition-2"))), all.destination(&all.full(&topic)));
             assert!(topics.insert(topic), "{name}");
         }
     }
@@ -121,6 +144,8 @@ mod tests {
         });
         let found: HashSet<String> = all.collect();
         assert_eq!(found.len(), 3 * pairs.len());
+        let all = Names { space: "public/default".into() };
+        assert!(found.iter().all(|topic| all.destination(&all.full(topic)).is_none()));
         assert!(pairs.iter().all(|(destination, _)| !found.contains(&Names::topic(&(*destination).into()))));
     }
 }

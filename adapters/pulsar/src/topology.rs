@@ -332,6 +332,20 @@ impl Topology {
         }
     }
 
+    pub(crate) async fn list(&self, prefix: &str) -> Result<Vec<Destination>> {
+        // Of a partitioned topic without a partition that is in use only the second list knows.
+        let mut found: Vec<Destination> = Vec::new();
+        for path in ["", "/partitioned"] {
+            let path = format!("/persistent/{}{path}", self.names.space());
+            let topics: Vec<String> = self.admin.ask("list", Verb::Get, &path).await?.read("list")?;
+            found.extend(topics.iter().filter_map(|topic| self.names.destination(topic)));
+        }
+        found.retain(|name| name.starts_with(prefix));
+        found.sort();
+        found.dedup();
+        Ok(found)
+    }
+
     pub(crate) async fn delete(&self, destination: &Destination, group: Option<&Group>) -> Result<()> {
         let operation = "delete";
         let local = Names::topic(destination);

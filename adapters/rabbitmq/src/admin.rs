@@ -50,9 +50,14 @@ pub(crate) struct QueueFigures {
 }
 
 #[derive(Deserialize)]
-struct Page {
-    items: Vec<QueueFigures>,
+struct Page<T> {
+    items: Vec<T>,
     page_count: usize,
+}
+
+#[derive(Deserialize)]
+struct Exchange {
+    name: String,
 }
 
 #[derive(Deserialize)]
@@ -96,22 +101,39 @@ impl Admin {
 
     /// The queues whose names begin like that.
     pub(crate) async fn queues(&self, operation: &'static str, start: &str) -> Result<Vec<QueueFigures>> {
+        let columns = "name,messages_unacknowledged";
+        let mut found: Vec<QueueFigures> = self.pages(operation, "queues", start, columns).await?;
+        found.retain(|queue| queue.name.starts_with(start));
+        Ok(found)
+    }
+
+    /// The exchanges whose names begin like that.
+    pub(crate) async fn exchanges(&self, operation: &'static str, start: &str) -> Result<Vec<String>> {
+        let found: Vec<Exchange> = self.pages(operation, "exchanges", start, "name").await?;
+        Ok(found.into_iter().map(|exchange| exchange.name).filter(|name| name.starts_with(start)).collect())
+    }
+
+    async fn pages<T: DeserializeOwned>(
+        &self,
+        operation: &'static str,
+        of: &str,
+        start: &str,
+        columns: &str,
+    ) -> Result<Vec<T>> {
         let mut found = Vec::new();
         // Of a name only `.` means something in a regular expression.
         let pattern = escaped(&format!("^{}", start.replace('.', "\\.")));
         for page in 1.. {
             let path = format!(
-                "/api/queues/{}?page={page}&page_size={PAGE}&name={pattern}&use_regex=true\
-                 &columns=name,messages_unacknowledged",
+                "/api/{of}/{}?page={page}&page_size={PAGE}&name={pattern}&use_regex=true&columns={columns}",
                 self.vhost
             );
-            let answer: Page = self.found(operation, &path).await?;
+            let answer: Page<T> = self.found(operation, &path).await?;
             found.extend(answer.items);
             if page >= answer.page_count {
                 break;
             }
         }
-        found.retain(|queue| queue.name.starts_with(start));
         Ok(found)
     }
 

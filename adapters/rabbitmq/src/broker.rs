@@ -147,6 +147,11 @@ impl Broker for RabbitBroker {
         self.topology.describe(destination).await
     }
 
+    async fn list(&self, prefix: &str) -> Result<Vec<Destination>> {
+        self.open("list")?;
+        self.topology.list(prefix).await
+    }
+
     async fn delete(&self, destination: &Destination, group: Option<&Group>) -> Result<()> {
         self.open("delete")?;
         self.topology.delete(destination, group).await

@@ -25,6 +25,16 @@ impl Names {
         format!("{}.{}", self.prefix, token(destination))
     }
 
+    /// What the names of the exchanges of all destinations begin with.
+    pub(crate) fn all_exchanges(&self) -> String {
+        format!("{}.", self.prefix)
+    }
+
+    /// The destination with that exchange; `None` where the name does not tell.
+    pub(crate) fn destination(&self, exchange: &str) -> Option<Destination> {
+        name_of(exchange.strip_prefix(&self.prefix)?.strip_prefix('.')?).map(Destination::from)
+    }
+
     /// The queue of a group. `=g=`, and what follows `=` below, come out of no name.
     pub(crate) fn queue(&self, destination: &Destination, group: &Group) -> String {
         format!("{}.{}=g={}", self.prefix, token(destination), token(group))
@@ -68,6 +78,17 @@ fn token(name: &str) -> String {
     text
 }
 
+/// The name of which a token was made, where it tells.
+fn name_of(token: &str) -> Option<String> {
+    let mut parts = token.split('=');
+    let mut bytes = parts.next()?.as_bytes().to_vec();
+    for part in parts {
+        bytes.push(u8::from_str_radix(part.get(..2)?, 16).ok()?);
+        bytes.extend_from_slice(&part.as_bytes()[2..]);
+    }
+    String::from_utf8(bytes).ok().filter(|name| self::token(name) == token)
+}
+
 /// FNV-1a of 128 bits: not against an adversary, but far beyond chance for names.
 pub(crate) fn fnv1a(bytes: &[u8]) -> u128 {
     bytes.iter().fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d, |hash: u128, byte| {
@@ -93,6 +114,9 @@ mod tests {
         for name in names {
             let queue = all.queue(&name.as_str().into(), &long.as_str().into());
             assert!(Names::waiting(&queue, "1234567890").len() <= 255, "{queue}");
+            assert!(all.destination(&queue).is_none());
+            let exchange = all.exchange(&name.as_str().into());
+            assert!(all.destination(&exchange).is_some_and(|told| told == *name) || exchange.contains("=h"), "{name}");
             assert!(seen.insert(queue), "{name}");
         }
     }

@@ -285,6 +285,14 @@ impl Topology {
         })
     }
 
+    pub(crate) async fn list(&self, prefix: &str) -> Result<Vec<Destination>> {
+        let exchanges = self.admin("list")?.exchanges("list", &self.names.all_exchanges()).await?;
+        let mut found: Vec<Destination> = exchanges.iter().filter_map(|name| self.names.destination(name)).collect();
+        found.retain(|name| name.starts_with(prefix));
+        found.sort();
+        Ok(found)
+    }
+
     pub(crate) async fn delete(&self, destination: &Destination, group: Option<&Group>) -> Result<()> {
         let operation = "delete";
         let admin = self.admin(operation)?;

@@ -114,6 +114,16 @@ pub trait Broker: Send + Sync + 'static {
     /// `NotFound`.
     async fn describe(&self, destination: &Destination) -> Result<Description>;
 
+    /// The destinations whose logical names begin with `prefix`, in order, as far as the broker's names tell them: one that was
+    /// hashed because it is too long is left out, and so is what no name of this library belongs to.
+    ///
+    /// # Errors
+    /// `Unsupported` unless the adapter says otherwise.
+    async fn list(&self, prefix: &str) -> Result<Vec<Destination>> {
+        let _ = prefix;
+        Err(Error::unsupported("list", "this adapter does not list destinations"))
+    }
+
     /// Deletes a group with its dead letters, or (without a group) the destination with all its groups. Open
     /// subscriptions of it end with `NotFound`.
     ///

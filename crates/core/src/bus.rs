@@ -265,6 +265,15 @@ impl Bus {
         self.0.broker.describe(&destination.into()).await
     }
 
+    /// The destinations whose logical names begin with `prefix`, in order, as far as the broker's names tell them.
+    ///
+    /// # Errors
+    /// `Unsupported` where the adapter does not list destinations.
+    pub async fn list(&self, prefix: &str) -> Result<Vec<Destination>> {
+        self.open("list")?;
+        self.0.broker.list(prefix).await
+    }
+
     /// Deletes a group, or without one the destination with all its groups.
     ///
     /// # Errors

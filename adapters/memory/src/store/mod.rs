@@ -56,6 +56,14 @@ impl Store {
         self.topics.read().get(name).cloned().ok_or_else(|| no_destination(name, operation))
     }
 
+    /// The destinations whose names begin with `prefix`.
+    pub(crate) fn names(&self, prefix: &str) -> Vec<Destination> {
+        let mut found: Vec<Destination> =
+            self.topics.read().keys().filter(|name| name.starts_with(prefix)).cloned().collect();
+        found.sort();
+        found
+    }
+
     /// The destination, and whether it is new.
     pub(crate) fn topic_or_new(&self, name: &Destination) -> (Arc<Topic>, bool) {
         if let Some(topic) = self.topics.read().get(name) {
