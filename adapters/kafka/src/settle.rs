@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::{
-    AckLevel, Delivery, Error, ErrorKind, Lane, Nack, Result, SettleError, SettleOutcome, Settlement, Settler,
+    AckLevel, Delivery, Effect, Error, ErrorKind, Lane, Nack, Result, SettleError, SettleOutcome, Settlement, Settler,
     Settling, Token, Verdict,
 };
 use async_trait::async_trait;
@@ -136,7 +136,7 @@ impl KafkaSettler {
                     Ok(_) => {
                         let lane = delivery.lane();
                         let done = shared.with_entry(lane, delivery.token(), |state, place| state.done(place));
-                        recorded(delivery, done)
+                        done.map(|()| AckLevel::Recorded).ok_or_else(|| stale_with_copy(delivery))
                     }
                 });
             }
@@ -190,8 +190,19 @@ fn recorded(delivery: Delivery, applied: Option<()>) -> SettleOutcome {
 }
 
 fn stale(delivery: Delivery) -> SettleError {
-    let text = "the partition belongs to another member now; the message comes back there";
+    is_stale(delivery, Effect::NotDone, "the partition belongs to another member now; the message comes back there")
+}
+
+/// Its retry or dead letter is stored, its source not settled.
+fn stale_with_copy(delivery: Delivery) -> SettleError {
+    let text = "the partition went to another member while the retry or dead letter was being stored: the message comes back \
+                there as well";
+    is_stale(delivery, Effect::Unknown, text)
+}
+
+fn is_stale(delivery: Delivery, effect: Effect, text: &'static str) -> SettleError {
     let error = Error::new(ErrorKind::StaleDelivery, "settle", text)
+        .with_effect(effect)
         .with("group", delivery.group())
         .with("id", delivery.message().id())
         .with("lane", delivery.lane().index);

@@ -1,0 +1,77 @@
+//! The suite's cases about faults, with a proxy between the running server and its clients.
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "test code")]
+
+mod common;
+
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anybroker_conformance::{CaseReport, Level, Options, Outcome, Route, UrlHarness, run, url_through};
+use anybroker_core::{Delivery, Effect, ErrorKind};
+use common::{LONG, Server, connect, numbered, publish, receive, try_connect, unique, url};
+use futures_util::poll;
+
+/// A share of them; the seed fixes what happens, not when.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn lost_answers_and_a_mixed_schedule_break_no_promise() {
+    let cases = ["faults/answers-that-are-lost-*", "faults/a-mixed-schedule-keeps-*"];
+    suite(cases.iter().fold(Options::default().with_seed(1), |options, case| options.with_filter(*case))).await;
+}
+
+/// All of them, on a seed that the report prints; `ANYBROKER_TEST_SEED` repeats it, `ANYBROKER_TEST_CASES` chooses cases.
+#[ignore = "minutes: cargo test -p anybroker-kafka --test faults -- --ignored"]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn faults_of_connections_break_no_promise() {
+    let cases = std::env::var("ANYBROKER_TEST_CASES").unwrap_or_else(|_| "faults/*".into());
+    let mut options = Options::default().with_filter(cases);
+    if let Ok(seed) = std::env::var("ANYBROKER_TEST_SEED") {
+        options = options.with_seed(seed.parse().unwrap());
+    }
+    suite(options).await;
+}
+
+async fn suite(options: Options) {
+    let (Some(url), Some(server)) = (url(), Server::find()) else { return };
+    // Clients go to the address that the server advertises, so that the proxy has to listen there: one for all of them.
+    let listen = ([127, 0, 0, 1], server.port("advertised.listeners", "PROXIED")).into();
+    let route = Route::advertised(listen, format!("127.0.0.1:{}", server.port("listeners", "PROXIED")));
+    let direct = url.clone();
+    let harness = UrlHarness::new("kafka", move || Box::pin(try_connect(direct.clone(), "")))
+        .with_proxies(vec![route], move |addresses| Box::pin(try_connect(url_through(&url, &addresses), "")))
+        .with_lease(Duration::from_secs(2))
+        .with_quiet(Duration::from_secs(1))
+        .with_patience(Duration::from_secs(60));
+    let report = run(Arc::new(harness), options.with_level(Level::Reliability)).await.unwrap();
+    println!("{}", report.text());
+    if let Some(directory) = std::env::var_os("ANYBROKER_TEST_REPORT") {
+        report.write_dir(directory.as_ref()).unwrap();
+    }
+    let left_out = |case: &&CaseReport| case.outcome == Outcome::NotRun && !case.name.contains("a-server-");
+    assert_eq!(report.cases.iter().find(left_out).map(|case| case.name), None, "a case about connections was not run");
+    assert!(report.is_green(), "{}", report.summary());
+}
+
+/// The copy that brings it back is on its way when its partition is lost: source and copy come, which the answer must not deny.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_nack_that_is_stored_after_its_partition_was_lost_does_not_answer_that_nothing_was_done() {
+    let Some(url) = url() else { return };
+    let other = connect(&url, "partitions=1").await;
+    // What it stores waits for others of its batch for longer than it takes to give the partition up.
+    let bus = connect(&url, "partitions=1&linger=10s").await;
+    let name = unique("late-nack");
+    let mut subscriber = bus.subscribe(bus.subscription(name.as_str(), "g")).await.unwrap();
+    publish(&other, numbered(&name, 0..1)).await;
+    let mut nack = pin!(receive(&mut subscriber, 1).await.remove(0).nack(Duration::ZERO));
+    assert!(poll!(nack.as_mut()).is_pending());
+    subscriber.close(LONG).await.unwrap();
+    let Err(error) = nack.await else {
+        println!("not shown: giving the partition up took this machine longer than the retry waited");
+        return;
+    };
+    assert_eq!((error.error().kind(), error.error().effect()), (ErrorKind::StaleDelivery, Effect::Unknown));
+    let mut subscriber = other.subscribe(other.subscription(name.as_str(), "g")).await.unwrap();
+    let mut attempts: Vec<u32> = receive(&mut subscriber, 2).await.iter().map(Delivery::attempt).collect();
+    attempts.sort_unstable();
+    assert_eq!(attempts, [1, 2]);
+}
