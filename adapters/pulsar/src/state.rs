@@ -17,6 +17,8 @@ use crate::codec::Notes;
 use crate::wire::Conn;
 
 mod count;
+#[cfg(test)]
+mod tests;
 mod time;
 
 use count::Count;
@@ -90,6 +92,12 @@ impl FeedState {
         let (epoch, attached, is_degraded, permits, ready) = Default::default();
         let count = is_counted.then(Count::default);
         Self { destination, group, is_back, source, epoch, attached, is_degraded, permits, ready, count }
+    }
+
+    /// Its connection has ended, and it has not come round to that yet: the broker gives everything of it out again, so that
+    /// nothing of it may be handed out here any more, least of all what was dropped because its settling failed.
+    fn is_cut_off(&self) -> bool {
+        self.attached.as_ref().is_some_and(|(conn, _)| conn.is_closed())
     }
 }
 
@@ -343,6 +351,9 @@ impl Shared {
             for offset in 0..feeds {
                 let index = (state.next_feed + offset) % feeds;
                 let feed = &mut state.feeds[index];
+                if feed.is_cut_off() {
+                    continue;
+                }
                 while received.deliveries.len() < max {
                     let Some((_, &key)) = feed.ready.first_key_value() else { break };
                     if let Some(count) = &mut feed.count {

@@ -141,7 +141,15 @@ impl Conn {
             max_message: u64::try_from(connected.max_message_size()).ok().filter(|max| *max > 0).unwrap_or(5_242_880),
             server: connected.server_version,
         };
-        let conn = Arc::new(Self {
+        let conn = Arc::new(Self::new(settings.token.clone()));
+        tokio::spawn(write_all(Arc::clone(&conn), write));
+        tokio::spawn(read_all(Arc::clone(&conn), read));
+        Ok((conn, hello))
+    }
+
+    /// What it is told is kept until somebody writes it.
+    pub(crate) fn new(token: Option<anybroker_core::Secret>) -> Self {
+        Self {
             out: Mutex::new(BytesMut::new()),
             written: Notify::new(),
             requests: Mutex::new(Some(HashMap::new())),
@@ -149,11 +157,8 @@ impl Conn {
             producers: Mutex::default(),
             ids: AtomicU64::new(1),
             closed: watch::Sender::new(false),
-            token: settings.token.clone(),
-        });
-        tokio::spawn(write_all(Arc::clone(&conn), write));
-        tokio::spawn(read_all(Arc::clone(&conn), read));
-        Ok((conn, hello))
+            token,
+        }
     }
 
     /// A number that no other request, consumer or producer of this connection has.

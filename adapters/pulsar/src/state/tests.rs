@@ -1,0 +1,58 @@
+use anybroker_core::{Result, Settlement, Settler, Settling};
+use async_trait::async_trait;
+
+use super::*;
+
+/// Nothing is settled here.
+struct Nobody;
+
+#[async_trait]
+impl Settler for Nobody {
+    fn settle(&self, _: Vec<(Delivery, Settlement)>) -> Settling {
+        unreachable!("nothing is settled here")
+    }
+
+    async fn extend(&self, _: &[&Delivery], _: Duration) -> Vec<Result<()>> {
+        unreachable!("nothing is extended here")
+    }
+
+    fn abandoned(&self, _: &Token, _: Lane) {}
+}
+
+fn arrival(entry_id: u64) -> Arrival {
+    let id = MessageIdData { ledger_id: 1, entry_id, ..Default::default() };
+    Arrival { id, siblings: None, message: Message::new("d", "m"), notes: Notes::default() }
+}
+
+#[test]
+fn of_a_connection_that_has_ended_nothing_is_handed_out_while_its_feed_has_not_noticed() {
+    let feed = FeedState::new("d".into(), "g".into(), false, 0, false);
+    let shared = Shared::new(Duration::from_secs(60), 10, false, vec![feed]);
+    let context = DeliveryContext::new("g".into(), None, Arc::new(Nobody));
+    let take = || {
+        let received = shared.take(10, &context, &mut Vec::new()).unwrap();
+        received.map_or_else(Vec::new, |received| received.deliveries)
+    };
+    let give_back = |held: Vec<Delivery>| {
+        for delivery in held {
+            assert!(shared.give_back(delivery.token(), delivery.lane(), false));
+        }
+    };
+    let conn = Arc::new(Conn::new(None));
+    shared.attached(0, &conn, 1, None);
+    assert!(shared.arrive(0, vec![arrival(1)]).is_empty());
+    // Given back, it comes again: the connection is there.
+    give_back(take());
+    let held = take();
+    assert_eq!(held.len(), 1);
+    conn.close();
+    give_back(held);
+    shared.arrive(0, vec![arrival(2)]);
+    assert!(take().is_empty());
+    // The broker gives them out again, to whoever comes.
+    let next = Arc::new(Conn::new(None));
+    shared.detached(0, false);
+    shared.attached(0, &next, 1, None);
+    shared.arrive(0, vec![arrival(1), arrival(2)]);
+    assert_eq!(take().len(), 2);
+}
