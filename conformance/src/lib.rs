@@ -32,12 +32,13 @@ pub mod mutants;
 mod need;
 mod report;
 mod run;
+mod sweep;
 mod timeline;
 
 pub use case::{Case, Level, Outcome};
 pub use cases::cases;
 pub use checker::{Anomaly, Counts};
-pub use faults::{Route, ServerControl, routes_of, url_through};
+pub use faults::{Route, ServerControl, check_proxies, routes_of, url_through};
 pub use harness::{About, Harness, UrlHarness};
 pub use need::Need;
 pub use report::{
@@ -45,3 +46,4 @@ pub use report::{
     ReportSet, RunSettings, SCHEMA, Totals,
 };
 pub use run::{Options, Progress, Stop, run};
+pub use sweep::{Leftover, fresh_name, sweep};

@@ -15,7 +15,7 @@ use crate::checker::{self, Anomaly, Rules};
 use crate::env::Env;
 use crate::history::{Event, What};
 use crate::report::{CaseReport, EndpointReport, Report, RunSettings};
-use crate::{Case, Harness, Level, Outcome, cases};
+use crate::{Case, Harness, Level, Outcome, cases, sweep};
 
 /// Called with a case's report.
 pub type Progress = Arc<dyn Fn(&CaseReport) + Send + Sync>;
@@ -169,7 +169,7 @@ pub async fn run(harness: Arc<dyn Harness>, options: Options) -> Result<Report> 
     let settings = RunSettings::of(harness.as_ref(), &options);
     bus.close(harness.patience()).await?;
 
-    let run_id = format!("conform-{:08x}", rand::rng().random::<u32>());
+    let run_id = sweep::run_id();
     let chosen: Vec<&'static Case> = cases().iter().filter(|case| options.chooses(case)).collect();
     let parallelism = if harness.clock().is_some() { 1 } else { options.parallelism.max(1) };
     let run_one = |(index, case): (usize, &'static Case)| {

@@ -14,6 +14,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use anybroker_core::{Error, ErrorKind};
 use async_trait::async_trait;
 use parking_lot::Mutex;
 
@@ -21,6 +22,7 @@ use crate::case::{Breach, Proof};
 use crate::client::Client;
 use crate::env::Env;
 use crate::history::What;
+use crate::{Harness, sweep};
 pub use address::{routes_of, url_through};
 pub(crate) use plan::{Kind, Planned, plan};
 use proxy::{End, Proxy, Way};
@@ -220,6 +222,26 @@ impl<'e> Network<'e> {
             ));
         }
         client.close().await
+    }
+}
+
+/// Whether a harness's clients can be led through proxies, as the cases find out for themselves. It creates a destination of its
+/// own, and deletes it.
+///
+/// # Errors
+/// `Unsupported` with the reason why they cannot; what connecting without a proxy says.
+pub async fn check_proxies(harness: Arc<dyn Harness>) -> anybroker_core::Result<()> {
+    let bus = harness.connect().await?;
+    let record = Arc::new(bus.capabilities().clone());
+    bus.close(harness.patience()).await?;
+    let env = Env::new(harness, record, format!("{}.0", sweep::run_id()), 0);
+    let found = Network::open(&env).await.map(drop);
+    let cleaned = env.clean_up(false).await;
+    match found {
+        Ok(()) => cleaned,
+        Err(Breach::NotRun(why) | Breach::Failed(why) | Breach::Inconclusive(why)) => {
+            Err(Error::new(ErrorKind::Unsupported, "conform", format!("behind a proxy: {why}")))
+        }
     }
 }
 

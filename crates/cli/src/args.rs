@@ -5,6 +5,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use anybroker::{Start, Timestamp};
+use anybroker_conformance::Route;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
@@ -302,12 +303,14 @@ pub(crate) struct ConformArgs {
     /// Only cases whose name matches; may be repeated; * stands for anything
     #[arg(long = "case", value_name = "GLOB")]
     pub(crate) cases: Vec<String>,
-    /// Up to this level
-    #[arg(long, value_enum, default_value_t = LevelArg::Conformance)]
-    pub(crate) level: LevelArg,
+    /// Up to this level; `conformance` when not given, `reliability` where faults are asked for
+    #[arg(long, value_enum)]
+    pub(crate) level: Option<LevelArg>,
     /// Repeats a run: the seed that its report names
     #[arg(long, value_name = "N")]
     pub(crate) seed: Option<u64>,
+    #[command(flatten)]
+    pub(crate) disturbing: FaultArgs,
     /// How many cases run at once
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) parallel: u16,
@@ -337,8 +340,57 @@ pub(crate) struct ConformArgs {
     pub(crate) list: bool,
 }
 
+/// What the cases of the level `reliability` (faults/…) may do.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Faults")]
+pub(crate) struct FaultArgs {
+    /// What is disturbed, separated by commas. When not given, level `reliability` disturbs connections where it can
+    #[arg(long, value_enum, value_name = "KINDS", value_delimiter = ',')]
+    pub(crate) faults: Vec<FaultsArg>,
+    /// Where the proxy listens, and the server's address behind it, such as 127.0.0.1:9192=127.0.0.1:9092; one for each host
+    /// of the URL. For servers whose clients go to the address that they advertise (Kafka): give the server a listener at
+    /// UPSTREAM that advertises LISTEN. Others need none
+    #[arg(long = "proxy", value_name = "LISTEN=UPSTREAM", value_parser = advertised)]
+    pub(crate) proxies: Vec<Route>,
+    /// Kills the server and starts it again with the same data, such as 'docker kill nats && docker start nats'; a line for
+    /// sh, which may return before clients are served. It hits everybody on that server
+    #[arg(long, value_name = "CMD")]
+    pub(crate) restart_command: Option<String>,
+    /// Freezes the server (SIGSTOP, docker pause); a line for sh
+    #[arg(long, value_name = "CMD", requires = "resume_command")]
+    pub(crate) pause_command: Option<String>,
+    /// Lets a frozen server go on
+    #[arg(long, value_name = "CMD", requires = "pause_command")]
+    pub(crate) resume_command: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum FaultsArg {
+    /// Connections: the command's own clients go through proxies, which cut, hold, lose and slow down; safe on a shared server
+    Proxy,
+    /// The server, by --restart-command or --pause-command and --resume-command
+    Process,
+    /// Nothing: those cases are not run
+    None,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SweepArgs {
+    /// Only of runs that began at least that long ago; a younger one may be going on
+    #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "1d")]
+    pub(crate) older_than: Duration,
+    /// Only list what would be deleted
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum ConformCommand {
+    /// Delete what runs that were killed have left behind
+    ///
+    /// Lists the endpoint's destinations and deletes those whose names have the form that only the suite gives
+    /// (conform-TIME-RANDOM.CASE.…). The time in the name, when the run began, says how old they are.
+    Sweep(SweepArgs),
     /// Reports that runs have left behind: put them side by side, compare two, or print the form
     #[command(subcommand)]
     Report(ReportCommand),
@@ -399,6 +451,11 @@ pub(crate) struct CheckArgs {
     /// Also connect, and check `require` against the endpoint's capability record
     #[arg(long)]
     pub(crate) connect: bool,
+}
+
+fn advertised(text: &str) -> Result<Route, String> {
+    let route: Route = text.parse()?;
+    if route.listen.is_some() { Ok(route) } else { Err("expected LISTEN=UPSTREAM, two addresses with ports".into()) }
 }
 
 fn duration(text: &str) -> Result<Duration, String> {

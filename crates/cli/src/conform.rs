@@ -1,40 +1,51 @@
 //! `anybroker conform`: the conformance suite against the endpoint.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anybroker::config::EndpointUrl;
-use anybroker::{Bus, Config, ErrorKind, MessageId, TopologySpec};
-use anybroker_conformance::{About, Harness, Level, Options, Outcome, Report, Stop, cases};
+use anybroker::{Bus, Config, ErrorKind, TopologySpec};
+use anybroker_conformance::{
+    About, Harness, Level, Options, Outcome, Report, Route, ServerControl, Stop, cases, check_proxies, fresh_name,
+    url_through,
+};
 use async_trait::async_trait;
 use serde_json::{Value, json};
 
 use crate::args::{ConformArgs, ConformCommand, Global, LevelArg};
-use crate::conform_report;
-use crate::connect;
+use crate::conform_faults::Faults;
 use crate::exit::{Exit, Failure};
 use crate::interrupt::Interrupt;
 use crate::output::Output;
 use crate::progress::Progress;
+use crate::{conform_report, conform_sweep, connect};
 
 /// The setting that adapters have for it, by convention.
 const CREATE_DESTINATIONS: &str = "create_destinations";
 
 pub(crate) async fn run(global: &Global, args: ConformArgs, output: &mut Output) -> Result<Exit, Failure> {
-    if let Some(ConformCommand::Report(command)) = &args.command {
-        return conform_report::run(command, output);
+    match &args.command {
+        Some(ConformCommand::Report(command)) => return conform_report::run(command, output),
+        Some(ConformCommand::Sweep(args)) => return conform_sweep::run(global, args, output).await,
+        None => {}
     }
     if args.list {
         return list(&args, output);
     }
-    let harness = CommandHarness::new(global, &args).await?;
+    let faults = Faults::of(&args.disturbing, args.level.map(level), &connect::settings(global)?)?;
+    let (level, wants_proxies) = (faults.level, faults.wants_proxies);
+    let harness = Arc::new(CommandHarness::new(global, &args, faults).await?);
+    if wants_proxies {
+        check_proxies(harness.clone()).await?;
+    }
     let mut interrupt = Interrupt::listen()?;
     let done = Arc::new(AtomicU64::new(0));
     let progress = Progress::new("cases", false);
     let bar = progress.handle();
     let mut options = Options::default()
-        .with_level(level(args.level))
+        .with_level(level)
         .with_parallelism(args.parallel.into())
         .with_progress(move |_| bar.set_position(done.fetch_add(1, Ordering::Relaxed) + 1));
     options.filter = args.cases.clone();
@@ -42,7 +53,7 @@ pub(crate) async fn run(global: &Global, args: ConformArgs, output: &mut Output)
         options = options.with_seed(seed);
     }
     let stop = Stop::new();
-    let run = anybroker_conformance::run(Arc::new(harness), options.with_stop(stop.clone()));
+    let run = anybroker_conformance::run(harness, options.with_stop(stop.clone()));
     tokio::pin!(run);
     let report = tokio::select! {
         biased;
@@ -72,7 +83,8 @@ pub(crate) async fn run(global: &Global, args: ConformArgs, output: &mut Output)
 }
 
 fn list(args: &ConformArgs, output: &mut Output) -> Result<Exit, Failure> {
-    let chosen: Vec<_> = cases().iter().filter(|case| case.level <= level(args.level)).collect();
+    let highest = args.level.map_or(Level::Conformance, level);
+    let chosen: Vec<_> = cases().iter().filter(|case| case.level <= highest).collect();
     if output.is_json() {
         for case in chosen {
             let needs: Vec<&str> = case.needs.iter().map(|need| need.name).collect();
@@ -123,10 +135,11 @@ struct CommandHarness {
     config: Config,
     /// The same with missing destinations not created, where the adapter has that setting.
     strict: Option<Config>,
+    faults: Faults,
 }
 
 impl CommandHarness {
-    async fn new(global: &Global, args: &ConformArgs) -> Result<Self, Failure> {
+    async fn new(global: &Global, args: &ConformArgs, faults: Faults) -> Result<Self, Failure> {
         let mut config = connect::settings(global)?;
         let bus = connect::connect(global).await?;
         let name = args.name.clone().unwrap_or_else(|| bus.endpoint().url.clone());
@@ -140,7 +153,7 @@ impl CommandHarness {
         let strict = strict.map(|scheme| config.clone().with(format!("{scheme}.{CREATE_DESTINATIONS}"), false));
         let about = About { client: args.client.clone(), emulated: args.emulated.clone() };
         let (lease, quiet, patience) = (args.lease, args.quiet, args.patience);
-        Ok(Self { name, about, lease, quiet, patience, config, strict })
+        Ok(Self { name, about, lease, quiet, patience, config, strict, faults })
     }
 }
 
@@ -158,16 +171,16 @@ fn private(global: &Global) -> Option<String> {
 
 /// Whether a second connection sees what the first one declared.
 async fn is_shared(bus: &Bus, config: &Config) -> Result<bool, Failure> {
-    let probe = format!("conform.probe.{}", MessageId::new());
-    if bus.declare(&TopologySpec::destination(probe.as_str())).await.is_err() {
+    let probe = fresh_name("probe");
+    if bus.declare(&TopologySpec::destination(&probe)).await.is_err() {
         return Ok(true);
     }
     let other = anybroker::connect_with(config.clone()).await?;
-    let shared = match other.describe(probe.as_str()).await {
+    let shared = match other.describe(&probe).await {
         Err(error) => error.kind() != ErrorKind::NotFound,
         Ok(_) => true,
     };
-    bus.delete(probe.as_str(), None).await?;
+    bus.delete(&probe, None).await?;
     connect::close(&other).await?;
     Ok(shared)
 }
@@ -208,5 +221,18 @@ impl Harness for CommandHarness {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => None,
             connected => Some(connected),
         }
+    }
+
+    fn routes(&self) -> Result<Vec<Route>, String> {
+        self.faults.routes.clone()
+    }
+
+    async fn connect_through(&self, addresses: &[SocketAddr]) -> anybroker::Result<Bus> {
+        let url = url_through(self.config.endpoint_url().unwrap_or_default(), addresses);
+        anybroker::connect_with(self.config.clone().with("url", url)).await
+    }
+
+    fn server(&self) -> Option<Arc<dyn ServerControl>> {
+        self.faults.server.clone().map(|server| server as Arc<dyn ServerControl>)
     }
 }

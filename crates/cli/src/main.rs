@@ -2,7 +2,9 @@
 
 mod args;
 mod conform;
+mod conform_faults;
 mod conform_report;
+mod conform_sweep;
 mod connect;
 mod consume;
 mod dlq;

@@ -90,6 +90,55 @@ fn an_interrupted_run_deletes_what_it_created() {
 }
 
 #[test]
+fn a_sweep_deletes_what_a_killed_run_has_left_behind_once_it_is_old_enough() {
+    let cli = Cli::new();
+    let mut child = cli.spawn(&["conform", "--json", "--parallel", "4"]);
+    let left = || cli.json(&["conform", "sweep", "--dry-run", "--older-than", "0s"], b"");
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+    while left().is_empty() {
+        assert!(std::time::Instant::now() < deadline, "no case has begun");
+    }
+    // Without a chance to delete anything.
+    child.kill().expect("killed");
+    child.wait().expect("ended");
+    cli.json(&["declare", "conform-orders"], b"");
+
+    let before = left();
+    assert!(!before.is_empty() && before.iter().all(|one| one["deleted"] == false), "{before:?}");
+    assert_eq!(cli.json(&["conform", "sweep"], b""), Vec::<serde_json::Value>::new(), "a run that began just now");
+    let swept = cli.json(&["conform", "sweep", "--older-than", "0s"], b"");
+    assert_eq!(texts(&swept, "destination"), texts(&before, "destination"));
+    assert!(swept.iter().all(|one| one["deleted"] == true && one["error"].is_null()), "{swept:?}");
+    assert_eq!(left(), Vec::<serde_json::Value>::new());
+    cli.json(&["describe", "conform-orders"], b"");
+}
+
+#[test]
+fn faults_that_cannot_be_brought_about_are_refused_before_anything_is_run() {
+    let cli = Cli::new();
+    for (args, code, kind) in [
+        // A file has no connection and no server.
+        (&["--faults", "proxy"][..], 4, "unsupported"),
+        (&["--restart-command", "true"], 4, "unsupported"),
+        (&["--faults", "process"], 2, "usage"),
+        (&["--faults", "none", "--proxy", "127.0.0.1:1=127.0.0.1:2"], 2, "usage"),
+        (&["--faults", "proxy", "--level", "conformance"], 2, "usage"),
+    ] {
+        let ran = cli.run(&[&["conform", "--json", "--case", "delivery/what-*"][..], args].concat());
+        assert_eq!((ran.code, &ran.error()["kind"]), (Some(code), &kind.into()), "{args:?}: {ran:?}");
+        assert!(ran.out.is_empty(), "{args:?}: {ran:?}");
+    }
+    // Without them those cases are not run, which is a failure for whoever names them.
+    for faults in [&[][..], &["--faults", "none"]] {
+        let ran = cli.run(&[&["conform", "--level", "L2", "--case", "faults/*", "--json"][..], faults].concat());
+        assert_eq!(ran.code, Some(1), "{ran:?}");
+        let cases = ran.objects();
+        assert!(cases.iter().rev().skip(1).all(|case| case["outcome"] == "not_run"), "{ran:?}");
+        assert!(cases.len() > 1, "{ran:?}");
+    }
+}
+
+#[test]
 fn a_broker_in_this_process_is_one_broker_for_the_whole_run() {
     let ran = bare(&["conform", "--url", "memory://", "--case", "delivery/a-fresh-client-*", "--json"]);
     assert_eq!(ran.code, Some(0), "{ran:?}");

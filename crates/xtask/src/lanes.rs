@@ -20,8 +20,8 @@ use crate::child::{self, cargo};
 const LANES: &[&[&str]] =
     &[&["anybroker-kafka", "anybroker-nats"], &["anybroker-pulsar", "anybroker-rabbitmq", "anybroker-sqs"]];
 
-/// These use every server, so they wait until nobody else does.
-const LAST: &[&str] = &["anybroker", "orders"];
+/// These use every server, so they wait until nobody else does: packages, or one file of a package's tests.
+const LAST: &[&str] = &["anybroker", "orders", "anybroker-cli tests/conform_brokers.rs"];
 
 /// What a run of tests is given.
 pub(crate) struct Tests {
@@ -140,7 +140,7 @@ fn show(program: &Program, said: &mut File, took: Duration) -> Result<()> {
 }
 
 fn is_in(packages: &[&str], program: &Program) -> bool {
-    packages.contains(&program.package.as_str())
+    packages.iter().any(|name| *name == program.package || *name == program.to_string())
 }
 
 /// What runs side by side, and whether it is given the servers.
@@ -164,7 +164,7 @@ fn build(limit: Duration) -> Result<Vec<Program>> {
     lines.read_to_string(&mut text)?;
     let programs = programs(&text)?;
     for package in LANES.iter().copied().flatten().chain(LAST) {
-        ensure!(programs.iter().any(|program| program.package == *package), "no tests of {package}: is it renamed?");
+        ensure!(programs.iter().any(|program| is_in(&[package], program)), "no tests of {package}: is it renamed?");
     }
     Ok(programs)
 }
@@ -222,6 +222,10 @@ mod tests {
             (vec!["anybroker-kafka".to_owned(), "anybroker-nats".to_owned()], true)
         );
         assert_eq!(named(&lanes[2]), ["anybroker-sqs"]);
+        let mut one_file = program("anybroker-cli");
+        assert!(!is_in(LAST, &one_file));
+        "tests/conform_brokers.rs".clone_into(&mut one_file.target);
+        assert!(is_in(LAST, &one_file));
     }
 
     #[test]

@@ -164,6 +164,12 @@ impl Config {
         self
     }
 
+    /// The URL as it was given, credentials included, where there is one.
+    #[must_use]
+    pub fn endpoint_url(&self) -> Option<&str> {
+        self.entries.get("url")?.0.as_str()
+    }
+
     /// The URL's scheme, where there is a URL that can be parsed.
     #[must_use]
     pub fn scheme(&self) -> Option<String> {

@@ -1,0 +1,134 @@
+//! What `anybroker conform` may do to the endpoint's connections and to its server.
+
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anybroker::config::EndpointUrl;
+use anybroker::{Config, Error, ErrorKind};
+use anybroker_conformance::{Level, Route, ServerControl, routes_of};
+use async_trait::async_trait;
+use tokio::process::Command;
+use tokio::time::Instant;
+
+use crate::args::{FaultArgs, FaultsArg};
+use crate::exit::Failure;
+
+/// How long a server that was started again may take until it serves clients.
+const SERVES: Duration = Duration::from_secs(120);
+
+const NO_CONNECTION: &str = "the URL names no host and port that a proxy could stand in front of: a broker in this process or \
+                             in a file has no connection, and an address that the client finds by itself cannot be replaced";
+
+pub(crate) struct Faults {
+    /// Where proxies can stand, or why none does.
+    pub(crate) routes: Result<Vec<Route>, String>,
+    /// Whether they were asked for. Otherwise they are put where they can be.
+    pub(crate) wants_proxies: bool,
+    pub(crate) server: Option<Arc<Commands>>,
+    pub(crate) level: Level,
+}
+
+impl Faults {
+    /// What the command line asks for; a fault that cannot be brought about is refused before anything is run.
+    pub(crate) fn of(args: &FaultArgs, level: Option<Level>, config: &Config) -> Result<Self, Failure> {
+        let asks = |kind| args.faults.contains(&kind);
+        let has_commands = args.restart_command.is_some() || args.pause_command.is_some();
+        let wants_proxies = asks(FaultsArg::Proxy) || !args.proxies.is_empty();
+        let wants_process = asks(FaultsArg::Process) || has_commands;
+        if asks(FaultsArg::None) && (wants_proxies || wants_process) {
+            return Err(Failure::Usage(
+                "--faults none asks for no faults, and something else on the line for some".into(),
+            ));
+        }
+        if wants_process && !has_commands {
+            let text = "--faults process needs --restart-command CMD, which kills the server and starts it again, or \
+                        --pause-command with --resume-command: the command knows no way to the server's process";
+            return Err(Failure::Usage(text.into()));
+        }
+        let is_disturbed = wants_proxies || wants_process;
+        let level = level.unwrap_or(if is_disturbed { Level::Reliability } else { Level::Conformance });
+        if is_disturbed && level < Level::Reliability {
+            return Err(Failure::Usage("faults belong to --level reliability".into()));
+        }
+        let url = config.endpoint_url();
+        if wants_process && url.is_none_or(|url| !has_hosts(url)) {
+            return Err(unsupported("the URL names no server that could be restarted".into()));
+        }
+        let routes = if asks(FaultsArg::None) {
+            Err("--faults none".into())
+        } else if wants_process && !wants_proxies {
+            Err("--faults process leaves connections alone".into())
+        } else if !args.proxies.is_empty() {
+            Ok(args.proxies.clone())
+        } else {
+            url.map(routes_of).and_then(Result::ok).ok_or_else(|| NO_CONNECTION.to_owned())
+        };
+        if let (true, Err(why)) = (wants_proxies, &routes) {
+            return Err(unsupported(why.clone()));
+        }
+        let server = has_commands.then(|| {
+            let frozen = args.pause_command.clone().zip(args.resume_command.clone());
+            Arc::new(Commands { restart: args.restart_command.clone(), frozen, config: config.clone() })
+        });
+        Ok(Self { routes, wants_proxies, server, level })
+    }
+}
+
+fn unsupported(why: String) -> Failure {
+    Failure::Broker(Error::new(ErrorKind::Unsupported, "conform", why))
+}
+
+fn has_hosts(url: &str) -> bool {
+    EndpointUrl::parse(url).is_ok_and(|url| !url.hosts().is_empty())
+}
+
+/// The server's process, in the hands of the user's own commands.
+pub(crate) struct Commands {
+    restart: Option<String>,
+    frozen: Option<(String, String)>,
+    config: Config,
+}
+
+#[async_trait]
+impl ServerControl for Commands {
+    async fn kill(&self) -> Result<(), String> {
+        // One command does both; the other half of it begins the server again.
+        self.restart.as_ref().map(|_| ()).ok_or_else(|| "no --restart-command".into())
+    }
+
+    async fn restart(&self) -> Result<(), String> {
+        run("--restart-command", self.restart.as_deref().unwrap_or_default()).await?;
+        let deadline = Instant::now() + SERVES;
+        loop {
+            match anybroker::connect_with(self.config.clone()).await {
+                Ok(bus) => return bus.close(SERVES).await.map_err(|error| error.to_string()),
+                Err(error) if Instant::now() >= deadline => {
+                    return Err(format!("{SERVES:?} after --restart-command clients are not served: {error}"));
+                }
+                Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
+            }
+        }
+    }
+
+    async fn pause(&self) -> Result<(), String> {
+        let (pause, _) = self.frozen.as_ref().ok_or("no --pause-command")?;
+        run("--pause-command", pause).await
+    }
+
+    async fn resume(&self) -> Result<(), String> {
+        let (_, resume) = self.frozen.as_ref().ok_or("no --resume-command")?;
+        run("--resume-command", resume).await
+    }
+}
+
+/// Its standard error is the command's own. Its standard output is nobody's: a server that it leaves running may keep it open.
+async fn run(what: &str, line: &str) -> Result<(), String> {
+    let mut command = Command::new("sh");
+    command.args(["-c", line]).stdin(Stdio::null()).stdout(Stdio::null()).kill_on_drop(true);
+    match command.status().await {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(format!("{what}: {status}")),
+        Err(error) => Err(format!("{what}: {error}")),
+    }
+}
