@@ -3,8 +3,16 @@
 mod common;
 
 use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use common::{Ran, bare};
+
+/// One of these tests kills this server.
+static NATS: Mutex<()> = Mutex::new(());
+
+fn alone_on_nats() -> MutexGuard<'static, ()> {
+    NATS.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// The server's URL, or `None` after saying why the test does not run.
 fn url(name: &str, has_client: bool) -> Option<String> {
@@ -22,34 +30,65 @@ fn url(name: &str, has_client: bool) -> Option<String> {
     url
 }
 
-const CASE: &str = "faults/answers-that-are-lost-leave-outcomes-unknown-and-lose-nothing";
+const CUT: &str = "faults/answers-that-are-lost-leave-outcomes-unknown-and-lose-nothing";
+const KILLED: &str = "faults/a-server-that-is-killed-and-comes-back-loses-nothing-that-was-confirmed";
 
-fn conform(url: &str, more: &[&str]) -> Ran {
-    bare(&[&["conform", "--url", url, "--case", CASE, "--seed", "5", "--patience", "60s", "--json"][..], more].concat())
+fn conform(url: &str, case: &str, more: &[&str]) -> Ran {
+    bare(&[&["conform", "--url", url, "--case", case, "--seed", "5", "--patience", "60s", "--json"][..], more].concat())
 }
 
 /// The case was run, and its faults met something.
 fn assert_disturbed(ran: &Ran) {
     assert_eq!(ran.code, Some(0), "{ran:?}");
     let objects = ran.objects();
-    assert_eq!((&objects[0]["name"], &objects[0]["outcome"]), (&CASE.into(), &"pass".into()), "{ran:?}");
+    assert_eq!((objects.len(), &objects[0]["outcome"]), (2, &"pass".into()), "{ran:?}");
     assert!(objects[0]["counts"]["faults_met"].as_u64() > Some(0), "{ran:?}");
 }
 
 #[test]
 fn connections_of_the_command_are_disturbed_without_anything_being_set_up() {
     let Some(url) = url("nats", cfg!(feature = "nats")) else { return };
-    assert_disturbed(&conform(&url, &["--faults", "proxy"]));
+    let _alone = alone_on_nats();
+    assert_disturbed(&conform(&url, CUT, &["--faults", "proxy"]));
+}
+
+/// Whether the endpoint keeps its promises then is for the adapter's own tests to show.
+#[test]
+fn a_server_is_restarted_by_the_command_that_its_owner_names_and_by_nothing_else() {
+    let Some(url) = url("nats", cfg!(feature = "nats")) else { return };
+    let Ok(xtask) = std::env::var("ANYBROKER_XTASK") else {
+        return println!("not run: ANYBROKER_XTASK is not set (cargo xtask test sets it)");
+    };
+    let _alone = alone_on_nats();
+    // The command under test is not given the settings of these tests.
+    let kept = ["ANYBROKER_INSTANCE", "ANYBROKER_STATE"];
+    let kept: String =
+        kept.iter().filter_map(|name| Some(format!("{name}='{}' ", std::env::var(name).ok()?))).collect();
+    let folder = tempfile::tempdir().expect("a folder");
+    let mark = folder.path().join("restarted");
+    let restart = format!("{kept}'{xtask}' brokers restart nats && touch '{}'", mark.display());
+    let ran = conform(&url, KILLED, &["--restart-command", &restart]);
+    assert!(mark.exists(), "{ran:?}");
+    let case = &ran.objects()[0];
+    assert!(case["outcome"] != "not_run" && case["counts"]["faults_met"] == 1, "{ran:?}");
+    let ran = conform(&url, KILLED, &["--faults", "none", "--level", "reliability"]);
+    assert_eq!((ran.code, &ran.objects()[0]["outcome"]), (Some(1), &"not_run".into()), "{ran:?}");
+
+    let failed = conform(&url, KILLED, &["--restart-command", "exit 7"]);
+    assert_eq!(failed.code, Some(1), "{failed:?}");
+    let case = &failed.objects()[0];
+    assert_eq!(case["outcome"], "fail", "{failed:?}");
+    assert!(case["detail"].as_str().is_some_and(|detail| detail.contains("--restart-command")), "{failed:?}");
 }
 
 #[test]
 fn clients_that_would_walk_round_the_proxy_are_noticed_and_go_through_the_one_that_is_named() {
     let Some(url) = url("kafka", cfg!(feature = "kafka")) else { return };
-    let refused = conform(&url, &["--faults", "proxy"]);
+    let refused = conform(&url, CUT, &["--faults", "proxy"]);
     assert_eq!((refused.code, &refused.error()["kind"]), (Some(4), &"unsupported".into()), "{refused:?}");
     assert!(refused.out.is_empty(), "{refused:?}");
     let Some(route) = advertised_by_kafka() else { return };
-    assert_disturbed(&conform(&url, &["--proxy", &route]));
+    assert_disturbed(&conform(&url, CUT, &["--proxy", &route]));
 }
 
 /// Where the server of `cargo xtask brokers` tells clients of its listener PROXIED to come to, and where it listens itself.
@@ -80,6 +119,7 @@ fn a_sweep_deletes_what_an_old_run_left_behind_and_nothing_else() {
     ];
     for (name, has_client) in brokers {
         if let Some(url) = url(name, has_client) {
+            let _alone = (name == "nats").then(alone_on_nats);
             sweep(name, &url);
         }
     }
