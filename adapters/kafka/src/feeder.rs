@@ -32,7 +32,7 @@ const CHUNK_RECORDS: usize = 512;
 const BRIEFLY_FULL: Duration = Duration::from_millis(300);
 /// How long one poll waits. Closing, committing and retries wait for it.
 const POLL: Duration = Duration::from_millis(20);
-/// How long the last commit is tried while the group rebalances.
+/// How long the last commit is tried while the group rebalances, or its coordinator is not there.
 const FLUSH: Duration = Duration::from_secs(10);
 /// How long a member that leaves waits for its partitions to be given back; closing goes on with it.
 const LEAVE: Duration = Duration::from_secs(5);
@@ -98,12 +98,13 @@ impl Feeder {
     }
 
     /// Commits for the last time. While the group rebalances, Kafka refuses commits of the generation before; this member
-    /// follows by polling, and what it loses meanwhile was committed by its rebalance.
+    /// follows by polling, and what it loses meanwhile was committed by its rebalance. A connection that was lost a moment ago
+    /// is waited for: librdkafka refuses to commit as long as it does not know the coordinator.
     fn flush(&mut self, consumer: &Client) -> Result<()> {
         let deadline = Instant::now() + FLUSH;
         loop {
             match self.commit(consumer, &Scope::All) {
-                Err(error) if error.kind() == ErrorKind::StaleDelivery && Instant::now() < deadline => {
+                Err(error) if passes(&error) && Instant::now() < deadline => {
                     // Whatever it brings is fetched again by the next owner.
                     drop(consumer.poll(POLL));
                 }
@@ -187,6 +188,11 @@ fn leave(consumer: &Client) {
             return;
         }
     }
+}
+
+/// Whether a commit that failed so may succeed later.
+fn passes(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::StaleDelivery | ErrorKind::Unavailable | ErrorKind::Timeout)
 }
 
 /// The state of fetching.

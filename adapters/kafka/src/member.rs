@@ -98,6 +98,11 @@ impl Member {
         if let Err(error) = consumer.incremental_assign(&with_stored_offsets(&both)) {
             tracing::error!(%error, topic = self.topic, "an assignment could not be taken");
         }
+        // One that was paused when it was taken away comes back paused: only the application ends its own pause
+        // (rdkafka_assignment.c takes back the library's), and what was resumed meanwhile did not name it.
+        if let Err(error) = consumer.resume(&both) {
+            tracing::warn!(%error, topic = self.topic, "an assignment could not be resumed");
+        }
     }
 
     fn revoke(&self, consumer: &BaseConsumer<Self>, revoked: &TopicPartitionList) {

@@ -11,6 +11,10 @@ use anybroker_conformance::{CaseReport, Level, Options, Outcome, Route, UrlHarne
 use anybroker_core::{Delivery, Effect, ErrorKind};
 use common::{LONG, Server, connect, numbered, publish, receive, try_connect, unique, url};
 use futures_util::poll;
+use tokio::sync::Mutex;
+
+/// There is one address that a proxy can stand at.
+static PROXIED: Mutex<()> = Mutex::const_new(());
 
 /// A share of them; the seed fixes what happens, not when.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -33,6 +37,7 @@ async fn faults_of_connections_break_no_promise() {
 
 async fn suite(options: Options) {
     let (Some(url), Some(server)) = (url(), Server::find()) else { return };
+    let _alone = PROXIED.lock().await;
     // Clients go to the address that the server advertises, so that the proxy has to listen there: one for all of them.
     let listen = ([127, 0, 0, 1], server.port("advertised.listeners", "PROXIED")).into();
     let route = Route::advertised(listen, format!("127.0.0.1:{}", server.port("listeners", "PROXIED")));
