@@ -95,11 +95,10 @@ impl Story {
             self.owed.pop();
             return true;
         }
+        // What was handed out in a fault may be lost; as long as there is another cause, its member is taken to hold it.
+        let is_exposed = |held: &Held| held.until <= held.at;
         let lost = |held: &Held| held.until <= at || moved.is_some_and(|moved| held.at <= moved);
-        if let Some(place) = self.held.iter().position(lost) {
-            self.back_at = self.held.remove(place).until;
-            self.returns += 1;
-            self.uncounted += 1;
+        if self.come_back(|held| lost(held) && !is_exposed(held)) {
             return true;
         }
         if let Some(late) = self.settling.iter_mut().find(|settling| settling.late || settling.in_doubt) {
@@ -113,6 +112,9 @@ impl Story {
             self.returns += 1;
             return true;
         }
+        if self.come_back(lost) {
+            return true;
+        }
         let forgotten =
             |settling: &Settling| settling.above_hole.zip(moved).is_some_and(|(acked, moved)| acked <= moved);
         if let Some(place) = self.settling.iter().position(forgotten) {
@@ -122,6 +124,15 @@ impl Story {
             return true;
         }
         false
+    }
+
+    /// One that is held comes back, where there is one like that.
+    fn come_back(&mut self, is_lost: impl Fn(&Held) -> bool) -> bool {
+        let Some(place) = self.held.iter().position(is_lost) else { return false };
+        self.back_at = self.held.remove(place).until;
+        self.returns += 1;
+        self.uncounted += 1;
+        true
     }
 
     /// The attempt numbers that the next delivery may have.

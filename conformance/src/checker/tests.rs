@@ -457,3 +457,18 @@ fn a_publish_that_failed_for_certain_has_no_copy_and_its_repetition_has_one() {
     script.published("a", "k", 2).delivered(1, "a", 1).delivered(2, "a", 1);
     assert_eq!(script.names(), ["unjustified-duplicate"]);
 }
+
+#[test]
+fn a_copy_that_is_nacked_in_a_fault_counts_although_its_source_came_again_meanwhile() {
+    let mut script = Script::new();
+    script.member().published("a", "k", 1).delivered(1, "a", 1);
+    script.push(What::FaultBegin { fault: 1, kind: "cut".into(), clients: vec![0], connections: 1 });
+    script.push(What::SettleInvoke { delivery: 1, verb: Verb::Nack });
+    let (kind, effect) = (anybroker_core::ErrorKind::Unavailable, anybroker_core::Effect::Unknown);
+    script.push(What::SettleFail { delivery: 1, kind, effect });
+    script.push(What::FaultEnd { fault: 1, connections: 1, bytes: 0 });
+    // The copy was stored, and its source not settled: both come. The copy is nacked, and fails.
+    script.delivered(2, "a", 2).delivered(3, "a", 1).settled(3, Verb::Ack).settled(2, Verb::Nack);
+    script.delivered(4, "a", 3).settled(4, Verb::Ack).drained();
+    assert_eq!(script.names(), [""; 0]);
+}
