@@ -273,7 +273,7 @@ impl Letters {
                 },
             });
         }
-        let deleted = requests::delete(&self.clients.queues, &prepared.letters, &done).await;
+        let deleted = requests::delete(&self.clients, &prepared.letters, &done).await;
         for (place, deleted) in places.into_iter().zip(deleted) {
             outcomes[place] = deleted;
         }
@@ -291,7 +291,7 @@ impl Letters {
         let handles: Vec<Option<Bytes>> =
             ids.iter().map(|id| found.remove(&*id.0).map(|letter| letter.handle)).collect();
         let present: Vec<Bytes> = handles.iter().flatten().cloned().collect();
-        let mut deleted = requests::delete(&self.clients.queues, &prepared.letters, &present).await.into_iter();
+        let mut deleted = requests::delete(&self.clients, &prepared.letters, &present).await.into_iter();
         let absent = || missing.as_ref().map_or_else(|| Error::closed(operation), Error::duplicate);
         handles
             .into_iter()

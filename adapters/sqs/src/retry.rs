@@ -133,7 +133,7 @@ async fn once(source: &Source, retry: &str) -> Result<()> {
             Err(error) => problem = Some(error),
         }
     }
-    let deleted = requests::delete(queues, retry, &brought).await;
+    let deleted = requests::delete(&source.clients, retry, &brought).await;
     let changed = requests::change(queues, retry, &early, "receive").await;
     let failed = deleted.into_iter().chain(changed).filter_map(Result::err).next();
     problem.or(failed).map_or(Ok(()), Err)
