@@ -16,7 +16,7 @@ use crate::clients::Clients;
 use crate::codec::{self, Carried, Decoded};
 use crate::error::failed;
 use crate::letters::Note;
-use crate::parcel::{self, BATCH, Parcel, Route, group_of};
+use crate::parcel::{self, BATCH, Parcel, Route, lane_of};
 use crate::queues::figure;
 use crate::requests;
 use crate::settle::REQUEST;
@@ -248,7 +248,7 @@ impl Letters {
             let message = &letter.decoded.message;
             let mut parcel = Parcel::new(codec::encode(message, &carried, None));
             // A hop of its own: repeated within five minutes, it is stored once.
-            let lane = || (group_of(message, self.is_total), format!("redrive-{}", letter.id));
+            let lane = || lane_of(message, self.is_total, format!("redrive-{}", letter.id));
             parcel.lane = self.topology.names.is_fifo.then(lane);
             parcel
         });
