@@ -130,8 +130,10 @@ fn outcomes<'a>(
     for failure in failures {
         if let Some(index) = place(failure.id()) {
             let error = failed_entry(operation, failure);
-            // "The receipt handle has expired", in one of several codes.
-            let is_stale = error.kind() == ErrorKind::InvalidMessage && error.message().contains("eceipt");
+            // "The receipt handle has expired", in one of several codes; LocalStack (4.13.1) calls it no fault of the sender.
+            let is_parameter = failure.code().contains("InvalidParameterValue");
+            let is_stale =
+                (is_parameter || error.kind() == ErrorKind::InvalidMessage) && error.message().contains("eceipt");
             outcomes[index] = Err(match is_stale {
                 true => Error::new(ErrorKind::StaleDelivery, operation, error.message()),
                 false => error,
@@ -139,4 +141,21 @@ fn outcomes<'a>(
         }
     }
     outcomes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_expired_receipt_handle_is_stale_whoever_is_blamed_for_it() {
+        let text = "Value x for parameter ReceiptHandle is invalid. Reason: The receipt handle has expired.";
+        for (code, is_senders) in [("InvalidParameterValue", true), ("InvalidParameterValueException", false)] {
+            let entry = BatchResultErrorEntry::builder().id("0").code(code).sender_fault(is_senders).message(text);
+            let failure = entry.build().expect("id, code and blame are set");
+            let outcomes = outcomes("settle", 1, std::iter::empty(), &[failure]);
+            let kind = outcomes[0].as_ref().map_err(Error::kind);
+            assert_eq!(kind, Err(ErrorKind::StaleDelivery), "{code}");
+        }
+    }
 }

@@ -222,8 +222,8 @@ async fn give_back(entries: Vec<Entry>, source: &Source) -> Vec<(usize, SettleOu
 
 impl Entry {
     /// Whether "no such receipt handle" is the answer to the second of two deletes of which the first was done: while the
-    /// lease holds nobody else can have got the message, and with it the handle that counts. ElasticMQ answers so; Amazon
-    /// answers that it is deleted
+    /// lease holds nobody else can have got the message, and with it the handle that counts. ElasticMQ answers so; at Amazon
+    /// such a request succeeds
     /// (<https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/API_DeleteMessage.html>).
     fn is_deleted(&self, error: &Error) -> bool {
         let may_be = error.kind() == ErrorKind::StaleDelivery && error.effect() == Effect::Unknown;
