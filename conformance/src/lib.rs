@@ -33,6 +33,7 @@ mod need;
 mod report;
 mod run;
 mod timeline;
+mod volume;
 
 pub use case::{Case, Level, Outcome};
 pub use cases::cases;
@@ -45,3 +46,4 @@ pub use report::{
     ReportSet, RunSettings, SCHEMA, Totals,
 };
 pub use run::{Options, Progress, Stop, run};
+pub use volume::{Recovery, Volume, VolumeReport, volume};

@@ -23,7 +23,8 @@ use crate::env::Env;
 use crate::history::What;
 pub use address::{routes_of, url_through};
 pub(crate) use plan::{Kind, Planned, plan};
-use proxy::{End, Proxy, Way};
+use proxy::Way;
+pub(crate) use proxy::{End, Proxy};
 pub(crate) use trial::{Disturbance, Trial};
 
 /// An address of the server that a proxy can stand in front of.
