@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use anybroker_core::{Bus, Capabilities, Destination, Error, ErrorKind, Group, Start, SubscribeSpec};
+use anybroker_core::{Bus, Capabilities, Destination, Error, ErrorKind, Group, Parallelism, Start, SubscribeSpec};
 use parking_lot::Mutex;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -120,6 +120,12 @@ impl Env {
     pub(crate) fn of_one_key(&self, count: usize) -> usize {
         let limit = self.record.limits.receive_batch.filter(|_| self.record.key_order.is_given());
         limit.and_then(|limit| usize::try_from(limit).ok()).map_or(count, |limit| limit.min(count))
+    }
+
+    /// How many of `count` messages of any keys a member can hold unsettled at a time: where one member works at a time, all of
+    /// them are as those of one key.
+    pub(crate) fn at_once(&self, count: usize) -> usize {
+        if self.record.parallelism == Parallelism::One { self.of_one_key(count) } else { count }
     }
 
     /// A key for messages of which many are out at a time: none where a queue locks a key while some of it are out.

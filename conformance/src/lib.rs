@@ -34,6 +34,7 @@ mod report;
 mod run;
 mod sweep;
 mod timeline;
+mod volume;
 
 pub use case::{Case, Level, Outcome};
 pub use cases::cases;
@@ -47,3 +48,4 @@ pub use report::{
 };
 pub use run::{Options, Progress, Stop, run};
 pub use sweep::{Leftover, fresh_name, sweep};
+pub use volume::{Recovery, Volume, VolumeReport, volume};

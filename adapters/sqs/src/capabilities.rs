@@ -31,7 +31,8 @@ pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
             "left in its place a failed message has SQS's count of hand-overs only; JetStream and the embedded broker block",
         ),
         park_on_failure: refused("a queue cannot be asked for what is behind a message; the embedded broker parks"),
-        parallelism: Parallelism::Any,
+        // A message group is with one member at a time, and in total order there is one.
+        parallelism: if settings.is_total { Parallelism::One } else { Parallelism::Any },
         ack_granularity: AckGranularity::Individual,
         ack_level: AckLevel::Confirmed,
         late_ack: LateAck::Refused,

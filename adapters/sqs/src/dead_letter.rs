@@ -16,7 +16,7 @@ use crate::clients::Clients;
 use crate::codec::{self, Carried, Decoded};
 use crate::error::failed;
 use crate::letters::Note;
-use crate::parcel::{self, BATCH, Parcel, Route, group_of};
+use crate::parcel::{self, BATCH, Parcel, Route, lane_of};
 use crate::queues::figure;
 use crate::requests;
 use crate::settle::REQUEST;
@@ -248,7 +248,7 @@ impl Letters {
             let message = &letter.decoded.message;
             let mut parcel = Parcel::new(codec::encode(message, &carried, None));
             // A hop of its own: repeated within five minutes, it is stored once.
-            let lane = || (group_of(message, self.is_total), format!("redrive-{}", letter.id));
+            let lane = || lane_of(message, self.is_total, format!("redrive-{}", letter.id));
             parcel.lane = self.topology.names.is_fifo.then(lane);
             parcel
         });
@@ -273,7 +273,7 @@ impl Letters {
                 },
             });
         }
-        let deleted = requests::delete(&self.clients.queues, &prepared.letters, &done).await;
+        let deleted = requests::delete(&self.clients, &prepared.letters, &done).await;
         for (place, deleted) in places.into_iter().zip(deleted) {
             outcomes[place] = deleted;
         }
@@ -291,7 +291,7 @@ impl Letters {
         let handles: Vec<Option<Bytes>> =
             ids.iter().map(|id| found.remove(&*id.0).map(|letter| letter.handle)).collect();
         let present: Vec<Bytes> = handles.iter().flatten().cloned().collect();
-        let mut deleted = requests::delete(&self.clients.queues, &prepared.letters, &present).await.into_iter();
+        let mut deleted = requests::delete(&self.clients, &prepared.letters, &present).await.into_iter();
         let absent = || missing.as_ref().map_or_else(|| Error::closed(operation), Error::duplicate);
         handles
             .into_iter()

@@ -100,7 +100,7 @@ pub(crate) async fn bury_expired(source: &Source, expired: Vec<Arrival>) {
             Err(error) => tracing::warn!(%error, "an expired message could not be buried; it is tried again"),
         }
     }
-    let deleted = requests::delete(&source.clients.queues, &source.queues.queue, &buried).await;
+    let deleted = requests::delete(&source.clients, &source.queues.queue, &buried).await;
     for error in deleted.into_iter().filter_map(Result::err) {
         tracing::warn!(%error, "an expired message was buried and not deleted; it may be buried twice");
     }

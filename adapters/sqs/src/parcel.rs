@@ -45,13 +45,15 @@ impl Parcel {
     }
 }
 
-/// The message group of a message.
-pub(crate) fn group_of(message: &Message, is_total: bool) -> String {
-    match message.key() {
+/// The message group and the deduplication id of a message, which is a copy's own. Without a key it waits for nothing, not for
+/// another copy of itself either: a publish that was repeated.
+pub(crate) fn lane_of(message: &Message, is_total: bool, dedup: String) -> (String, String) {
+    let group = match message.key() {
         _ if is_total => crate::names::ONE_GROUP.to_owned(),
         Some(key) => crate::names::message_group(key),
-        None => message.id().with_str(|id| crate::names::lone_group(id.as_bytes())),
-    }
+        None => crate::names::lone_group(dedup.as_bytes()),
+    };
+    (group, dedup)
 }
 
 /// One request of up to ten; success of the whole says nothing of the entries.
@@ -202,4 +204,19 @@ fn of_topic(value: Value) -> TopicAttribute {
         Value::Binary(bytes) => STANDARD.encode(bytes),
     };
     TopicAttribute::builder().data_type("String").string_value(text).build().expect("the type is set")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn copies_of_a_message_without_a_key_share_no_message_group_and_those_with_one_do() {
+        let group = |message: &Message, is_total, dedup: &str| lane_of(message, is_total, dedup.to_owned()).0;
+        let (loose, keyed) = (Message::new("d", "x"), Message::new("d", "x").with_key("k"));
+        assert_ne!(group(&loose, false, "first"), group(&loose, false, "second"));
+        assert_eq!(group(&loose, false, "first"), group(&loose, false, "first"));
+        assert_eq!(group(&keyed, false, "first"), group(&keyed, false, "second"));
+        assert_eq!(group(&loose, true, "first"), group(&keyed, true, "second"));
+    }
 }

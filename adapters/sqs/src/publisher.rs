@@ -20,7 +20,7 @@ use crate::clients::Clients;
 use crate::codec::{self, Carried};
 use crate::config::Settings;
 use crate::names::fnv1a;
-use crate::parcel::{self, BATCH, LONGEST_DELAY, Parcel, Route, group_of};
+use crate::parcel::{self, BATCH, LONGEST_DELAY, Parcel, Route, lane_of};
 use crate::topology::Topology;
 
 /// How many requests to one FIFO queue may be on their way.
@@ -105,7 +105,7 @@ impl Publisher {
                 Ok(accepted) => accepted,
                 Err(error) => {
                     if let Some(failed) = &failed {
-                        failed.lock().insert(group_of(message, self.is_total));
+                        failed.lock().insert(lane_of(message, self.is_total, String::new()).0);
                     }
                     let error = error.with("id", message.id()).with("destination", message.destination());
                     outcomes[place] = Some(Err(error));
@@ -179,7 +179,7 @@ impl Publisher {
         if self.is_fifo {
             // Of this call: SQS would swallow a second publish of an id within five minutes without telling so.
             let dedup = format!("{}-{}", self.nonce, self.sent.fetch_add(1, Ordering::Relaxed));
-            parcel.lane = Some((group_of(message, self.is_total), dedup));
+            parcel.lane = Some(lane_of(message, self.is_total, dedup));
         }
         Ok((route, parcel))
     }

@@ -2,19 +2,25 @@
 
 use std::time::Duration;
 
-use anybroker_core::{Bytes, Error, ErrorKind, Result};
+use anybroker_core::{Bytes, Effect, Error, ErrorKind, Result};
 use aws_sdk_sqs::Client;
 use aws_sdk_sqs::types::{
     BatchResultErrorEntry, ChangeMessageVisibilityBatchRequestEntry, DeleteMessageBatchRequestEntry,
 };
 use futures_util::future::join_all;
 
+use crate::clients::Clients;
 use crate::error::{failed, failed_entry, unmentioned};
 use crate::parcel::BATCH;
 
-/// Deletes; one outcome per handle, in order.
-pub(crate) async fn delete(client: &Client, url: &str, handles: &[Bytes]) -> Vec<Result<()>> {
-    let requests = handles.chunks(BATCH).map(|chunk| delete_ten(client, url, chunk));
+/// How often a delete is asked for while nobody knows whether it is done, and how long an answer may take.
+const DELETES: u32 = 3;
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// Deletes; one outcome per handle, in order. Asked again where an answer is lost: then "no such receipt handle" may say that
+/// the earlier request has deleted it, and comes as [`ErrorKind::StaleDelivery`] with an unknown effect.
+pub(crate) async fn delete(clients: &Clients, url: &str, handles: &[Bytes]) -> Vec<Result<()>> {
+    let requests = handles.chunks(BATCH).map(|chunk| delete_ten(clients, url, chunk));
     join_all(requests).await.into_iter().flatten().collect()
 }
 
@@ -39,22 +45,47 @@ fn text(handle: &Bytes) -> String {
     String::from_utf8_lossy(handle).into_owned()
 }
 
-async fn delete_ten(client: &Client, url: &str, handles: &[Bytes]) -> Vec<Result<()>> {
-    let entries = handles.iter().enumerate().map(|(index, handle)| {
-        DeleteMessageBatchRequestEntry::builder()
-            .id(index.to_string())
-            .receipt_handle(text(handle))
-            .build()
-            .expect("id and handle are set")
-    });
-    let request = client.delete_message_batch().queue_url(url).set_entries(Some(entries.collect()));
-    match request.send().await {
-        Ok(answer) => {
-            let done = answer.successful().iter().map(|entry| entry.id());
-            outcomes("settle", handles.len(), done, answer.failed())
+/// By the client without retries of its own: it would not tell that an answer before was lost.
+async fn delete_ten(clients: &Clients, url: &str, handles: &[Bytes]) -> Vec<Result<()>> {
+    let mut may_be_done = false;
+    for asked in 1.. {
+        let entries = handles.iter().enumerate().map(|(index, handle)| {
+            DeleteMessageBatchRequestEntry::builder()
+                .id(index.to_string())
+                .receipt_handle(text(handle))
+                .build()
+                .expect("id and handle are set")
+        });
+        let request = clients.sender.delete_message_batch().queue_url(url).set_entries(Some(entries.collect()));
+        let error = match tokio::time::timeout(ANSWER, request.send()).await {
+            Ok(Ok(answer)) => {
+                let done = answer.successful().iter().map(|entry| entry.id());
+                let mut outcomes = outcomes("settle", handles.len(), done, answer.failed());
+                for error in outcomes.iter_mut().filter_map(|outcome| outcome.as_mut().err()) {
+                    if may_be_done && error.kind() == ErrorKind::StaleDelivery {
+                        *error = error.duplicate().with_effect(Effect::Unknown);
+                    }
+                }
+                return outcomes;
+            }
+            Ok(Err(error)) => failed("settle", &error),
+            Err(_) => Error::new(ErrorKind::Timeout, "settle", format!("no answer within {ANSWER:?}")),
+        };
+        may_be_done |= error.effect() == Effect::Unknown;
+        let passes = matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Timeout | ErrorKind::RateLimited);
+        if !passes || asked >= DELETES {
+            let error = if may_be_done { error.with_effect(Effect::Unknown) } else { error };
+            return all(handles.len(), &error);
         }
-        Err(error) => all(handles.len(), &failed("settle", &error)),
+        tokio::time::sleep(pause(asked)).await;
     }
+    unreachable!("the last time answers")
+}
+
+/// Longer each time, and not the same for all who were cut off at once.
+fn pause(asked: u32) -> Duration {
+    let spread = uuid::Uuid::new_v4().as_bytes()[0];
+    Duration::from_millis(200 * u64::from(asked * asked) + u64::from(spread))
 }
 
 async fn change_ten(
@@ -99,8 +130,10 @@ fn outcomes<'a>(
     for failure in failures {
         if let Some(index) = place(failure.id()) {
             let error = failed_entry(operation, failure);
-            // "The receipt handle has expired", in one of several codes.
-            let is_stale = error.kind() == ErrorKind::InvalidMessage && error.message().contains("eceipt");
+            // "The receipt handle has expired", in one of several codes; LocalStack (4.13.1) calls it no fault of the sender.
+            let is_parameter = failure.code().contains("InvalidParameterValue");
+            let is_stale =
+                (is_parameter || error.kind() == ErrorKind::InvalidMessage) && error.message().contains("eceipt");
             outcomes[index] = Err(match is_stale {
                 true => Error::new(ErrorKind::StaleDelivery, operation, error.message()),
                 false => error,
@@ -108,4 +141,21 @@ fn outcomes<'a>(
         }
     }
     outcomes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_expired_receipt_handle_is_stale_whoever_is_blamed_for_it() {
+        let text = "Value x for parameter ReceiptHandle is invalid. Reason: The receipt handle has expired.";
+        for (code, is_senders) in [("InvalidParameterValue", true), ("InvalidParameterValueException", false)] {
+            let entry = BatchResultErrorEntry::builder().id("0").code(code).sender_fault(is_senders).message(text);
+            let failure = entry.build().expect("id, code and blame are set");
+            let outcomes = outcomes("settle", 1, std::iter::empty(), &[failure]);
+            let kind = outcomes[0].as_ref().map_err(Error::kind);
+            assert_eq!(kind, Err(ErrorKind::StaleDelivery), "{code}");
+        }
+    }
 }

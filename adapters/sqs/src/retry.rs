@@ -54,7 +54,7 @@ async fn send_to(
         let mut parcel = Parcel::new(codec::encode(message, &carried, None));
         if is_fifo {
             // Of this failure: told twice within five minutes, it is stored once.
-            parcel.lane = Some((source.group_of(message), format!("nack-{}-{attempt}", entry.lease.message_id)));
+            parcel.lane = Some(source.lane_of(message, format!("nack-{}-{attempt}", entry.lease.message_id)));
         } else {
             parcel.delay = (*delay).min(LONGEST_DELAY);
         }
@@ -114,7 +114,7 @@ async fn once(source: &Source, retry: &str) -> Result<()> {
             }
             None => {
                 let mut parcel = Parcel::new(codec::encode(&decoded.message, &decoded.carried, None));
-                parcel.lane = Some((source.group_of(&decoded.message), dedup));
+                parcel.lane = Some(source.lane_of(&decoded.message, dedup));
                 parcels.push(parcel);
                 due.push(handle);
             }
@@ -133,7 +133,7 @@ async fn once(source: &Source, retry: &str) -> Result<()> {
             Err(error) => problem = Some(error),
         }
     }
-    let deleted = requests::delete(queues, retry, &brought).await;
+    let deleted = requests::delete(&source.clients, retry, &brought).await;
     let changed = requests::change(queues, retry, &early, "receive").await;
     let failed = deleted.into_iter().chain(changed).filter_map(Result::err).next();
     problem.or(failed).map_or(Ok(()), Err)

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::{
-    AckLevel, Bytes, Delivery, Error, ErrorKind, Lane, Result, SettleError, SettleOutcome, Settlement, Settler,
+    AckLevel, Bytes, Delivery, Effect, Error, ErrorKind, Lane, Result, SettleError, SettleOutcome, Settlement, Settler,
     Settling, Token, Verdict,
 };
 use async_trait::async_trait;
@@ -200,8 +200,18 @@ impl Share {
 /// Deletes, and tells what became of each.
 pub(crate) async fn delete(entries: Vec<Entry>, source: &Source) -> Vec<(usize, SettleOutcome)> {
     let handles: Vec<Bytes> = entries.iter().map(|entry| entry.handle.clone()).collect();
-    let answers = requests::delete(&source.clients.queues, &source.queues.queue, &handles).await;
-    entries.into_iter().zip(answers).map(|(entry, answer)| entry.outcome(answer, source)).collect()
+    let answers = requests::delete(&source.clients, &source.queues.queue, &handles).await;
+    entries
+        .into_iter()
+        .zip(answers)
+        .map(|(entry, answer)| {
+            let answer = answer.or_else(|error| match entry.is_deleted(&error) {
+                true => Ok(()),
+                false => Err(error),
+            });
+            entry.outcome(answer, source)
+        })
+        .collect()
 }
 
 async fn give_back(entries: Vec<Entry>, source: &Source) -> Vec<(usize, SettleOutcome)> {
@@ -211,6 +221,15 @@ async fn give_back(entries: Vec<Entry>, source: &Source) -> Vec<(usize, SettleOu
 }
 
 impl Entry {
+    /// Whether "no such receipt handle" is the answer to the second of two deletes of which the first was done: while the
+    /// lease holds nobody else can have got the message, and with it the handle that counts. ElasticMQ answers so; at Amazon
+    /// such a request succeeds
+    /// (<https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/API_DeleteMessage.html>).
+    fn is_deleted(&self, error: &Error) -> bool {
+        let may_be = error.kind() == ErrorKind::StaleDelivery && error.effect() == Effect::Unknown;
+        may_be && self.lease.until > Instant::now()
+    }
+
     pub(crate) fn outcome(self, answer: Result<()>, source: &Source) -> (usize, SettleOutcome) {
         let Self { place, delivery, handle, lease } = self;
         let outcome = answer.map(|()| AckLevel::Confirmed).map_err(|error| {

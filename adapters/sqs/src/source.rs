@@ -264,9 +264,9 @@ impl Source {
         Arc::clone(&sources[arrival.lane as usize])
     }
 
-    /// The message group of a message of this source.
-    pub(crate) fn group_of(&self, message: &Message) -> String {
-        crate::parcel::group_of(message, self.is_total)
+    /// The message group and the deduplication id of a copy that goes to this source.
+    pub(crate) fn lane_of(&self, message: &Message, dedup: String) -> (String, String) {
+        crate::parcel::lane_of(message, self.is_total, dedup)
     }
 }
 

@@ -143,6 +143,51 @@ async fn acks_that_are_refused_one_by_one_give_their_deliveries_back_and_no_othe
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_delete_that_was_done_and_whose_answer_is_lost_is_done() {
+    let Some(url) = url() else { return };
+    let (proxy, bus, _direct) = connections(&url, "").await;
+    let name = unique("answers");
+    let mut subscriber = bus.subscribe(bus.subscription(name.as_str(), "g")).await.unwrap();
+    publish(&bus, numbered(&name, 0..3)).await;
+    // The server has never heard of the handles when it is asked again.
+    proxy.script("DeleteMessageBatch", [Fault::DoneBut(503, UNAVAILABLE), Fault::DoneBut(503, NOT_OF_SQS)]);
+    let mut deliveries = receive(&mut subscriber, 3).await;
+    let failing = deliveries.remove(0);
+    let failed = number(&failing);
+    assert!(ack(deliveries).await.iter().all(Result::is_ok));
+    assert!(proxy.is_spent());
+    proxy.script("DeleteMessageBatch", [Fault::DoneBut(503, UNAVAILABLE)]);
+    failing.nack(Duration::ZERO).await.unwrap();
+    assert!(proxy.is_spent());
+    let again = receive(&mut subscriber, 1).await.remove(0);
+    assert_eq!((number(&again), again.attempt()), (failed, 2));
+    again.ack().await.unwrap();
+    nothing(&mut subscriber).await;
+    subscriber.close(LONG).await.unwrap();
+    bus.delete(name.as_str(), None).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_delete_whose_answers_stay_lost_until_the_lease_is_over_is_unknown() {
+    let Some(url) = url() else { return };
+    let (proxy, bus, _direct) = connections(&url, "").await;
+    let name = unique("unknown");
+    let spec = bus.subscription(name.as_str(), "g").with_lease(Duration::from_secs(1));
+    let mut subscriber = bus.subscribe(spec).await.unwrap();
+    publish(&bus, numbered(&name, 0..1)).await;
+    let delivery = receive(&mut subscriber, 1).await.remove(0);
+    let lost = || Fault::DoneBut(503, UNAVAILABLE);
+    proxy.script("DeleteMessageBatch", [lost(), lost(), lost()]);
+    let error = delivery.ack().await.unwrap_err();
+    assert_eq!((error.error().kind(), error.error().effect()), (ErrorKind::Unavailable, Effect::Unknown));
+    assert!(proxy.is_spent());
+    drop(error);
+    nothing(&mut subscriber).await;
+    subscriber.close(LONG).await.unwrap();
+    bus.delete(name.as_str(), None).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failure_whose_copy_is_throttled_keeps_its_source_and_its_attempt() {
     let Some(url) = url() else { return };
     let (proxy, bus, _direct) = connections(&url, "").await;

@@ -53,12 +53,14 @@ async fn max_in_flight(env: &Env) -> Proof {
     let sent: BTreeSet<_> = ids(&client.fill(&destination, env.loose_key(), 12).await?).into_iter().collect();
     let mut held = consumer.take(4).await?;
     let mut seen: BTreeSet<_> = held_ids(&held).into_iter().collect();
-    for _ in 0..8 {
+    // Where what is out locks what is behind it, room comes with the last of it.
+    let step = if env.at_once(usize::MAX) == usize::MAX { 1 } else { 4 };
+    for _ in 0..8 / step {
         consumer.silence("max_in_flight deliveries are out").await?;
-        held.remove(0).ack().await?;
-        let next = consumer.one().await?;
-        seen.insert(next.id());
-        held.push(next);
+        ack_all(held.drain(..step).collect()).await?;
+        let next = consumer.take(step).await?;
+        seen.extend(held_ids(&next));
+        held.extend(next);
     }
     ensure_eq!(seen, sent, "what was seen");
     ensure_eq!(consumer.subscriber.in_flight(), 4, "in flight");
@@ -107,12 +109,13 @@ async fn at_most(env: &Env) -> Proof {
 async fn saturated(env: &Env) -> Proof {
     let destination = env.destination("d");
     let client = env.client().await?;
-    let mut consumer = client.subscribe(env.spec(&destination, &env.group("g")).with_max_in_flight(50)).await?;
+    let most = env.at_once(50);
+    let mut consumer = client.subscribe(env.spec(&destination, &env.group("g")).with_max_in_flight(most)).await?;
     let mut sent = BTreeSet::new();
     for number in 0..20 {
         sent.extend(ids(&client.fill(&destination, format!("key {number}").as_str(), 10).await?));
     }
-    let held = consumer.take(50).await?;
+    let held = consumer.take(most).await?;
     consumer.silence("max_in_flight deliveries are out").await?;
     let mut seen: BTreeSet<_> = held_ids(&held).into_iter().collect();
     ack_all(held).await?;

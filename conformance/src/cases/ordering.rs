@@ -124,7 +124,9 @@ async fn per_key(env: &Env) -> Proof {
     let sent = interleaved(&client, &destination, &["a", "b", "c", "d", "e"], 20).await?;
     let mut came = Vec::new();
     while came.len() < 100 {
-        let batch = consumer.take((100 - came.len()).min(9)).await?;
+        // However many the endpoint has out of a key at a time.
+        let batch = consumer.receive((100 - came.len()).min(9), env.patience()).await?;
+        ensure!(!batch.is_empty(), "{} of 100 deliveries came", came.len());
         came.extend(batch.iter().map(|held| held.message().clone()));
         ack_all(batch).await?;
     }
@@ -435,19 +437,20 @@ async fn poison(env: &Env) -> Proof {
     let sent = client.fill(&destination, "good", 20).await?;
     let mut came = Vec::new();
     let mut failed = 0;
+    // Where keys are locked the endpoint chooses the key: one message at a time could be the poisoned one for ever.
+    let most = if env.loose_key().is_none() { 4 } else { 1 };
+    let deadline = Instant::now() + env.patience() * 2;
     while came.len() < 20 {
-        let held = consumer.one().await?;
-        if held.id() == poison {
-            failed += 1;
-            ensure!(
-                failed < 10_000,
-                "{} of 20 good messages came beside 10,000 deliveries of a poisoned one",
-                came.len()
-            );
-            held.nack(Duration::ZERO).await?;
-        } else {
-            came.push(held.id());
-            held.ack().await?;
+        let (good, late) = (came.len(), Instant::now() >= deadline);
+        ensure!(!late, "{good} of 20 good messages came beside {failed} deliveries of a poisoned one");
+        for held in consumer.receive(most, env.quiet()).await? {
+            if held.id() == poison {
+                failed += 1;
+                held.nack(Duration::ZERO).await?;
+            } else {
+                came.push(held.id());
+                held.ack().await?;
+            }
         }
     }
     if env.record.key_order.is_given() {

@@ -233,7 +233,9 @@ pub(crate) async fn dedup(env: &Env) -> Proof {
         let receipts = client.publish_ok(vec![message.clone()]).await?;
         ensure!(!receipts[0].duplicate, "the receipt says duplicate, the record says there is no dedup");
     }
-    for held in consumer.take(2).await? {
+    for _ in 0..2 {
+        // One by one: a queue may lock a key while one of it is out.
+        let held = consumer.one().await?;
         ensure_eq!(held.id(), message.id().to_string(), "the copies");
         held.ack().await?;
     }

@@ -25,7 +25,8 @@ use crate::history::What;
 use crate::{Harness, sweep};
 pub use address::{routes_of, url_through};
 pub(crate) use plan::{Kind, Planned, plan};
-use proxy::{End, Proxy, Way};
+use proxy::Way;
+pub(crate) use proxy::{End, Proxy};
 pub(crate) use trial::{Disturbance, Trial};
 
 /// An address of the server that a proxy can stand in front of.

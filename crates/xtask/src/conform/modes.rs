@@ -95,6 +95,16 @@ pub(crate) const MODES: &[Mode] = &[
         POLLED
     ),
     on_server!("sqs-sns", "localstack", "sqs", "", false, &["aws-sdk-sqs", "aws-sdk-sns"], LOCALSTACK, POLLED),
+    on_server!(
+        "sqs-sns-fifo",
+        "localstack",
+        "sqs",
+        "mode=fifo",
+        false,
+        &["aws-sdk-sqs", "aws-sdk-sns"],
+        LOCALSTACK,
+        POLLED
+    ),
     on_server!("pulsar", "pulsar", "pulsar", "", true, &["pulsar"], None, PROMPT),
     on_server!("pulsar-partitions", "pulsar", "pulsar", "partitions=3", false, &["pulsar"], None, PROMPT),
 ];
