@@ -8,7 +8,7 @@ use anybroker_core::{Bus, Error, ErrorKind, ManualClock, Result};
 use async_trait::async_trait;
 use futures_util::future::BoxFuture;
 
-use crate::{Route, ServerControl};
+use crate::{NativeChannel, Route, ServerControl};
 
 /// An endpoint under test. The suite creates destinations under names of its own, deletes what it created where
 /// the endpoint can, and touches nothing else.
@@ -82,6 +82,12 @@ pub trait Harness: Send + Sync + 'static {
     fn server(&self) -> Option<Arc<dyn ServerControl>> {
         None
     }
+
+    /// The bare client of the broker, past the adapter, for the cases of the theme `native`. Where there is none they count
+    /// as not run, with that reason.
+    fn native(&self) -> Option<Arc<dyn NativeChannel>> {
+        None
+    }
 }
 
 /// See [`Harness::about`].
@@ -108,6 +114,7 @@ pub struct UrlHarness {
     disturbed: bool,
     through: Option<(Vec<Route>, ConnectThrough)>,
     server: Option<Arc<dyn ServerControl>>,
+    native: Option<Arc<dyn NativeChannel>>,
 }
 
 impl UrlHarness {
@@ -127,6 +134,7 @@ impl UrlHarness {
             disturbed: false,
             through: None,
             server: None,
+            native: None,
         }
     }
 
@@ -184,6 +192,13 @@ impl UrlHarness {
     #[must_use]
     pub fn with_server(mut self, server: Arc<dyn ServerControl>) -> Self {
         self.server = Some(server);
+        self
+    }
+
+    /// See [`Harness::native`].
+    #[must_use]
+    pub fn with_native(mut self, native: Arc<dyn NativeChannel>) -> Self {
+        self.native = Some(native);
         self
     }
 
@@ -248,6 +263,10 @@ impl Harness for UrlHarness {
 
     fn server(&self) -> Option<Arc<dyn ServerControl>> {
         self.server.clone()
+    }
+
+    fn native(&self) -> Option<Arc<dyn NativeChannel>> {
+        self.native.clone()
     }
 }
 

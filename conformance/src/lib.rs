@@ -29,7 +29,9 @@ mod faults;
 mod harness;
 mod history;
 pub mod mutants;
+mod native;
 mod need;
+mod probes;
 mod report;
 mod run;
 mod sweep;
@@ -41,7 +43,9 @@ pub use cases::cases;
 pub use checker::{Anomaly, Counts};
 pub use faults::{Route, ServerControl, check_proxies, routes_of, url_through};
 pub use harness::{About, Harness, UrlHarness};
+pub use native::{Carries, NativeChannel, Place, RawMessage};
 pub use need::Need;
+pub use probes::{Evidence, Probe, probes};
 pub use report::{
     CaseChange, CaseReport, Comparison, EndpointComparison, EndpointReport, RecordChange, Report, ReportError,
     ReportSet, RunSettings, SCHEMA, Totals,

@@ -46,9 +46,9 @@ needs! {
     NACK = nack by r::nack;
     NACK_DELAY = nack_delay by r::nack_delay;
     RELEASE = release by r::release;
-    LEASE = lease by r::cannot_be_called;
+    LEASE = lease by r::lease;
     EXTENSION = lease_extension by r::extension;
-    CRASH_COUNT = crash_count by r::cannot_be_called;
+    CRASH_COUNT = crash_count by r::crash_count;
     DEAD_LETTER = dead_letter by r::dead_letter;
     REDRIVE = redrive by r::redrive;
     PURGE = purge by r::purge;

@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "test code")]
 
 mod common;
+#[path = "common/native.rs"]
+mod native;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,8 +25,10 @@ async fn suite(settings: &'static str, strict_settings: &'static str) {
     let Some(url) = url() else { return };
     let strict = url.clone();
     let name = url.clone();
+    let native = Arc::new(native::Native::new(&url));
     let harness = UrlHarness::new(name, move || Box::pin(try_connect(url.clone(), settings)))
         .with_strict(move || Box::pin(try_connect(strict.clone(), strict_settings)))
+        .with_native(native)
         .with_lease(Duration::from_secs(2))
         .with_patience(Duration::from_secs(60));
     let mut options = Options::default().with_parallelism(16);

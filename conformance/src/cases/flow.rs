@@ -44,6 +44,12 @@ pub(super) const CASES: &[Case] = &[
         "A subscription can be paused; deliveries that are out stay valid.",
         paused
     ),
+    case!(
+        "flow/as-many-members-work-at-once-as-the-record-says",
+        [],
+        "Parallelism within a group is that of the record: each of so many members gets messages while the others hold theirs.",
+        members_at_once
+    ),
 ];
 
 async fn max_in_flight(env: &Env) -> Proof {
@@ -199,4 +205,38 @@ async fn paused(env: &Env) -> Proof {
     }
     ack_all(came).await?;
     consumer.silence_then_canary(&client, "all were acked").await
+}
+
+async fn members_at_once(env: &Env) -> Proof {
+    let (destination, group) = (env.destination("d"), env.group("g"));
+    let spec = || env.spec(&destination, &group).with_max_in_flight(1);
+    let client = env.client().await?;
+    client.subscribe(spec()).await?.close().await?;
+    // So many keys that no lane is without.
+    for number in 0..40 {
+        client.fill(&destination, format!("key {number}").as_str(), 1).await?;
+    }
+    let count = match env.record.parallelism {
+        Parallelism::Any => 3,
+        Parallelism::Lanes(lanes) => lanes.min(3),
+        Parallelism::One => 1,
+    };
+    let mut members = Vec::new();
+    for _ in 0..count {
+        members.push(client.subscribe(spec()).await?);
+    }
+    let mut held = Vec::new();
+    for member in &mut members {
+        held.push(member.one().await?);
+    }
+    if env.record.parallelism == Parallelism::One {
+        let mut other = client.subscribe(spec()).await?;
+        other.silence("one member works, says the record").await?;
+        other.close().await?;
+    }
+    drop(held);
+    for member in members {
+        member.close().await?;
+    }
+    Ok(())
 }

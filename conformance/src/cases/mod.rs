@@ -10,6 +10,7 @@ mod groups;
 mod idempotency;
 mod lease;
 mod lifecycle;
+mod native;
 mod ordering;
 mod publish;
 mod random;
@@ -39,6 +40,7 @@ const THEMES: &[&[Case]] = &[
     time::CASES,
     publish::CASES,
     topology::CASES,
+    native::CASES,
     random::CASES,
     faults::CASES,
 ];

@@ -139,6 +139,39 @@ pub(crate) async fn extension(env: &Env) -> Proof {
     still_usable(&client, consumer).await
 }
 
+/// Where nothing is leased, what is out for longer than a lease does not come again.
+pub(crate) async fn lease(env: &Env) -> Proof {
+    let client = env.client().await?;
+    let lease = env.lease();
+    let mut consumer = client.subscribe(env.spec(&env.destination("d"), &env.group("g")).with_lease(lease)).await?;
+    client.fill(&env.destination("d"), "k", 1).await?;
+    let held = consumer.one().await?;
+    env.pass(lease + lease / 2).await;
+    consumer.silence("leases are refused by the record").await?;
+    held.ack().await?;
+    still_usable(&client, consumer).await
+}
+
+/// Where hand-overs are not counted, none of them tells its number.
+pub(crate) async fn crash_count(env: &Env) -> Proof {
+    let (client, mut consumer) = set_up(env).await?;
+    client.fill(&env.destination("d"), "k", 1).await?;
+    for round in 1..=3 {
+        let held = consumer.one().await?;
+        let told = held.delivery().facts().deliveries;
+        ensure!(
+            told.is_none_or(|told| told <= held.attempt()),
+            "hand-over {round} without an outcome is counted ({told:?}), and the record refuses to count them"
+        );
+        if round == 3 {
+            held.ack().await?;
+            break;
+        }
+        drop(held);
+    }
+    still_usable(&client, consumer).await
+}
+
 pub(crate) async fn dead_letter(env: &Env) -> Proof {
     let verdict = Verdict::new(anybroker_core::Reason::Rejected);
     settlement_refused(env, "a dead letter", Settlement::DeadLetter(Box::new(verdict))).await?;

@@ -20,6 +20,12 @@ pub(super) const CASES: &[Case] = &[
         acked_outlives_its_lease
     ),
     case!(
+        "settle/an-ack-answers-the-level-of-the-record",
+        [],
+        "`Ok` says its level: recorded, sent, or confirmed.",
+        ack_level
+    ),
+    case!(
         "settle/acks-may-come-in-any-order",
         [],
         "Acks may come in any order; when all are there, nothing comes again after a close.",
@@ -89,6 +95,20 @@ async fn acked_outlives_its_lease(env: &Env) -> Proof {
     }
     env.pass(lease + lease / 2).await;
     consumer.silence_then_canary(&client, "all were acked before their leases ended").await
+}
+
+async fn ack_level(env: &Env) -> Proof {
+    let (destination, group) = (env.destination("d"), env.group("g"));
+    let client = env.client().await?;
+    let mut consumer = client.subscribe(env.spec(&destination, &group)).await?;
+    client.fill(&destination, env.loose_key(), 3).await?;
+    for held in consumer.take(3).await? {
+        match held.settle(Settlement::Ack).await? {
+            Ok(level) => ensure_eq!(level, env.record.ack_level, "what an ack answers"),
+            Err((_, error)) => return Err(error.into()),
+        }
+    }
+    consumer.silence_then_canary(&client, "all were acked").await
 }
 
 async fn reverse_acks(env: &Env) -> Proof {

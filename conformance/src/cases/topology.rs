@@ -307,6 +307,20 @@ async fn lag_of(env: &Env, client: &Client<'_>, destination: &Destination, group
     Ok(env.bounded("lag", client.bus.lag(destination, group)).await??)
 }
 
+/// The figures are those that the record claims, no more and no less, and as exact.
+fn told_as_claimed(env: &Env, lag: &Lag) -> Proof {
+    let claimed = &env.record.lag;
+    let precision = |figure: Figure| figure.map(|(_, precision)| precision);
+    ensure_eq!(precision(lag.ready), claimed.ready, "how exact `ready` is");
+    ensure_eq!(precision(lag.in_flight), claimed.in_flight, "how exact `in_flight` is");
+    ensure_eq!(precision(lag.delayed), claimed.delayed, "how exact `delayed` is");
+    // Of nothing there is no age.
+    if let Some((_, told)) = lag.oldest_age {
+        ensure_eq!(Some(told), claimed.oldest_age, "how exact `oldest_age` is");
+    }
+    Ok(())
+}
+
 /// An exact figure must be right at once, an estimate after a while.
 async fn must_tell(
     env: &Env,
@@ -318,6 +332,7 @@ async fn must_tell(
     let deadline = Instant::now() + env.patience();
     loop {
         let lag = lag_of(env, client, place.0, place.1).await?;
+        told_as_claimed(env, &lag)?;
         let differs = |figure: Figure, expected: u64| figure.is_some_and(|(count, _)| count != expected);
         let wrong =
             differs(lag.ready, expected.0) || differs(lag.in_flight, expected.1) || differs(lag.delayed, expected.2);

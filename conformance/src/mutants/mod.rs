@@ -15,7 +15,7 @@ use std::sync::Arc;
 use anybroker_core::{Broker, Bus, BusOptions, ManualClock, Result};
 use async_trait::async_trait;
 
-use crate::{Harness, Route, ServerControl};
+use crate::{Harness, NativeChannel, Route, ServerControl};
 use tampered::{Fault, Tampered};
 
 /// A broker with one fault.
@@ -125,6 +125,10 @@ impl Harness for MutantHarness {
 
     fn server(&self) -> Option<Arc<dyn ServerControl>> {
         self.inner.server()
+    }
+
+    fn native(&self) -> Option<Arc<dyn NativeChannel>> {
+        self.inner.native()
     }
 }
 
