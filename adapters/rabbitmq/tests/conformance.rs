@@ -33,7 +33,7 @@ async fn the_default_mode_passes_every_case() {
 }
 
 /// The seed is printed with the report; `ANYBROKER_TEST_SEED` repeats a run.
-#[ignore = "long: cargo xtask faults rabbitmq runs it with one seed after the other"]
+#[ignore = "long, and not shown to pass on every seed: cargo xtask faults rabbitmq runs it"]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn faults_of_connections_break_no_promise() {
     let Some(url) = url() else { return };
