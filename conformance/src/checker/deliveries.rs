@@ -53,7 +53,7 @@ impl Checker {
         let story = self.story_of(&place, &seen.id);
         let justified = story.justify(at, with_resent, moved);
         let (again, acked) = (story.deliveries > 0, story.acked > 0);
-        let attempts = story.attempts(rules.attempts);
+        let attempts = story.attempts(at, rules.attempts);
         let gone_before = story.outstanding_summary();
         let first_delivery = !again;
         // It cannot have been leased before it was there, and neither can it have been before the member was.

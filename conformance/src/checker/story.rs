@@ -166,10 +166,19 @@ impl Story {
         false
     }
 
-    /// The attempt numbers that the next delivery may have.
-    pub(super) fn attempts(&self, count: AttemptCount) -> RangeInclusive<u32> {
+    /// The attempt numbers that a delivery may have now.
+    pub(super) fn attempts(&self, at: u64, count: AttemptCount) -> RangeInclusive<u32> {
         let exact = 1 + self.nacks;
-        let least = exact.saturating_sub(self.uncertain).max(1);
+        // A nack that had no answer when its lease ended may not have arrived.
+        let is_open = |settling: &&Settling| {
+            settling.verb == Verb::Nack
+                && !settling.buries
+                && !settling.is_uncertain
+                && settling.ok_at.is_none()
+                && settling.held.lease_end <= at
+        };
+        let open = u32::try_from(self.settling.iter().filter(is_open).count()).unwrap_or(u32::MAX);
+        let least = exact.saturating_sub(self.uncertain.saturating_add(open)).max(1);
         let late = self.too_late.iter().filter(|late| late.verb == Verb::Nack).count();
         let exact = exact.saturating_add(u32::try_from(late).unwrap_or(u32::MAX));
         match count {

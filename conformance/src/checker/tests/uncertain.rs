@@ -179,3 +179,22 @@ fn what_needs_no_lost_connection_is_not_asked_for_one() {
     script.delivered(4, "a", 2);
     assert_eq!(script.names(), ["unjustified-duplicate"]);
 }
+
+#[test]
+fn a_nack_that_had_no_answer_when_the_lease_ended_may_not_be_counted_and_one_that_had_is() {
+    let nacked_then = |is_answered: bool, attempt| {
+        let mut script = Script::new();
+        script.member().published("a", "k", 1).delivered(1, "a", 1);
+        script.push(What::SettleInvoke { delivery: 1, verb: Verb::Nack });
+        if is_answered {
+            script.answered(1);
+        }
+        script.wait(LEASE).delivered(2, "a", attempt);
+        script.names()
+    };
+    for attempt in [1, 2] {
+        assert_eq!(nacked_then(false, attempt), [""; 0]);
+    }
+    assert_eq!(nacked_then(true, 1), ["attempt-mismatch"]);
+    assert_eq!(nacked_then(true, 2), [""; 0]);
+}
