@@ -175,14 +175,10 @@ impl Feed {
         if self.is_missing {
             self.wait_for_missing().await?;
         }
-        match self.held_until {
-            Some(until) if Instant::now() < until => return Ok(()),
-            Some(_) => {
-                if !self.gather().await? {
-                    return Ok(());
-                }
-            }
-            None => {}
+        if let Some(until) = self.held_until
+            && (Instant::now() < until || !self.gather().await?)
+        {
+            return Ok(());
         }
         self.gathered();
         let rests = self.desk.shared.is_resting();
