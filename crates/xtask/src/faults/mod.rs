@@ -46,7 +46,7 @@ pub(crate) struct Faults {
     /// Go on where an earlier command with the same report folder stopped
     #[arg(long)]
     resume: bool,
-    /// Where the summary goes, and the histories of what failed; target/faults/<broker> when not given
+    /// Where the summary goes, and the histories of what failed; a folder of the broker in target/faults when not given
     #[arg(long, value_name = "DIR")]
     report: Option<PathBuf>,
     /// Where the broker comes from
