@@ -31,8 +31,6 @@ pub(crate) struct Owner {
     subject: String,
     member: String,
     timeout: Duration,
-    /// How long a silent member's messages take to come back.
-    comes_back: Duration,
     held: Option<u64>,
     renewed: Instant,
     /// The record of somebody else, and since when it has not changed.
@@ -43,7 +41,10 @@ pub(crate) struct Owner {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Change {
     None,
+    /// Nobody had it, or who had it gave it up and everything back.
     Gained,
+    /// Who had it was silent for too long. What the server has sent to it, and may send to it still, comes back later.
+    TakenOver,
     Renewed,
     Lost,
 }
@@ -54,11 +55,10 @@ impl Owner {
         topology: Arc<Topology>,
         (stream, subject): (String, String),
         timeout: Duration,
-        comes_back: Duration,
     ) -> Self {
         let member = uuid::Uuid::now_v7().to_string();
         let (held, seen, renewed) = (None, None, Instant::now());
-        Self { link, topology, stream, subject, member, timeout, comes_back, held, renewed, seen }
+        Self { link, topology, stream, subject, member, timeout, held, renewed, seen }
     }
 
     /// Until when no other member works.
@@ -102,13 +102,19 @@ impl Owner {
                         now
                     }
                 };
-                if since.elapsed() < self.timeout.max(self.comes_back) {
+                // An earlier claim may have been stored although its confirmation was lost.
+                let is_own = record.payload() == self.member.as_bytes();
+                if !is_own && since.elapsed() < self.timeout {
                     return Ok(Change::None);
                 }
                 record.seq
             }
         };
-        Ok(if self.write(expected).await? { Change::Gained } else { Change::None })
+        Ok(match self.write(expected).await? {
+            true if expected == 0 => Change::Gained,
+            true => Change::TakenOver,
+            false => Change::None,
+        })
     }
 
     /// Gives the claim up, so that the next member need not wait.
@@ -122,6 +128,8 @@ impl Owner {
     /// Writes the record, unless somebody else did since `expected`.
     async fn write(&mut self, expected: u64) -> Result<bool> {
         let begun = Instant::now();
+        let mut state = self.link.state.clone();
+        let epoch = state.borrow().epoch;
         let answers = self.link.board.open(1, begun + ANSWER);
         let mut headers = HeaderMap::new();
         headers.insert(EXPECTED, expected.to_string().as_str());
@@ -132,7 +140,11 @@ impl Owner {
         sending.await.map_err(|error| {
             anybroker_core::Error::new(anybroker_core::ErrorKind::Closed, "receive", error.to_string())
         })?;
-        answers.wait(begun + ANSWER).await;
+        // What was sent on a connection that is lost may be answered never: then it is found out anew on the next one.
+        tokio::select! {
+            _ = answers.wait(begun + ANSWER) => {}
+            _ = state.wait_for(|state| state.epoch != epoch) => {}
+        }
         match refused(answers.take(0), "receive")? {
             Ok((sequence, _)) => {
                 (self.held, self.renewed, self.seen) = (Some(sequence), begun, None);

@@ -147,7 +147,10 @@ async fn store(desk: &Arc<Desk>, jobs: Vec<Job>, deadline: Instant) -> Vec<(usiz
             }
         }
     }
-    outcomes.extend(tell(desk, stored, deadline).await);
+    // Apart, because acks are told again and nacks are not.
+    let (nacks, letters): (Vec<_>, Vec<_>) = stored.into_iter().partition(|job| matches!(job.then, Then::Nack(..)));
+    let (nacks, letters) = tokio::join!(tell(desk, nacks, deadline), tell(desk, letters, deadline));
+    outcomes.extend(nacks.into_iter().chain(letters));
     outcomes
 }
 
@@ -172,7 +175,15 @@ async fn tell(desk: &Arc<Desk>, jobs: Vec<Job>, deadline: Instant) -> Vec<(usize
         }
     }
     for (job, told) in here.into_iter().zip(desk.tell(&tellings, deadline).await) {
+        // Its failure is stored. That the server was told or not only says when it comes back: at the latest when its lease
+        // ends, and then not before its delay.
+        let comes_back =
+            matches!(&job.then, Then::Nack(..)) && told.as_ref().is_err_and(|error| error.kind() == ErrorKind::Timeout);
         let outcome = match told {
+            Err(_) if comes_back => {
+                desk.shared.settled(job.taken.key);
+                Ok(AckLevel::Confirmed)
+            }
             Ok(()) => {
                 if let (Then::Ack | Then::Letter(_), Some(place)) = (&job.then, job.taken.record_at) {
                     desk.forget_record(job.taken.feed, place).await;

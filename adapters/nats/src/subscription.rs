@@ -66,7 +66,6 @@ impl NatsSubscription {
             let feed = FeedState::new(destination.clone(), group.clone(), keeps_order, ack_wait);
             feeds.push(if spec.on_failure == OnFailure::Block { feed.blocking(spec.order) } else { feed });
         }
-        let waits: Vec<Duration> = feeds.iter().map(|feed| feed.ack_wait).collect();
         let (shared, tasks) = Shared::new(spec.lease, spec.max_in_flight, feeds);
         let shared = Arc::new(shared);
         let desk = Arc::new(Desk {
@@ -83,8 +82,7 @@ impl NatsSubscription {
             let scope = &desk.scopes[index as usize];
             let owner = keeps_order.then(|| {
                 let record = (scope.records.clone(), format!("{}.o", scope.record));
-                let comes_back = waits[index as usize] + Duration::from_secs(1);
-                Owner::new(Arc::clone(link), Arc::clone(topology), record, settings.member_timeout, comes_back)
+                Owner::new(Arc::clone(link), Arc::clone(topology), record, settings.member_timeout)
             });
             working.push(Feed::new(index, destination.clone(), Arc::clone(&desk), owner).await?);
         }

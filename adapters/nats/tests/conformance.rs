@@ -34,7 +34,7 @@ async fn the_default_mode_passes_every_case() {
 }
 
 /// The seed is printed with the report; `ANYBROKER_TEST_SEED` repeats a run.
-#[ignore = "young: not shown to pass on every seed yet"]
+#[ignore = "long, and not shown to pass on every seed: cargo xtask faults nats runs it"]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn faults_of_connections_break_no_promise() {
     let Some(url) = url() else { return };
@@ -45,6 +45,9 @@ async fn faults_of_connections_break_no_promise() {
     }
     let report = run(Arc::new(behind_proxies(&url)), options).await.unwrap();
     println!("{}", report.text());
+    if let Some(directory) = std::env::var_os("ANYBROKER_TEST_REPORT") {
+        report.write_dir(directory.as_ref()).unwrap();
+    }
     assert!(report.is_green(), "{}", report.summary());
 }
 

@@ -9,6 +9,7 @@ use anybroker_core::{
     AckLevel, Effect, ErrorKind, Group, Message, OnFailure, Order, PublishOptions, Reason, Timestamp, TopologySpec,
     Verdict, ack,
 };
+use common::line::Line;
 use common::{LONG, connect, nothing, number, numbered, publish, receive, try_connect, unique, url};
 use tokio::time::Instant;
 
@@ -283,6 +284,77 @@ async fn behind_a_failed_message_its_key_waits_through_lost_leases_and_members()
         came.ack().await.unwrap();
     }
     second.close(LONG).await.unwrap();
+    bus.delete(name.as_str(), None).await.unwrap();
+    bus.close(LONG).await.unwrap();
+}
+
+/// The server goes on sending to a connection that stands still, until it has sent what was asked for: long after the member
+/// there has renewed its claim for the last time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_sent_to_a_connection_that_stands_still_comes_first_at_the_next_member() {
+    let Some(url) = url() else { return };
+    let line = Line::to(&url).await;
+    let (silent, bus) = (connect(&line.url, "member_timeout=1s").await, connect(&url, "member_timeout=1s").await);
+    let name = unique("taken-over");
+    let spec = bus.subscription(name.as_str(), "g").with_order(Order::Key).with_lease(Duration::from_secs(2));
+    let spec = spec.with_max_in_flight(30);
+    let mut first = silent.subscribe(spec.clone()).await.unwrap();
+    publish(&bus, numbered(&name, 0..1)).await;
+    receive(&mut first, 1).await.remove(0).ack().await.unwrap();
+    let mut second = bus.subscribe(spec).await.unwrap();
+    line.stand_still();
+    let (publisher, to) = (bus.clone(), name.clone());
+    let publishing = tokio::spawn(async move {
+        for number in 1..=60 {
+            publish(&publisher, numbered(&to, number..number + 1)).await;
+            // Over the whole time in which the claim changes hands.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    });
+    let mut seen = Vec::new();
+    while seen.len() < 60 {
+        let came = receive(&mut second, 1).await.remove(0);
+        seen.push(number(&came));
+        came.ack().await.unwrap();
+    }
+    assert_eq!(seen, (1..=60).collect::<Vec<_>>());
+    publishing.await.unwrap();
+    second.close(LONG).await.unwrap();
+    drop(first);
+    bus.delete(name.as_str(), None).await.unwrap();
+    bus.close(LONG).await.unwrap();
+}
+
+/// Told again, it would be taken from whoever has the message by then: the server looks at the message, not at the delivery.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_nack_whose_confirmation_is_late_takes_the_message_from_nobody_else() {
+    let Some(url) = url() else { return };
+    let line = Line::to(&url).await;
+    let (slow, bus) = (connect(&line.url, "").await, connect(&url, "").await);
+    let name = unique("told-once");
+    let spec = bus.subscription(name.as_str(), "g").with_max_attempts(None);
+    let mut first = slow.subscribe(spec.clone()).await.unwrap();
+    publish(&bus, numbered(&name, 0..1)).await;
+    let failing = receive(&mut first, 1).await.remove(0);
+    first.pause(true).await.unwrap();
+    line.answer_late(Duration::from_secs(2));
+    let nacking = tokio::spawn(failing.nack(Duration::ZERO));
+    let mut second = bus.subscribe(spec.clone()).await.unwrap();
+    let held = receive(&mut second, 1).await.remove(0);
+    assert_eq!((number(&held), held.attempt()), (0, 2));
+    second.pause(true).await.unwrap();
+    let mut third = bus.subscribe(spec).await.unwrap();
+    nacking.await.unwrap().unwrap();
+    nothing(&mut third).await;
+    publish(&bus, numbered(&name, 1..2)).await;
+    let canary = receive(&mut third, 1).await.remove(0);
+    assert_eq!(number(&canary), 1);
+    canary.ack().await.unwrap();
+    held.ack().await.unwrap();
+    line.answer_late(Duration::ZERO);
+    for subscriber in [first, second, third] {
+        subscriber.close(LONG).await.unwrap();
+    }
     bus.delete(name.as_str(), None).await.unwrap();
     bus.close(LONG).await.unwrap();
 }

@@ -92,7 +92,7 @@ impl ServerControl for Server {
 }
 
 /// The suite's cases about the server's process, on a server of this test's own.
-#[ignore = "young: not shown to pass on every seed yet"]
+#[ignore = "long, and not shown to pass on every seed: cargo xtask faults rabbitmq runs it"]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_and_a_frozen_server_break_no_promise() {
     let Some(server) = Server::start("suite") else { return };
@@ -104,9 +104,15 @@ async fn a_killed_and_a_frozen_server_break_no_promise() {
     .with_server(Arc::new(server))
     .with_lease(Duration::from_secs(1))
     .with_quiet(Duration::from_secs(1));
-    let options = Options::default().with_level(Level::Reliability).with_filter("faults/a-server-*");
+    let mut options = Options::default().with_level(Level::Reliability).with_filter("faults/a-server-*");
+    if let Ok(seed) = std::env::var("ANYBROKER_TEST_SEED") {
+        options = options.with_seed(seed.parse().unwrap());
+    }
     let report = run(Arc::new(harness), options).await.unwrap();
     println!("{}", report.text());
+    if let Some(directory) = std::env::var_os("ANYBROKER_TEST_REPORT") {
+        report.write_dir(directory.as_ref()).unwrap();
+    }
     assert!(report.is_green() && report.totals.not_run == 0, "{}", report.summary());
 }
 

@@ -5,13 +5,16 @@ use std::collections::{HashMap, HashSet};
 use anybroker_core::AckLevel;
 
 use super::Checker;
-use crate::history::Verb;
+use super::story::Forgetting;
 
 /// How long after a fault a member may hand out what it had from the connection that is gone, because it has not been told.
 const EXPOSED: u64 = 5_000_000;
 
-/// Where an ack is recorded or sent without an answer: how long before a fault it may have been told of and not have arrived.
-const FORGETTING: u64 = 15_000_000;
+/// Where an ack is sent without an answer: how long before a loss it may have been told of and still be on its way.
+const SENT: u64 = 2_000_000;
+
+/// Where it is only recorded, it may also wait until the client tells the broker of many at once.
+const RECORDED: u64 = 15_000_000;
 
 /// The faults of a history.
 #[derive(Default)]
@@ -63,7 +66,9 @@ impl Checker {
                 let since = member.exposed.filter(|(_, until)| at <= *until).map_or(at, |(since, _)| since);
                 member.exposed = Some((since, u64::MAX));
             }
-            self.lose(at, subscription, None);
+            // Nobody was told of a loss yet; where the broker's own lease gives deliveries to others, none ends.
+            let ends = !self.rules.by_lease;
+            self.lose(at, subscription, None, ends);
         }
         if met {
             self.faults.met.insert(fault);
@@ -90,23 +95,21 @@ impl Checker {
             return;
         }
         if let Some(story) = self.story(delivery) {
-            let verb = story.verb_of(delivery);
-            if matches!(verb, Some(Verb::Ack | Verb::Nack)) {
-                story.may_be_forgotten(verb == Some(Verb::Nack));
-            }
+            story.may_be_forgotten(at, delivery);
         }
     }
 
-    /// Since when what a member has settled may be forgotten with its connection; `None` where the level says that it has
-    /// arrived.
-    pub(super) fn forgetful_since(&self, at: u64, subscription: u64) -> Option<u64> {
-        let exposed = self.members.get(&subscription).and_then(|member| member.exposed);
-        let since = match exposed.filter(|(_, until)| at <= *until) {
-            // Above 0, which says that no fault is known.
-            Some((since, _)) => since.saturating_sub(FORGETTING).max(1),
-            None => 0,
+    /// What a member has settled and may be forgotten with its connection; `None` where the level says that it has arrived.
+    pub(super) fn forgetting(&self, at: u64, subscription: u64) -> Option<Forgetting> {
+        let on_its_way = match self.rules.level {
+            AckLevel::Confirmed => return None,
+            AckLevel::Sent => SENT,
+            _ => RECORDED,
         };
-        (self.rules.level != AckLevel::Confirmed).then_some(since)
+        let exposed = self.members.get(&subscription).and_then(|member| member.exposed);
+        let exposed = exposed.filter(|(_, until)| at <= *until);
+        let since = exposed.map_or(at, |(since, _)| since).saturating_sub(on_its_way);
+        Some(Forgetting { since, in_a_fault: exposed.is_some() })
     }
 
     fn members_of(&self, clients: &[u32]) -> Vec<u64> {

@@ -1,40 +1,39 @@
 //! Order per key, and who holds a key.
 
-use anybroker_core::Order;
+use anybroker_core::{MessageId, Order};
 
+use super::publishes::Publish;
 use super::{Checker, Place};
 use crate::history::Seen;
 
 impl Checker {
     /// First deliveries of a key keep the order of publishing.
-    #[allow(clippy::too_many_arguments, reason = "one caller, and a struct for it would say nothing more")]
-    pub(super) fn first_delivery(
-        &mut self,
-        place: &Place,
-        group: &str,
-        producer: u32,
-        lane: &Option<Vec<u8>>,
-        sequence: u64,
-        key: &Option<Vec<u8>>,
-        seen: &Seen,
-    ) {
-        // Under total order sequences are compared by where the publish stands in the log.
-        let rank = match lane {
-            Some(_) => sequence,
-            None => self.by_id[&(seen.destination.clone(), seen.id.clone())]
-                .first()
-                .map_or(0, |call| self.publishes[*call].index as u64),
-        };
-        let before = self.highest.get(&(place.clone(), producer, lane.clone())).cloned();
-        match before {
-            Some((highest, other)) if highest > rank => {
-                let key = key.as_deref().map(|key| String::from_utf8_lossy(key).into_owned());
-                let detail = format!("first delivered after {other}, which was published later (key {key:?})");
-                self.anomaly("reorder", group, &seen.id, detail);
+    ///
+    /// A message has its place by the calls that may have stored it: not before the first of them, and at the latest by the
+    /// first that was told as done. One whose publishes are all unknown may be stored at any time after the first of them,
+    /// behind what was published later, and not before what was done earlier.
+    pub(super) fn reorders(&mut self) {
+        let mut found = Vec::new();
+        for (((group, destination), producer, key), ids) in &self.firsts {
+            // Under total order places are compared by where the publish stands in the log.
+            let rank = |publish: &Publish| if key.is_some() { publish.sequence } else { publish.index as u64 };
+            let mut highest: Option<(u64, &MessageId)> = None;
+            for id in ids {
+                let calls = || self.possible(destination, id).filter(|publish| publish.producer == *producer);
+                let Some(first) = calls().map(rank).min() else { continue };
+                let last = calls().filter(|publish| publish.outcome == Some(true)).map(rank).min();
+                match highest {
+                    Some((highest, other)) if last.is_some_and(|last| last < highest) => {
+                        let key = key.as_deref().map(|key| String::from_utf8_lossy(key).into_owned());
+                        let detail = format!("first delivered after {other}, which was published later (key {key:?})");
+                        found.push((group.to_string(), id.clone(), detail));
+                    }
+                    _ => highest = highest.max(Some((first, id))),
+                }
             }
-            _ => {
-                self.highest.insert((place.clone(), producer, lane.clone()), (rank, seen.id.clone()));
-            }
+        }
+        for (group, id, detail) in found {
+            self.anomaly("reorder", &group, &id, detail);
         }
     }
 

@@ -1,10 +1,14 @@
 //! What happened to one message in one group.
 
+mod loss;
+mod verdict;
+
 use std::ops::RangeInclusive;
 
-use anybroker_core::{AttemptCount, Effect, ErrorKind, Position};
+use anybroker_core::{AckLevel, AttemptCount, Effect, ErrorKind, Position};
 
 use crate::history::Verb;
+pub(super) use loss::{Claim, Forgetting};
 
 /// A delivery that is with a member.
 #[derive(Debug, Clone)]
@@ -13,8 +17,10 @@ pub(super) struct Held {
     pub(super) at: u64,
     pub(super) delivery: u64,
     pub(super) member: u64,
-    /// The end of its lease, in microseconds of the history.
+    /// From when on it may be somebody else's, in microseconds of the history: when its lease ends, or its connection.
     pub(super) until: u64,
+    /// The end of its lease alone.
+    pub(super) lease_end: u64,
     pub(super) lane: u32,
     pub(super) position: Option<Position>,
     pub(super) attempt: u32,
@@ -32,6 +38,9 @@ pub(super) enum Returned {
     Redriven,
 }
 
+/// How long what was handed out before the server had a settle may lie at another member before it is seen.
+const UNDER_WAY: u64 = 5_000_000;
+
 /// A delivery whose settling was asked for.
 #[derive(Debug, Clone)]
 struct Settling {
@@ -41,14 +50,29 @@ struct Settling {
     buries: bool,
     /// It was asked for after the lease had ended.
     late: bool,
-    /// Its connection was lost before there was an answer.
+    /// Its connection was lost, or may have been, before there was an answer.
     in_doubt: bool,
+    /// Until when that may show. An answer of the server ends the doubt but for what was under way.
+    doubt_ends: Option<u64>,
     /// It has come again meanwhile: whatever becomes of this settling, it is somebody else's.
     has_come: bool,
+    /// It is a nack that counts in `uncertain`.
+    is_uncertain: bool,
+    /// That it may come again, although its settling was told as done, is counted in `excused` already: it comes so once.
+    is_excused: bool,
     /// When it was confirmed.
     ok_at: Option<u64>,
     /// It was an ack above a hole, at that moment.
     above_hole: Option<u64>,
+}
+
+/// A settling of a delivery that had come to somebody else already. It may have an effect all the same, where the member
+/// could not know: an ack settles it, a nack stores a copy of it, or its count.
+#[derive(Debug, Clone)]
+struct TooLate {
+    delivery: u64,
+    verb: Verb,
+    has_come: bool,
 }
 
 #[derive(Debug, Clone, Default)]
@@ -57,8 +81,9 @@ pub(super) struct Story {
     /// Returns that have not come again yet.
     owed: Vec<Returned>,
     returns: u32,
-    /// Deliveries beyond those that are owed which are no anomaly (acked above a hole, then a close).
-    excused: u32,
+    /// Deliveries beyond those that are owed which are no anomaly. Of those that have a connection to be lost as their
+    /// cause: whose, and since when.
+    excused: Vec<Option<(u64, u64)>>,
     /// Returns that are no failure of a handler, and may be counted as one where counting is approximate.
     uncounted: u32,
     /// Members that went away: a volatile count may start anew.
@@ -69,13 +94,21 @@ pub(super) struct Story {
     held: Vec<Held>,
     settling: Vec<Settling>,
     pub(super) acked: u32,
+    /// Some ack of it was told as done: it need not come again, whatever becomes of others that were under way.
+    was_acked: bool,
     pub(super) buried: u32,
+    /// Burials whose effect is unknown: there may be a letter, or the message may come again.
+    pub(super) maybe_buried: u32,
     pub(super) redriven: bool,
     pub(super) purged: bool,
     /// An ack was asked for whose effect nobody knows.
     maybe_acked: bool,
+    /// What was asked for when the delivery was somebody else's already, and was not refused.
+    too_late: Vec<TooLate>,
     last_scan: Option<(u64, u32)>,
     back_at: u64,
+    /// Deliveries whose only cause is that a connection was lost.
+    pub(super) claims: Vec<Claim>,
 }
 
 impl Story {
@@ -95,24 +128,31 @@ impl Story {
             self.owed.pop();
             return true;
         }
-        // What was handed out in a fault may be lost; as long as there is another cause, its member is taken to hold it.
-        let is_exposed = |held: &Held| held.until <= held.at;
-        let lost = |held: &Held| held.until <= at || moved.is_some_and(|moved| held.at <= moved);
-        if self.come_back(|held| lost(held) && !is_exposed(held)) {
-            return true;
-        }
-        if let Some(late) = self.settling.iter_mut().find(|settling| settling.late || settling.in_doubt) {
-            (late.late, late.in_doubt, late.has_come) = (false, false, true);
+        // First what has a cause of its own; what needs a connection to be lost has to show that it was.
+        self.comes_by_itself(at, moved) || self.comes_by_loss(at)
+    }
+
+    fn comes_by_itself(&mut self, at: u64, moved: Option<u64>) -> bool {
+        let is_over =
+            |held: &Held| held.until <= at && held.lease_end <= at || moved.is_some_and(|moved| held.at <= moved);
+        if let Some(place) = self.held.iter().position(is_over) {
+            self.back_at = self.held.remove(place).until;
             self.returns += 1;
             self.uncounted += 1;
             return true;
         }
-        if self.excused > 0 {
-            self.excused -= 1;
+        if self.comes_in_doubt(at, false) {
+            return true;
+        }
+        let is_copied = |late: &&mut TooLate| late.verb == Verb::Nack && !late.has_come;
+        if let Some(late) = self.too_late.iter_mut().find(is_copied) {
+            late.has_come = true;
             self.returns += 1;
             return true;
         }
-        if self.come_back(lost) {
+        if let Some(place) = self.excused.iter().position(Option::is_none) {
+            self.excused.remove(place);
+            self.returns += 1;
             return true;
         }
         let forgotten =
@@ -126,19 +166,21 @@ impl Story {
         false
     }
 
-    /// One that is held comes back, where there is one like that.
-    fn come_back(&mut self, is_lost: impl Fn(&Held) -> bool) -> bool {
-        let Some(place) = self.held.iter().position(is_lost) else { return false };
-        self.back_at = self.held.remove(place).until;
-        self.returns += 1;
-        self.uncounted += 1;
-        true
-    }
-
-    /// The attempt numbers that the next delivery may have.
-    pub(super) fn attempts(&self, count: AttemptCount) -> RangeInclusive<u32> {
+    /// The attempt numbers that a delivery may have now.
+    pub(super) fn attempts(&self, at: u64, count: AttemptCount) -> RangeInclusive<u32> {
         let exact = 1 + self.nacks;
-        let least = exact.saturating_sub(self.uncertain).max(1);
+        // A nack that had no answer when its lease ended may not have arrived.
+        let is_open = |settling: &&Settling| {
+            settling.verb == Verb::Nack
+                && !settling.buries
+                && !settling.is_uncertain
+                && settling.ok_at.is_none()
+                && settling.held.lease_end <= at
+        };
+        let open = u32::try_from(self.settling.iter().filter(is_open).count()).unwrap_or(u32::MAX);
+        let least = exact.saturating_sub(self.uncertain.saturating_add(open)).max(1);
+        let late = self.too_late.iter().filter(|late| late.verb == Verb::Nack).count();
+        let exact = exact.saturating_add(u32::try_from(late).unwrap_or(u32::MAX));
         match count {
             AttemptCount::Exact => least..=exact,
             AttemptCount::Approximate => least..=exact + self.uncounted + self.deliveries,
@@ -158,7 +200,7 @@ impl Story {
 
     pub(super) fn extend(&mut self, delivery: u64, until: u64) {
         if let Some(held) = self.held.iter_mut().find(|held| held.delivery == delivery) {
-            held.until = until;
+            (held.until, held.lease_end) = (until, until);
         }
     }
 
@@ -191,19 +233,19 @@ impl Story {
 
     pub(super) fn settle(&mut self, at: u64, delivery: u64, verb: Verb, max_attempts: Option<u32>) {
         let Some(held) = self.take(delivery) else {
-            // It has come to somebody again; where the broker does not mind, this settles it all the same.
-            self.maybe_acked |= verb == Verb::Ack;
-            return;
+            self.maybe_buried += u32::from(verb == Verb::DeadLetter);
+            return self.too_late.push(TooLate { delivery, verb, has_come: false });
         };
-        let late = held.until <= at;
+        let late = held.lease_end <= at;
+        // The source of a nack may be somebody else's by now, with the count that it had.
+        let is_elsewhere = held.until <= at;
         let buries =
             verb == Verb::DeadLetter || (verb == Verb::Nack && max_attempts.is_some_and(|max| held.attempt >= max));
         match verb {
             _ if buries => self.buried += 1,
             Verb::Nack => {
                 self.returned(at, Returned::Nacked);
-                // The source may be somebody else's by now, with the count that it had.
-                self.uncertain += u32::from(late);
+                self.uncertain += u32::from(is_elsewhere);
             }
             Verb::Release => self.returned(at, Returned::Released),
             Verb::Ack | Verb::DeadLetter => {}
@@ -213,18 +255,40 @@ impl Story {
             verb,
             buries,
             late,
-            in_doubt: false,
+            in_doubt: is_elsewhere && !late,
+            doubt_ends: None,
             has_come: false,
+            is_uncertain: is_elsewhere && verb == Verb::Nack && !buries,
+            is_excused: false,
             ok_at: None,
             above_hole: None,
         });
     }
 
-    pub(super) fn settled(&mut self, at: u64, delivery: u64, is_above_hole: bool) -> Option<Verb> {
+    /// Told as done, at that level. `by_lease`: it is the broker's lease that gives deliveries to others, not a connection.
+    pub(super) fn settled(
+        &mut self,
+        at: u64,
+        delivery: u64,
+        is_above_hole: bool,
+        level: AckLevel,
+        by_lease: bool,
+    ) -> Option<Verb> {
         let settling = self.settling.iter_mut().find(|settling| settling.held.delivery == delivery)?;
         settling.ok_at = Some(at);
+        if level == AckLevel::Confirmed {
+            if by_lease && at < settling.held.lease_end {
+                // The server had it while the lease held: it has given it to nobody else before, and does not afterwards.
+                (settling.late, settling.in_doubt) = (false, false);
+                self.uncertain = self.uncertain.saturating_sub(u32::from(settling.is_uncertain));
+                settling.is_uncertain = false;
+            } else {
+                settling.doubt_ends = Some(at.saturating_add(UNDER_WAY));
+            }
+        }
         if settling.verb == Verb::Ack {
             self.acked += 1;
+            self.was_acked = true;
             settling.above_hole = is_above_hole.then_some(at);
         }
         Some(settling.verb)
@@ -232,23 +296,18 @@ impl Story {
 
     /// The delivery is the application's again; what the settling was to do is undone as far as its effect is known.
     pub(super) fn settle_failed(&mut self, delivery: u64, kind: ErrorKind, effect: Effect) {
-        let Some(place) = self.settling.iter().position(|settling| settling.held.delivery == delivery) else { return };
-        let mut settling = self.settling.remove(place);
-        let stale = matches!(kind, ErrorKind::StaleDelivery | ErrorKind::Closed);
-        if effect == Effect::Unknown {
-            match settling.verb {
-                // It comes again; where the nack is a copy, source and copy may both.
-                Verb::Nack if !settling.buries => {
-                    self.uncertain += 1;
-                    self.excused += 1;
-                }
-                // It may or may not come again.
-                _ => {
-                    self.excused += 1;
-                    self.maybe_acked = true;
-                }
+        let Some(place) = self.settling.iter().position(|settling| settling.held.delivery == delivery) else {
+            if effect != Effect::Unknown
+                && let Some(place) = self.too_late.iter().position(|late| late.delivery == delivery && !late.has_come)
+            {
+                let late = self.too_late.remove(place);
+                self.maybe_buried -= u32::from(late.verb == Verb::DeadLetter);
             }
             return;
+        };
+        let mut settling = self.settling.remove(place);
+        if effect == Effect::Unknown {
+            return self.settled_unknown(&settling);
         }
         match settling.verb {
             _ if settling.buries => self.buried -= 1,
@@ -258,30 +317,47 @@ impl Story {
                 match settling.verb {
                     Verb::Nack => {
                         self.nacks -= 1;
-                        self.uncertain = self.uncertain.saturating_sub(u32::from(settling.late));
+                        self.uncertain = self.uncertain.saturating_sub(u32::from(settling.is_uncertain));
                     }
                     _ => self.uncounted = self.uncounted.saturating_sub(1),
                 }
             }
             Verb::Ack | Verb::DeadLetter => {}
         }
+        let stale = matches!(kind, ErrorKind::StaleDelivery | ErrorKind::Closed);
         if stale {
-            // It was not this member's any more: it comes to somebody, or has come already.
-            self.excused += 1;
             self.uncounted += 1;
             self.forgotten = true;
-        } else if !settling.has_come {
-            self.held.push(settling.held);
+        }
+        match (settling.has_come, stale) {
+            (true, _) => {}
+            // It was not this member's any more: it comes to somebody.
+            (false, true) => self.excused.push(None),
+            (false, false) => self.held.push(settling.held),
+        }
+    }
+
+    /// Nobody knows what became of it.
+    fn settled_unknown(&mut self, settling: &Settling) {
+        if settling.buries {
+            self.buried -= 1;
+            self.maybe_buried += 1;
+        } else if settling.verb == Verb::Nack {
+            self.uncertain += u32::from(!settling.is_uncertain);
+        }
+        if settling.verb == Verb::Ack {
+            self.maybe_acked = true;
+        }
+        // It may come again; where a nack is a copy, source and copy may both. Should it have come, that was it.
+        if !settling.has_come {
+            self.excused.push(None);
         }
     }
 
     fn is_maybe_acked(&self) -> bool {
-        self.maybe_acked || self.settling.iter().any(|settling| settling.verb == Verb::Ack && settling.ok_at.is_none())
-    }
-
-    /// How a delivery is being settled, or was.
-    pub(super) fn verb_of(&self, delivery: u64) -> Option<Verb> {
-        self.settling.iter().find(|settling| settling.held.delivery == delivery).map(|settling| settling.verb)
+        self.maybe_acked
+            || self.too_late.iter().any(|late| late.verb == Verb::Ack)
+            || self.settling.iter().any(|settling| settling.verb == Verb::Ack && settling.ok_at.is_none())
     }
 
     /// Lane and place of a delivery that is being settled.
@@ -319,119 +395,13 @@ impl Story {
         }
     }
 
-    /// The member has lost its connection, or a lane: what it held may come again, as after its lease.
-    pub(super) fn lose(&mut self, at: u64, member: u64, lane: Option<u32>) {
-        self.forgotten |= self.deliveries > 0;
-        for held in &mut self.held {
-            if held.member == member && lane.is_none_or(|lane| lane == held.lane) {
-                held.until = held.until.min(at);
-            }
-        }
-        // What is on its way to be settled may arrive or not; a nack that is a copy may leave its source behind.
-        for settling in &mut self.settling {
-            let held = &settling.held;
-            if held.member == member && lane.is_none_or(|lane| lane == held.lane) && settling.ok_at.is_none() {
-                settling.in_doubt = true;
-                self.uncertain += u32::from(settling.verb == Verb::Nack && !settling.buries);
-            }
-        }
-    }
-
-    /// What a member that goes has settled since then may be forgotten, and acks where `may` says so.
-    pub(super) fn forget_acks(
-        &mut self,
-        member: u64,
-        lane: Option<u32>,
-        since: Option<u64>,
-        may: impl Fn(u32, u64) -> bool,
-    ) {
-        let concerns = |held: &Held| held.member == member && lane.is_none_or(|lane| lane == held.lane);
-        let forgotten = |settling: &Settling| since.is_some_and(|since| settling.ok_at.is_none_or(|at| at >= since));
-        let mut settled = self.settling.iter().filter(|settling| concerns(&settling.held));
-        let in_a_fault = since.is_some_and(|since| since > 0);
-        let doubled = in_a_fault && settled.clone().any(|settling| settling.verb == Verb::Nack && forgotten(settling));
-        let may_come = settled.any(|settling| {
-            settling.verb == Verb::Ack
-                && (settling.above_hole.is_some()
-                    || forgotten(settling)
-                    || may(settling.held.lane, rank(&settling.held)))
-        });
-        if doubled || may_come {
-            self.may_be_forgotten(doubled);
-        }
-    }
-
-    /// What was settled may come again. Where a nack is a copy, the source comes again beside it, with the count it had.
-    pub(super) fn may_be_forgotten(&mut self, doubled: bool) {
-        self.excused += 1;
-        self.uncertain += u32::from(doubled);
-    }
-
-    /// Whether something was with this member: held, or on its way to be settled.
-    pub(super) fn is_with(&self, member: u64) -> bool {
-        self.held.iter().any(|held| held.member == member)
-            || self.settling.iter().any(|settling| settling.held.member == member && settling.ok_at.is_none())
-    }
-
     pub(super) fn redrive(&mut self, at: u64) {
         self.buried = self.buried.saturating_sub(1);
-        self.redriven = true;
+        (self.redriven, self.was_acked) = (true, false);
         // A letter that no handler ever saw (expired, parked) was never delivered: its first delivery is still due.
         if self.deliveries > 0 {
             self.returned(at, Returned::Redriven);
         }
-    }
-
-    /// How often it was met in this reading, this time included.
-    pub(super) fn letter(&mut self, scan: u64) -> u32 {
-        let times = self.last_scan.filter(|(last, _)| *last == scan).map_or(1, |(_, times)| times + 1);
-        self.last_scan = Some((scan, times));
-        times
-    }
-
-    /// Given back, and not delivered again yet.
-    pub(super) fn waiting_to_come_back(&self) -> bool {
-        !self.owed.is_empty() && self.held.is_empty() && self.buried == 0
-    }
-
-    /// What is wrong when nothing more comes.
-    pub(super) fn verdict(&self, scan: Option<u64>) -> Option<(&'static str, String)> {
-        let letters = self.last_scan.filter(|(last, _)| Some(*last) == scan).map_or(0, |(_, times)| times);
-        let is_letter = letters > 0;
-        if self.purged {
-            return None;
-        }
-        if self.acked > 0 && is_letter && self.deliveries - self.returns.min(self.deliveries) <= 1 {
-            return Some(("conservation", "acked, and a dead letter as well".into()));
-        }
-        if self.deliveries == 0 && !is_letter {
-            return Some(("lost", "published, and neither delivered nor a dead letter".into()));
-        }
-        if self.buried > 0 && !is_letter && scan.is_some() {
-            return Some(("lost", "buried, and not among the dead letters".into()));
-        }
-        if is_letter || self.buried > 0 {
-            return None;
-        }
-        match self.owed.last() {
-            Some(Returned::Nacked) => Some(("nack-lost", "nacked, and it never came again".into())),
-            Some(why) => Some(("lost", format!("given back ({why:?}), and it never came again"))),
-            None if self.acked == 0 && !self.is_maybe_acked() && self.held.is_empty() => {
-                Some(("lost", "delivered, never acked, and it never came again".into()))
-            }
-            None => None,
-        }
-    }
-
-    /// For messages: what became of earlier deliveries.
-    pub(super) fn outstanding_summary(&self) -> String {
-        format!(
-            "{} deliveries before, {} returned, {} acked, {} held",
-            self.deliveries,
-            self.returns,
-            self.acked,
-            self.held.len()
-        )
     }
 }
 

@@ -28,6 +28,8 @@ const BATCH: usize = 20;
 const KEYS: usize = 16;
 /// Every publish ends by then, whatever the fault does.
 const PUBLISH_TIMEOUT: Duration = Duration::from_secs(2);
+/// And by then when no fault lasts any more: how soon a busy machine answers is not what is tried here.
+const HEALED_TIMEOUT: Duration = Duration::from_secs(10);
 /// One in so many messages whose publish failed or is unknown is left as it is: then nothing hides what became of it.
 const ABANDONED: usize = 4;
 /// One in so many deliveries is nacked, where that is possible.
@@ -222,7 +224,8 @@ impl<'e> Trial<'e> {
         loop {
             progress.publishing[number].store(true, Ordering::Relaxed);
             progress.tell();
-            let outcomes = client.publish_within(left.clone(), PUBLISH_TIMEOUT).await?;
+            let timeout = if progress.healed.lock().is_some() { HEALED_TIMEOUT } else { PUBLISH_TIMEOUT };
+            let outcomes = client.publish_within(left.clone(), timeout).await?;
             progress.publishing[number].store(false, Ordering::Relaxed);
             let mut again = Vec::new();
             for (message, outcome) in left.into_iter().zip(outcomes) {

@@ -5,6 +5,7 @@ mod bench;
 mod brokers;
 mod child;
 mod conform;
+mod faults;
 mod folders;
 mod interrupt;
 mod lanes;
@@ -34,6 +35,7 @@ enum Command {
     Bench(bench::Bench),
     Conform(conform::Conform),
     Mutants(mutants::Mutants),
+    Faults(faults::Faults),
 }
 
 fn main() -> ExitCode {
@@ -55,5 +57,6 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Bench(bench) => bench.run(),
         Command::Conform(conform) => conform.run(),
         Command::Mutants(mutants) => mutants.run(),
+        Command::Faults(faults) => faults.run(),
     }
 }

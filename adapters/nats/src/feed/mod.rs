@@ -51,6 +51,8 @@ pub(crate) struct Feed {
     is_missing: bool,
     /// Until when they come back.
     held_until: Option<Instant>,
+    /// They come: how many there must be here before anything is handed out, and until when that is waited for.
+    gathering: Option<(u64, Instant)>,
 }
 
 impl Feed {
@@ -80,6 +82,7 @@ impl Feed {
             last: None,
             is_missing: false,
             held_until: None,
+            gathering: None,
         })
     }
 
@@ -130,6 +133,8 @@ impl Feed {
                 () = room => {}
                 () = tokio::time::sleep_until(rest.unwrap_or(watchdog)), if rest.is_some() => {}
                 () = tokio::time::sleep_until(self.held_until.unwrap_or(watchdog)), if self.held_until.is_some() => {}
+                () = tokio::time::sleep_until(self.gathering.map_or(watchdog, |(_, until)| until)),
+                    if self.gathering.is_some() => {}
                 () = tokio::time::sleep_until(look), if self.owner.is_some() => {}
                 () = tokio::time::sleep_until(watchdog) => self.on_silence().await,
             }
@@ -163,17 +168,19 @@ impl Feed {
             }
         }
         self.look_after_turn(look).await?;
+        if !self.is_ready {
+            self.desk.shared.room.notify_waiters();
+            return Ok(());
+        }
         if self.is_missing {
             self.wait_for_missing().await?;
         }
-        match self.held_until {
-            Some(until) if Instant::now() < until => return Ok(()),
-            Some(_) => {
-                self.held_until = None;
-                self.desk.shared.hold(self.index, false);
-            }
-            None => {}
+        if let Some(until) = self.held_until
+            && (Instant::now() < until || !self.gather().await?)
+        {
+            return Ok(());
         }
+        self.gathered();
         let rests = self.desk.shared.is_resting();
         if rests && !self.is_resting {
             self.rest().await?;
@@ -393,13 +400,19 @@ impl Feed {
                 }
                 let _ = tokio::time::timeout(Duration::from_millis(20), settled).await;
             }
+            let is_all_here = self.is_ready
+                && !self.is_missing
+                && self.held_until.is_none()
+                && self.gathering.is_none()
+                && self.link.borrow().epoch == self.epoch;
             let entries = shared.surrender(self.index, true);
             if is_owner || self.owner.is_none() {
                 self.desk.give_back(self.index, entries, Duration::ZERO, deadline).await?;
             }
             match &mut self.owner {
-                Some(owner) => owner.release().await,
-                None => Ok(()),
+                // Deliveries that went to a lost connection were not given back: the next member has to wait for them.
+                Some(owner) if is_all_here => owner.release().await,
+                _ => Ok(()),
             }
         };
         match tokio::time::timeout_at(deadline, closing).await {

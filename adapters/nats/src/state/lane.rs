@@ -138,6 +138,15 @@ impl Shared {
         (here.count() + delayed.count()) as u64
     }
 
+    /// How many messages of the feed the server counts as being with this member.
+    pub(crate) fn held(&self, feed: u32) -> u64 {
+        let now = Timestamp::now().as_millis();
+        let state = self.lock();
+        let here = state.slots.iter().filter_map(|slot| slot.entry.as_ref()).filter(|entry| entry.feed == feed);
+        let delayed = state.remembered.iter().filter(|((of, _), (record, _))| *of == feed && record.not_before > now);
+        (here.count() + delayed.count()) as u64
+    }
+
     /// Whether anything of the feed is being settled.
     pub(crate) fn is_settling(&self, feed: u32) -> bool {
         let state = self.lock();

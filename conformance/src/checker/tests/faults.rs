@@ -1,0 +1,202 @@
+//! What a fault justifies, and what it does not.
+
+use super::*;
+
+impl Script {
+    pub(super) fn fault(&mut self, clients: &[u32]) -> &mut Self {
+        self.push(What::FaultBegin { fault: 1, kind: "cut".into(), clients: clients.to_vec(), connections: 1 });
+        self.push(What::FaultEnd { fault: 1, connections: 1, bytes: 0 })
+    }
+
+    /// The member says that its connection was lost.
+    pub(super) fn lost(&mut self) -> &mut Self {
+        self.push(What::Degraded { subscription: 1 })
+    }
+
+    fn faults(&self) -> (u64, u64) {
+        let counts = check(&self.events, self.rules).1;
+        (counts.faults, counts.faults_met)
+    }
+}
+
+/// Longer than anything is under way after a fault.
+const LATER: u64 = 16_000_000;
+
+/// With a lease that does not end meanwhile.
+fn held(id: &str) -> Script {
+    let mut script = Script::new();
+    script.lease = 1_000_000_000;
+    script.member().published(id, "k", 1).delivered(1, id, 1);
+    script
+}
+
+#[test]
+fn a_fault_justifies_a_duplicate_of_what_was_held_and_of_nothing_later() {
+    let mut script = held("a");
+    script.fault(&[0]).lost().delivered(2, "a", 1);
+    assert_eq!((script.names(), script.faults()), (vec![], (1, 1)));
+    script.wait(LATER).published("b", "k", 2).delivered(3, "b", 1).delivered(4, "b", 1);
+    assert_eq!(script.names(), ["unjustified-duplicate"]);
+}
+
+#[test]
+fn a_fault_of_other_clients_justifies_nothing_and_meets_nothing() {
+    let mut script = held("a");
+    script.fault(&[7]).delivered(2, "a", 1);
+    assert_eq!((script.names(), script.faults()), (vec!["unjustified-duplicate"], (1, 0)));
+}
+
+#[test]
+fn a_fault_that_costs_no_connection_justifies_no_duplicate() {
+    let mut script = held("a");
+    script.fault(&[0]).delivered(2, "a", 1);
+    assert_eq!(script.names(), ["unjustified-duplicate"]);
+    let counts = check(&script.events, script.rules).1;
+    assert_eq!((counts.duplicates_justified, counts.duplicates_unjustified), (0, 1));
+    // Long afterwards it is another loss.
+    script.wait(LATER).lost();
+    assert_eq!(script.names(), ["unjustified-duplicate"]);
+}
+
+#[test]
+fn a_lost_connection_brings_a_message_back_once() {
+    let mut script = held("a");
+    script.fault(&[0]).lost().delivered(2, "a", 1).delivered(3, "a", 1);
+    assert_eq!(script.names(), ["unjustified-duplicate"]);
+    let mut script = held("a");
+    script.fault(&[0]).lost().delivered(2, "a", 1).lost().delivered(3, "a", 1);
+    assert_eq!(script.names(), [""; 0]);
+}
+
+#[test]
+fn where_the_broker_keeps_leases_a_fault_brings_nothing_back_before_they_end() {
+    let again_after = |micros| {
+        let mut script = Script::new();
+        script.rules.by_lease = true;
+        script.member().published("a", "k", 1).delivered(1, "a", 1).fault(&[0]).wait(micros).delivered(2, "a", 1);
+        script.names()
+    };
+    assert_eq!(again_after(0), ["unjustified-duplicate"]);
+    assert_eq!(again_after(LEASE), [""; 0]);
+}
+
+#[test]
+fn an_ack_that_was_confirmed_before_a_fault_stays() {
+    let mut script = held("a");
+    script.settled(1, Verb::Ack).fault(&[0]).lost().delivered(2, "a", 1);
+    assert_eq!(script.names(), ["ack-lost"]);
+}
+
+#[test]
+fn an_ack_that_was_only_sent_may_be_lost_with_its_connection_and_only_just_before() {
+    let sent_before = |micros, is_lost| {
+        let mut script = held("a");
+        script.rules.level = AckLevel::Sent;
+        script.settled(1, Verb::Ack).wait(micros).fault(&[0]);
+        if is_lost {
+            script.lost();
+        }
+        script.delivered(2, "a", 1);
+        script.names()
+    };
+    assert_eq!(sent_before(1_000_000, true), [""; 0]);
+    assert_eq!(sent_before(1_000_000, false), ["unjustified-duplicate"]);
+    assert_eq!(sent_before(10_000_000, true), ["ack-lost"]);
+}
+
+#[test]
+fn an_ack_that_was_only_sent_is_lost_once() {
+    let mut script = held("a");
+    script.rules.level = AckLevel::Sent;
+    script.settled(1, Verb::Ack).fault(&[0]).lost().lost().delivered(2, "a", 1);
+    assert_eq!(script.names(), [""; 0]);
+    // Acked on the connection that was made since, it is acked.
+    script.wait(LATER).settled(2, Verb::Ack).delivered(3, "a", 1);
+    assert_eq!(script.names(), ["unjustified-duplicate"]);
+}
+
+#[test]
+fn an_ack_that_a_fault_met_and_that_was_confirmed_afterwards_stays() {
+    let acked_in_a_fault_then = |by_lease, micros| {
+        let mut script = held("a");
+        script.rules.by_lease = by_lease;
+        script.push(What::SettleInvoke { delivery: 1, verb: Verb::Ack }).fault(&[0]).lost().answered(1);
+        script.wait(micros).delivered(2, "a", 1);
+        script.names()
+    };
+    // It may have been handed to another one before the server had the ack, where connections decide on that.
+    assert_eq!(acked_in_a_fault_then(false, 0), [""; 0]);
+    assert_eq!(acked_in_a_fault_then(false, LATER), ["ack-lost"]);
+    assert_eq!(acked_in_a_fault_then(true, 0), ["ack-lost"]);
+}
+
+#[test]
+fn a_nack_that_was_confirmed_within_the_lease_counts_although_a_fault_met_it() {
+    let nacked_in_a_fault_then = |by_lease, attempt| {
+        let mut script = held("a");
+        script.rules.by_lease = by_lease;
+        script.push(What::SettleInvoke { delivery: 1, verb: Verb::Nack }).fault(&[0]).answered(1);
+        script.delivered(2, "a", attempt);
+        script.names()
+    };
+    assert_eq!(nacked_in_a_fault_then(true, 1), ["attempt-mismatch"]);
+    assert_eq!(nacked_in_a_fault_then(true, 2), [""; 0]);
+    // Where it is a copy, the source may come before it, with the count that it had.
+    assert_eq!(nacked_in_a_fault_then(false, 1), [""; 0]);
+}
+
+#[test]
+fn a_publish_that_a_fault_met_may_be_stored_once_more_and_not_twice_more() {
+    let mut script = Script::new();
+    let call = script.invoke("a", "k", 1);
+    script.fault(&[0]).push(What::PublishOk { call, duplicate: false });
+    script.member().delivered(1, "a", 1).settled(1, Verb::Ack).delivered(2, "a", 1).settled(2, Verb::Ack);
+    assert_eq!((script.names(), script.faults()), (vec![], (1, 1)));
+    // And not at all where the broker remembers ids.
+    script.rules.dedup = Some(1_000_000);
+    assert_eq!(script.names(), ["ack-lost"]);
+    script.rules.dedup = None;
+    script.delivered(3, "a", 1);
+    assert_eq!(script.names(), ["ack-lost"]);
+}
+
+#[test]
+fn what_was_held_on_a_lost_connection_and_never_comes_again_is_lost() {
+    let mut script = held("a");
+    script.fault(&[0]);
+    script.push(What::SettleInvoke { delivery: 1, verb: Verb::Ack });
+    let (kind, effect) = (ErrorKind::StaleDelivery, Effect::NotDone);
+    script.push(What::SettleFail { delivery: 1, kind, effect }).drained();
+    assert_eq!(script.names(), ["lost"]);
+}
+
+#[test]
+fn a_refused_settle_of_what_has_come_again_excuses_no_further_delivery() {
+    let refused = |has_come: bool| {
+        let mut script = held("a");
+        script.push(What::SettleInvoke { delivery: 1, verb: Verb::Ack }).fault(&[0]).lost();
+        if has_come {
+            script.delivered(2, "a", 1);
+        }
+        let (kind, effect) = (ErrorKind::StaleDelivery, Effect::NotDone);
+        script.push(What::SettleFail { delivery: 1, kind, effect }).wait(LATER);
+        script.delivered(3, "a", 1);
+        script.names()
+    };
+    assert_eq!(refused(false), [""; 0]);
+    assert_eq!(refused(true), ["unjustified-duplicate"]);
+}
+
+#[test]
+fn a_copy_that_is_nacked_in_a_fault_counts_although_its_source_came_again_meanwhile() {
+    let mut script = held("a");
+    script.push(What::FaultBegin { fault: 1, kind: "cut".into(), clients: vec![0], connections: 1 });
+    script.push(What::SettleInvoke { delivery: 1, verb: Verb::Nack });
+    let (kind, effect) = (ErrorKind::Unavailable, Effect::Unknown);
+    script.push(What::SettleFail { delivery: 1, kind, effect });
+    script.push(What::FaultEnd { fault: 1, connections: 1, bytes: 0 }).lost();
+    // The copy was stored, and its source not settled: both come. The copy is nacked, and fails.
+    script.delivered(2, "a", 2).delivered(3, "a", 1).settled(3, Verb::Ack).settled(2, Verb::Nack);
+    script.delivered(4, "a", 3).settled(4, Verb::Ack).drained();
+    assert_eq!(script.names(), [""; 0]);
+}

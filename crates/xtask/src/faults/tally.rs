@@ -1,0 +1,264 @@
+//! What many seeds have shown, kept in the report's folder.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+
+use crate::child::output_of;
+
+/// A run with fewer messages is too small to count.
+const MESSAGES: u64 = 2_000;
+
+/// One case with one seed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Run {
+    name: String,
+    outcome: String,
+    detail: String,
+    counts: Counts,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+struct Counts {
+    published_ok: u64,
+    published_failed: u64,
+    published_unknown: u64,
+    delivered: u64,
+    duplicates_justified: u64,
+    duplicates_unjustified: u64,
+    faults: u64,
+    faults_met: u64,
+}
+
+impl Run {
+    fn counts(&self) -> bool {
+        let messages = self.counts.published_ok + self.counts.published_failed + self.counts.published_unknown;
+        match self.outcome.as_str() {
+            "pass" => messages >= MESSAGES && self.counts.faults_met > 0,
+            "fail" => true,
+            _ => false,
+        }
+    }
+}
+
+/// The part of a report that is of interest.
+#[derive(Deserialize)]
+struct Report {
+    cases: Vec<Run>,
+}
+
+/// The runs of a report; those that were not run are left out.
+pub(super) fn read(folder: &Path) -> Result<Vec<Run>> {
+    let file = folder.join("report.json");
+    let text = std::fs::read_to_string(&file).with_context(|| format!("could not read {}", file.display()))?;
+    let report: Report = serde_json::from_str(&text).with_context(|| format!("{} is damaged", file.display()))?;
+    Ok(report.cases.into_iter().filter(|run| run.outcome != "not_run").collect())
+}
+
+/// All seeds of a folder.
+#[derive(Debug)]
+pub(super) struct Tally {
+    folder: PathBuf,
+    kept: Kept,
+}
+
+/// What `runs.json` holds.
+#[derive(Debug, Serialize, Deserialize)]
+struct Kept {
+    broker: String,
+    /// The commit, and whether there were changes beyond it.
+    revision: String,
+    first_seed: u64,
+    seeds: BTreeMap<u64, Vec<Run>>,
+}
+
+impl Tally {
+    /// Begins, or goes on: seeds of another revision are not mixed with these.
+    pub(super) fn begin(folder: &Path, broker: &str, seed: u64, resume: bool) -> Result<Self> {
+        let commit = output_of(Command::new("git").args(["rev-parse", "--short=12", "HEAD"]))?;
+        let changed = output_of(Command::new("git").args(["status", "--porcelain", "--untracked-files=no"]))?;
+        let revision = format!("{}{}", commit.trim(), if changed.is_empty() { "" } else { " with changes" });
+        Self::begin_as(folder, broker, &revision, seed, resume)
+    }
+
+    fn begin_as(folder: &Path, broker: &str, revision: &str, seed: u64, resume: bool) -> Result<Self> {
+        let file = folder.join("runs.json");
+        let fresh = Kept { broker: broker.into(), revision: revision.into(), first_seed: seed, seeds: BTreeMap::new() };
+        let kept = match std::fs::read_to_string(&file) {
+            Ok(text) if resume => {
+                let kept: Kept =
+                    serde_json::from_str(&text).with_context(|| format!("{} is damaged", file.display()))?;
+                let is_same = kept.broker == broker && kept.revision == revision;
+                ensure!(
+                    is_same,
+                    "{} holds runs of {} at {}, and this is {broker} at {revision}: run it without --resume",
+                    folder.display(),
+                    kept.broker,
+                    kept.revision
+                );
+                kept
+            }
+            Ok(_) => {
+                let seeds = folder.join("seeds");
+                if seeds.is_dir() {
+                    std::fs::remove_dir_all(seeds)?;
+                }
+                fresh
+            }
+            // Only what a run has left behind is written over.
+            Err(_) if folder.is_dir() && std::fs::read_dir(folder)?.next().is_some() => {
+                bail!("{} holds something else than fault runs", folder.display())
+            }
+            Err(_) => fresh,
+        };
+        std::fs::create_dir_all(folder)?;
+        let tally = Self { folder: folder.to_owned(), kept };
+        tally.write()?;
+        Ok(tally)
+    }
+
+    pub(super) fn next_seed(&self) -> u64 {
+        self.kept.seeds.keys().next_back().map_or(self.kept.first_seed, |last| last + 1)
+    }
+
+    pub(super) fn add(&mut self, seed: u64, runs: Vec<Run>) -> Result<()> {
+        self.kept.seeds.insert(seed, runs);
+        self.write()
+    }
+
+    /// How many runs count.
+    pub(super) fn counted(&self) -> usize {
+        self.runs().filter(|(_, run)| run.counts()).count()
+    }
+
+    /// Those that failed, with their seeds.
+    pub(super) fn failed(&self) -> Vec<String> {
+        self.runs()
+            .filter(|(_, run)| run.outcome == "fail")
+            .map(|(seed, run)| format!("{} (seed {seed})", run.name))
+            .collect()
+    }
+
+    pub(super) fn line(&self) -> String {
+        let last = self.kept.seeds.keys().next_back().copied().unwrap_or_default();
+        format!("{}: seed {last}: {} runs count, {} failed", self.kept.broker, self.counted(), self.failed().len())
+    }
+
+    fn runs(&self) -> impl Iterator<Item = (u64, &Run)> {
+        self.kept.seeds.iter().flat_map(|(seed, runs)| runs.iter().map(|run| (*seed, run)))
+    }
+
+    /// The summary, in Markdown.
+    pub(super) fn text(&self) -> String {
+        let mut cases: BTreeMap<&str, (u64, u64, u64, Counts)> = BTreeMap::new();
+        for (_, run) in self.runs() {
+            let (counted, failed, inconclusive, sum) = cases.entry(&run.name).or_default();
+            *counted += u64::from(run.counts());
+            *failed += u64::from(run.outcome == "fail");
+            *inconclusive += u64::from(!run.counts());
+            let counts = run.counts;
+            sum.published_ok += counts.published_ok;
+            sum.published_failed += counts.published_failed;
+            sum.published_unknown += counts.published_unknown;
+            sum.delivered += counts.delivered;
+            sum.duplicates_justified += counts.duplicates_justified;
+            sum.duplicates_unjustified += counts.duplicates_unjustified;
+            sum.faults += counts.faults;
+            sum.faults_met += counts.faults_met;
+        }
+        let Kept { broker, revision, first_seed, .. } = &self.kept;
+        let mut text = format!(
+            "# Fault runs on {broker}\n\n`cargo xtask faults {broker}` at {revision}: seeds {first_seed} to {}, {} runs that \
+             count, {} failed.\n\n",
+            self.kept.seeds.keys().next_back().copied().unwrap_or(*first_seed),
+            self.counted(),
+            self.failed().len()
+        );
+        text += "A run is one case with one seed; it counts with at least 2,000 messages and a fault that met an operation in \
+                 flight.\nPublished, delivered, duplicates and faults are sums over all runs.\n\n";
+        text += "| case | count | failed | do not count | published ok / failed / unknown | delivered | duplicates justified / \
+                 not | faults / met |\n|---|---|---|---|---|---|---|---|\n";
+        for (name, (counted, failed, inconclusive, sum)) in cases {
+            // Writing to a string cannot fail.
+            let _ = writeln!(
+                text,
+                "| {name} | {counted} | {failed} | {inconclusive} | {} / {} / {} | {} | {} / {} | {} / {} |",
+                sum.published_ok,
+                sum.published_failed,
+                sum.published_unknown,
+                sum.delivered,
+                sum.duplicates_justified,
+                sum.duplicates_unjustified,
+                sum.faults,
+                sum.faults_met
+            );
+        }
+        let failed: Vec<_> = self.runs().filter(|(_, run)| run.outcome == "fail").collect();
+        if !failed.is_empty() {
+            text += "\nFailed:\n\n";
+            for (seed, run) in failed {
+                let detail: String = run.detail.chars().take(200).collect();
+                let _ = writeln!(text, "- seed {seed}, {}: {detail}", run.name);
+            }
+        }
+        text
+    }
+
+    fn write(&self) -> Result<()> {
+        // Written beside and renamed, so that an interruption leaves the earlier one.
+        let (file, new) = (self.folder.join("runs.json"), self.folder.join("runs.json.new"));
+        std::fs::write(&new, format!("{}\n", serde_json::to_string(&self.kept)?))?;
+        std::fs::rename(&new, &file)?;
+        std::fs::write(self.folder.join("summary.md"), self.text())?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(outcome: &str, published_ok: u64, faults_met: u64) -> Run {
+        let counts = Counts { published_ok, faults_met, ..Counts::default() };
+        Run { name: "faults/x".into(), outcome: outcome.into(), detail: "why".into(), counts }
+    }
+
+    #[test]
+    fn a_run_that_no_fault_met_or_that_was_small_does_not_count_and_a_failure_always_does() {
+        for (run, expected) in [
+            (run("pass", 2_000, 1), true),
+            (run("pass", 1_999, 1), false),
+            (run("pass", 2_000, 0), false),
+            (run("inconclusive", 2_000, 1), false),
+            (run("fail", 10, 0), true),
+        ] {
+            assert_eq!(run.counts(), expected, "{run:?}");
+        }
+    }
+
+    #[test]
+    fn a_resumed_tally_goes_on_behind_its_last_seed_and_only_at_the_same_revision() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut tally = Tally::begin_as(folder.path(), "nats", "a", 7, false).unwrap();
+        assert_eq!(tally.next_seed(), 7);
+        tally.add(7, vec![run("pass", 2_000, 1), run("fail", 2_000, 1)]).unwrap();
+        let resumed = Tally::begin_as(folder.path(), "nats", "a", 7, true).unwrap();
+        assert_eq!((resumed.next_seed(), resumed.counted()), (8, 2));
+        assert_eq!(resumed.failed(), ["faults/x (seed 7)"]);
+        assert!(resumed.text().contains("seed 7, faults/x: why"));
+        assert!(Tally::begin_as(folder.path(), "nats", "b", 7, true).is_err());
+        assert_eq!(Tally::begin_as(folder.path(), "nats", "b", 9, false).unwrap().counted(), 0);
+    }
+
+    #[test]
+    fn a_folder_of_something_else_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("thesis.txt"), "dear").unwrap();
+        assert!(Tally::begin_as(folder.path(), "nats", "a", 1, false).is_err());
+    }
+}
