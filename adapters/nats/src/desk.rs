@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use crate::board::Reply;
 use crate::denials::refused;
-use crate::link::Link;
+use crate::link::{Link, by};
 use crate::publisher::confirmed;
 use crate::record::Record;
 use crate::state::{Key, Shared, Surrendered};
@@ -74,7 +74,7 @@ pub(crate) fn nak(delay: Duration) -> Bytes {
 
 impl Desk {
     /// Tells the server, many at a time, and waits for its confirmations; one outcome for each.
-    pub(crate) async fn tell(&self, tellings: &[Telling], deadline: Instant) -> Vec<Result<()>> {
+    pub(crate) async fn tell(&self, tellings: &mut [Telling], deadline: Instant) -> Vec<Result<()>> {
         let mut outcomes: Vec<Option<Result<()>>> = tellings.iter().map(|_| None).collect();
         let mut state = self.link.state.clone();
         loop {
@@ -82,26 +82,25 @@ impl Desk {
             if open.is_empty() || Instant::now() >= deadline {
                 break;
             }
-            let connected = state.wait_for(|state| state.is_connected);
-            if !matches!(tokio::time::timeout_at(deadline, connected).await, Ok(Ok(_))) {
+            if !matches!(by(deadline, state.wait_for(|state| state.is_connected)).await, Some(Ok(_))) {
                 break;
             }
             let round = deadline.min(Instant::now() + AGAIN);
             let answers = self.link.board.open(open.len(), round);
+            self.shared
+                .rename(tellings.iter_mut().zip(&outcomes).filter(|it| it.1.is_none()).map(|(telling, _)| telling));
+            answers.expect(0, open.iter().map(|index| &tellings[*index].ack));
             for (place, index) in open.iter().enumerate() {
-                let telling = &tellings[*index];
-                let ack = telling.key.and_then(|key| self.shared.ack_subject(key));
-                let ack = ack.unwrap_or_else(|| telling.ack.clone());
-                let reply = answers.reply(place, &ack);
-                let sending = self.link.client.publish_with_reply(ack, reply, telling.payload.clone());
-                if !matches!(tokio::time::timeout_at(deadline, sending).await, Ok(Ok(()))) {
+                let Telling { ack, payload, .. } = &tellings[*index];
+                let sending = self.link.client.publish_with_reply(ack.clone(), answers.place(place), payload.clone());
+                if !matches!(by(deadline, sending).await, Some(Ok(()))) {
                     answers.skip(place);
                 }
             }
             answers.wait(round).await;
             let mut unserved = Vec::new();
-            for (place, index) in open.iter().enumerate() {
-                match answers.take(place) {
+            for (index, reply) in open.iter().zip(answers.take_all()) {
+                match reply {
                     Some(reply) if reply.is_unserved => unserved.push(*index),
                     Some(Reply { denied: Some(subject), .. }) => {
                         outcomes[*index] = Some(Err(refused("settle", true, &subject)));
@@ -200,9 +199,9 @@ impl Desk {
                 outcome?;
             }
         }
-        let tellings: Vec<Telling> =
+        let mut tellings: Vec<Telling> =
             entries.into_iter().map(|entry| Telling { feed, key: None, ack: entry.ack, payload: nak(delay) }).collect();
-        self.tell(&tellings, deadline).await.into_iter().collect()
+        self.tell(&mut tellings, deadline).await.into_iter().collect()
     }
 }
 
