@@ -15,16 +15,27 @@ pub(crate) struct Ack {
 
 /// Reads an ack subject, of which there are two forms (nats-server ADR-15).
 pub(crate) fn parse(ack: &str) -> Option<Ack> {
-    let first = match ack.bytes().filter(|byte| *byte == b'.').count() + 1 {
+    // One pass: this is read for each message.
+    let (mut ends, mut tokens) = ([0; 11], 0);
+    for (at, _) in ack.bytes().enumerate().filter(|(_, byte)| *byte == b'.') {
+        if tokens < ends.len() {
+            ends[tokens] = at;
+        }
+        tokens += 1;
+    }
+    let first = match tokens + 1 {
         9 => 4,
         11.. => 6,
         _ => return None,
     };
-    let mut tokens = ack.split('.').skip(first);
-    let mut number = || tokens.next()?.parse::<u64>().ok();
-    let delivered = u32::try_from(number()?).unwrap_or(u32::MAX);
-    let (sequence, count) = (number()?, number()?);
-    Some(Ack { delivered, sequence, count, nanos: i64::try_from(number()?).ok()? })
+    // Neither form ends with one of these tokens.
+    let number = |token: usize| ack.get(ends[token - 1] + 1..ends[token])?.parse::<u64>().ok();
+    Some(Ack {
+        delivered: u32::try_from(number(first)?).unwrap_or(u32::MAX),
+        sequence: number(first + 1)?,
+        count: number(first + 2)?,
+        nanos: i64::try_from(number(first + 3)?).ok()?,
+    })
 }
 
 /// The stream sequence in an ack subject.

@@ -85,7 +85,7 @@ pub(crate) fn encode(message: &Message, scratch: &mut Vec<u8>) -> HeaderMap {
     }
     scratch[0] = flags;
     // The client copies a name that is not static.
-    map.insert(HeaderName::from_static(META), URL_SAFE_NO_PAD.encode(&scratch).as_str());
+    map.insert(HeaderName::from_static(META), URL_SAFE_NO_PAD.encode(&scratch));
     map
 }
 
@@ -136,19 +136,42 @@ pub(crate) struct Stored<'a> {
     pub(crate) time: Timestamp,
 }
 
+/// This library's headers of a message, found in one pass: a look-up hashes its name.
+#[derive(Default)]
+pub(crate) struct Found<'a> {
+    meta: Option<&'a str>,
+    /// How often it was redriven.
+    pub(crate) redrives: u32,
+    /// When its time to live ends, in milliseconds of Unix time.
+    pub(crate) expires: Option<i64>,
+}
+
+pub(crate) fn find(map: Option<&HeaderMap>) -> Found<'_> {
+    let mut found = Found::default();
+    for (name, values) in map.into_iter().flat_map(HeaderMap::iter) {
+        let Some(value) = values.first().map(|value| value.as_str()) else { continue };
+        match AsRef::<str>::as_ref(name) {
+            META => found.meta = Some(value),
+            REDRIVES => found.redrives = value.parse().unwrap_or(0),
+            EXPIRES => found.expires = value.parse().ok(),
+            _ => {}
+        }
+    }
+    found
+}
+
 /// The message that headers and payload make. One that this library did not write has its id from `Nats-Msg-Id`, or is
 /// named by its place.
 pub(crate) fn decode(
     destination: &Destination,
     stored: Stored<'_>,
     map: Option<&HeaderMap>,
+    found: &Found<'_>,
     payload: Bytes,
 ) -> Message {
-    let meta = map
-        .and_then(|map| map.get(HeaderName::from_static(META)))
-        .and_then(|value| URL_SAFE_NO_PAD.decode(value.as_str()).ok());
-    let read = meta.and_then(|meta| read_meta(&Bytes::from(meta)));
-    let Some(meta) = read else { return foreign(destination, stored, map, payload) };
+    let Some(meta) = found.meta.and_then(|meta| with_decoded(meta, read_meta)) else {
+        return foreign(destination, stored, map, payload);
+    };
     let payload = if meta.flags & TOMBSTONE != 0 { None } else { Some(payload) };
     let mut message = Message::from_parts(destination.clone(), meta.id, meta.timestamp, payload);
     if let Some(key) = meta.key {
@@ -162,13 +185,24 @@ pub(crate) fn decode(
     if meta.flags & HEADERS_INSIDE != 0 {
         return message.with_headers(Headers::from_packed(meta.rest).unwrap_or_default());
     }
-    match map {
+    match map.filter(|map| map.len() > 1) {
         Some(map) => {
             let headers = native_headers(map, meta.flags & TYPE_NATIVE != 0, &meta.rest);
             if headers.is_empty() { message } else { message.with_headers(headers) }
         }
+        // This library's header alone.
         None => message,
     }
+}
+
+/// Reads what is written in base64; without a buffer of its own where it is short.
+fn with_decoded<R>(text: &str, read: impl FnOnce(&[u8]) -> Option<R>) -> Option<R> {
+    let mut short = [0; 256];
+    if text.len() <= short.len() {
+        let length = URL_SAFE_NO_PAD.decode_slice(text, &mut short).ok()?;
+        return read(short.get(..length)?);
+    }
+    read(&URL_SAFE_NO_PAD.decode(text).ok()?)
 }
 
 fn foreign(destination: &Destination, stored: Stored<'_>, map: Option<&HeaderMap>, payload: Bytes) -> Message {
@@ -223,7 +257,7 @@ struct Meta {
     rest: Bytes,
 }
 
-fn read_meta(meta: &Bytes) -> Option<Meta> {
+fn read_meta(meta: &[u8]) -> Option<Meta> {
     let (&flags, mut rest) = meta.split_first()?;
     let (millis, after) = rest.split_first_chunk::<8>()?;
     rest = after;
@@ -240,16 +274,17 @@ fn read_meta(meta: &Bytes) -> Option<Meta> {
     if flags & KEY != 0 {
         let (bytes, after) = read_field(rest)?;
         rest = after;
-        key = Some(meta.slice_ref(bytes));
+        key = Some(Bytes::copy_from_slice(bytes));
     }
     let mut content_type = None;
     if flags & TYPE_INSIDE != 0 {
         let (text, after) = read_field(rest)?;
         rest = after;
-        content_type = Some(ByteString::try_from(meta.slice_ref(text)).ok()?);
+        content_type = Some(ByteString::from(std::str::from_utf8(text).ok()?));
     }
     let timestamp = Timestamp::from_millis(i64::from_le_bytes(*millis));
-    Some(Meta { flags, timestamp, id, key, content_type, rest: meta.slice_ref(rest) })
+    let rest = if rest.is_empty() { Bytes::new() } else { Bytes::copy_from_slice(rest) };
+    Some(Meta { flags, timestamp, id, key, content_type, rest })
 }
 
 fn read_field(rest: &[u8]) -> Option<(&[u8], &[u8])> {
@@ -265,7 +300,13 @@ mod tests {
     fn round_trip(message: &Message) -> Message {
         let map = encode(message, &mut Vec::new());
         let stored = Stored { stream: "s", sequence: 7, time: Timestamp::from_millis(1) };
-        decode(message.destination(), stored, Some(&map), message.payload().cloned().unwrap_or_default())
+        decode(
+            message.destination(),
+            stored,
+            Some(&map),
+            &find(Some(&map)),
+            message.payload().cloned().unwrap_or_default(),
+        )
     }
 
     #[test]
@@ -283,6 +324,7 @@ mod tests {
             Message::new("d", "x").with_header("Content-Type", "mine").with_content_type("text/plain"),
             Message::new("d", "x").with_content_type("odd\r\ntype"),
             Message::new("d", "x").with_header("empty", "").with_header("empty", ""),
+            Message::new("d", "x").with_key(vec![7; 1_000]).with_content_type("odd\ntype"),
         ];
         for message in shapes {
             assert_eq!(round_trip(&message), message);
@@ -300,12 +342,12 @@ mod tests {
     #[test]
     fn a_foreign_message_is_named_by_its_dedup_id_or_its_place() {
         let stored = Stored { stream: "s", sequence: 7, time: Timestamp::from_millis(9) };
-        let bare = decode(&"d".into(), stored, None, Bytes::from_static(b"x"));
+        let bare = decode(&"d".into(), stored, None, &find(None), Bytes::from_static(b"x"));
         assert_eq!((bare.id().to_string(), bare.timestamp()), ("s/7".to_owned(), Timestamp::from_millis(9)));
         let mut map = HeaderMap::new();
         map.insert(MESSAGE_ID, "theirs");
         map.insert("a", "1");
-        let named = decode(&"d".into(), stored, Some(&map), Bytes::from_static(b"x"));
+        let named = decode(&"d".into(), stored, Some(&map), &find(Some(&map)), Bytes::from_static(b"x"));
         assert_eq!((named.id().to_string(), named.headers().len()), ("theirs".to_owned(), 1));
     }
 

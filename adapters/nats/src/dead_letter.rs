@@ -112,7 +112,13 @@ impl Letters {
         let stored = Stored { stream: &stream, sequence: found.sequence, time: Timestamp::from_millis(note.last_at) };
         DeadLetter {
             id,
-            message: codec::decode(&scope.source, stored, Some(&found.headers), found.payload),
+            message: codec::decode(
+                &scope.source,
+                stored,
+                Some(&found.headers),
+                &codec::find(Some(&found.headers)),
+                found.payload,
+            ),
             group: scope.group.clone(),
             reason: Reason::from(note.reason.as_str()),
             error_type: note.error_type.map(ByteString::from),

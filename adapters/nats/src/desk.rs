@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use crate::board::Reply;
 use crate::denials::refused;
-use crate::link::Link;
+use crate::link::{Link, by};
 use crate::publisher::confirmed;
 use crate::record::Record;
 use crate::state::{Key, Shared, Surrendered};
@@ -78,7 +78,7 @@ impl Desk {
     /// An ack is told again until it is confirmed: that a message is done stays true. What gives a message back is told
     /// once. By the time it were told again the message may be with somebody else, and the server would take it from there:
     /// it looks at the message, not at the delivery (nats-server 2.15, `processNak`). Found by the suite's faults.
-    pub(crate) async fn tell(&self, tellings: &[Telling], deadline: Instant) -> Vec<Result<()>> {
+    pub(crate) async fn tell(&self, tellings: &mut [Telling], deadline: Instant) -> Vec<Result<()>> {
         let mut outcomes: Vec<Option<Result<()>>> = tellings.iter().map(|_| None).collect();
         let mut state = self.link.state.clone();
         loop {
@@ -86,21 +86,20 @@ impl Desk {
             if open.is_empty() || Instant::now() >= deadline {
                 break;
             }
-            let connected = state.wait_for(|state| state.is_connected);
-            if !matches!(tokio::time::timeout_at(deadline, connected).await, Ok(Ok(_))) {
+            if !matches!(by(deadline, state.wait_for(|state| state.is_connected)).await, Some(Ok(_))) {
                 break;
             }
             let epoch = state.borrow().epoch;
             let has_once = open.iter().any(|index| tellings[*index].payload != ACK);
             let round = if has_once { deadline } else { deadline.min(Instant::now() + AGAIN) };
             let answers = self.link.board.open(open.len(), round);
+            self.shared
+                .rename(tellings.iter_mut().zip(&outcomes).filter(|it| it.1.is_none()).map(|(telling, _)| telling));
+            answers.expect(0, open.iter().map(|index| &tellings[*index].ack));
             for (place, index) in open.iter().enumerate() {
-                let telling = &tellings[*index];
-                let ack = telling.key.and_then(|key| self.shared.ack_subject(key));
-                let ack = ack.unwrap_or_else(|| telling.ack.clone());
-                let reply = answers.reply(place, &ack);
-                let sending = self.link.client.publish_with_reply(ack, reply, telling.payload.clone());
-                if !matches!(tokio::time::timeout_at(deadline, sending).await, Ok(Ok(()))) {
+                let Telling { ack, payload, .. } = &tellings[*index];
+                let sending = self.link.client.publish_with_reply(ack.clone(), answers.place(place), payload.clone());
+                if !matches!(by(deadline, sending).await, Some(Ok(()))) {
                     answers.skip(place);
                 }
             }
@@ -110,8 +109,8 @@ impl Desk {
                 _ = state.wait_for(|state| state.epoch != epoch) => {}
             }
             let mut unserved = Vec::new();
-            for (place, index) in open.iter().enumerate() {
-                match answers.take(place) {
+            for (index, reply) in open.iter().zip(answers.take_all()) {
+                match reply {
                     Some(reply) if reply.is_unserved => unserved.push(*index),
                     Some(Reply { denied: Some(subject), .. }) => {
                         outcomes[*index] = Some(Err(refused("settle", true, &subject)));
@@ -211,9 +210,9 @@ impl Desk {
                 outcome?;
             }
         }
-        let tellings: Vec<Telling> =
+        let mut tellings: Vec<Telling> =
             entries.into_iter().map(|entry| Telling { feed, key: None, ack: entry.ack, payload: nak(delay) }).collect();
-        self.tell(&tellings, deadline).await.into_iter().collect()
+        self.tell(&mut tellings, deadline).await.into_iter().collect()
     }
 }
 

@@ -20,6 +20,7 @@ mod inbox;
 mod link;
 mod lookup;
 mod names;
+mod numbers;
 mod owner;
 mod publisher;
 mod record;

@@ -1,13 +1,16 @@
 //! The connection: the client, whether it is connected, what the server refuses, and the board of answers.
 
+use std::future::Future;
 use std::sync::{Arc, OnceLock};
+use std::task::Poll;
 use std::time::Duration;
 
 use anybroker_core::{Error, ErrorKind, Result};
 use async_nats::{Client, Event, ServerError};
-use futures_util::StreamExt;
+use futures_util::{FutureExt, StreamExt};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use crate::board::Board;
 use crate::config::Settings;
@@ -16,6 +19,18 @@ use crate::error::unconnected;
 
 /// How often batches that nobody waits for are forgotten.
 const SWEEP: Duration = Duration::from_secs(5);
+/// Answers that are noted together.
+const AT_ONCE: usize = 128;
+
+/// What a future answers that is ready at once as a rule; `None` at the deadline. A timer is made only for one that is not.
+pub(crate) async fn by<F: Future>(deadline: Instant, future: F) -> Option<F::Output> {
+    tokio::pin!(future);
+    let now = std::future::poll_fn(|context| Poll::Ready(future.as_mut().poll(context)));
+    if let Poll::Ready(output) = now.await {
+        return Some(output);
+    }
+    tokio::time::timeout_at(deadline, future).await.ok()
+}
 
 /// Whether the connection stands. The epoch counts how often it was lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,12 +98,19 @@ impl Link {
         let (noted, connection) = (Arc::clone(&board), client.clone());
         let listener = tokio::spawn(async move {
             let mut sweep = tokio::time::interval(SWEEP);
+            let mut came = Vec::with_capacity(AT_ONCE);
             loop {
                 tokio::select! {
-                    answer = answers.next() => match answer {
-                        Some(answer) => noted.note(answer),
-                        None => return,
-                    },
+                    answer = answers.next() => {
+                        let Some(answer) = answer else { return };
+                        came.push(answer);
+                        while came.len() < AT_ONCE
+                            && let Some(Some(answer)) = answers.next().now_or_never()
+                        {
+                            came.push(answer);
+                        }
+                        noted.note(&mut came);
+                    }
                     _ = sweep.tick() => {
                         noted.sweep();
                         // The client drops events when there are too many of them (async-nats 0.51, `try_send`).

@@ -51,7 +51,7 @@ pub(crate) async fn apply(desk: Arc<Desk>, feed: u32, key: Key, found: Option<(R
         desk.shared.leaving(key, (record, place));
         let early = not_before.since(Timestamp::now());
         let telling = Telling { feed, key: Some(key), ack, payload: nak(early) };
-        let _ = desk.tell(&[telling], deadline).await;
+        let _ = desk.tell(&mut [telling], deadline).await;
     }
     // Not told, it comes back when its lease ends, and is looked at again.
     desk.shared.settled(key);

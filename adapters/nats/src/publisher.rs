@@ -17,7 +17,7 @@ use crate::board::{Answers, Reply};
 use crate::codec;
 use crate::denials;
 use crate::error::ApiError;
-use crate::link::Link;
+use crate::link::{Link, by};
 use crate::topology::{Route, Topology};
 
 /// What the server answers to a publish.
@@ -79,6 +79,7 @@ impl Publisher {
         let deadline = Instant::now() + terms.timeout;
         let routes = self.routes(&batch, deadline).await;
         let answers = self.link.board.open(batch.len(), deadline);
+        let mut named = Vec::with_capacity(batch.len());
         let mut refused: Vec<Option<Error>> = Vec::with_capacity(batch.len());
         let mut failed_keys: HashSet<(Destination, Bytes)> = HashSet::new();
         let mut scratch = Vec::with_capacity(64);
@@ -96,7 +97,7 @@ impl Publisher {
                         }
                         let subject = self.instruct(message, &route.subject, &mut headers);
                         let payload = message.payload().cloned().unwrap_or_default();
-                        self.hand_over(&subject, &answers, index, headers, payload, deadline).await
+                        self.hand_over(subject, &answers, index, headers, payload, deadline).await
                     }
                 }
             };
@@ -107,27 +108,32 @@ impl Publisher {
                 }
             }
             refused.push(outcome.err());
+            named.push((message.id().clone(), message.destination().clone(), delay_of(message).is_some()));
         }
-        let named: Vec<_> = batch
-            .iter()
-            .map(|message| (message.id().clone(), message.destination().clone(), delay_of(message).is_some()))
-            .collect();
+        drop(batch);
         let topology = Arc::clone(&self.topology);
         Confirms::waiting(async move {
             answers.wait(deadline).await;
             let mut outcomes: Vec<PublishOutcome> = Vec::with_capacity(named.len());
-            for (index, (refusal, (id, destination, is_delayed))) in refused.into_iter().zip(named).enumerate() {
+            for ((refusal, reply), (id, destination, is_delayed)) in
+                refused.into_iter().zip(answers.take_all()).zip(named)
+            {
+                let is_unserved = reply.as_ref().is_some_and(|reply| reply.is_unserved);
                 let mut outcome = match refusal {
                     Some(error) => Err(error),
-                    None => receipt(answers.take(index), &topology, &destination).await,
+                    // async-nats takes this for a missing stream; a JetStream that restarts looks the same. So a second
+                    // look.
+                    None if is_unserved => Err(topology.unserved(&destination).await),
+                    None => confirmed(reply, "publish").map(|(sequence, duplicate)| {
+                        // Where a delayed one will be is only known when its time has come.
+                        let position = (!is_delayed).then(|| Position::new(sequence));
+                        Receipt { position, duplicate }
+                    }),
                 };
-                if let Ok(receipt) = &mut outcome
-                    && is_delayed
-                {
-                    // Its place is only known when its time has come.
-                    receipt.position = None;
+                if let Err(error) = outcome {
+                    outcome = Err(error.with("id", id).with("destination", destination));
                 }
-                outcomes.push(outcome.map_err(|error| error.with("id", id).with("destination", destination)));
+                outcomes.push(outcome);
             }
             outcomes
         })
@@ -164,7 +170,7 @@ impl Publisher {
     /// Hands one message to the client; waits only while its buffers are full.
     pub(crate) async fn hand_over(
         &self,
-        subject: &Subject,
+        subject: Subject,
         answers: &Answers,
         index: usize,
         headers: HeaderMap,
@@ -178,13 +184,12 @@ impl Publisher {
         if !self.link.board.room(deadline).await {
             return Err(full());
         }
-        let client = &self.link.client;
-        let sending =
-            client.publish_with_reply_and_headers(subject.clone(), answers.reply(index, subject), headers, payload);
-        match tokio::time::timeout_at(deadline, sending).await {
-            Err(_) => Err(full()),
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => {
+        let reply = answers.reply(index, &subject);
+        let sending = self.link.client.publish_with_reply_and_headers(subject, reply, headers, payload);
+        match by(deadline, sending).await {
+            None => Err(full()),
+            Some(Ok(())) => Ok(()),
+            Some(Err(error)) => {
                 let kind = match error.kind() {
                     PublishErrorKind::MaxPayloadExceeded => ErrorKind::TooLarge,
                     PublishErrorKind::InvalidSubject => ErrorKind::InvalidMessage,
@@ -203,16 +208,6 @@ fn delay_of(message: &Message) -> Option<Duration> {
 fn route<'r>(routes: &'r Routes, destination: &Destination) -> &'r Result<Arc<Route>> {
     let found = routes.iter().find(|(other, _)| other == destination);
     &found.expect("every destination of the batch has been routed").1
-}
-
-async fn receipt(reply: Option<Reply>, topology: &Topology, destination: &Destination) -> PublishOutcome {
-    let is_unserved = reply.as_ref().is_some_and(|reply| reply.is_unserved);
-    match confirmed(reply, "publish") {
-        Ok((sequence, duplicate)) => Ok(Receipt { position: Some(Position::new(sequence)), duplicate }),
-        // async-nats takes this for a missing stream; a JetStream that restarts looks the same. So a second look.
-        Err(_) if is_unserved => Err(topology.unserved(destination).await),
-        Err(error) => Err(error),
-    }
 }
 
 fn held_back() -> Error {

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use crate::dead_letter;
 use crate::desk::{ACK, Desk, Telling, Writing, nak};
 use crate::record::Record;
-use crate::state::{Expired, Taken};
+use crate::state::{Expired, Key, Taken};
 
 pub(crate) struct NatsSettler {
     pub(crate) desk: Arc<Desk>,
@@ -39,6 +39,9 @@ enum Then {
 #[async_trait]
 impl Settler for NatsSettler {
     fn settle(&self, batch: Vec<(Delivery, Settlement)>) -> Settling {
+        if batch.iter().all(|(_, settlement)| matches!(settlement, Settlement::Ack)) {
+            return self.ack(batch);
+        }
         let mut outcomes: Vec<Option<SettleOutcome>> = Vec::with_capacity(batch.len());
         let (mut acks, mut stored_first) = (Vec::new(), Vec::new());
         for (index, (delivery, settlement)) in batch.into_iter().enumerate() {
@@ -93,6 +96,49 @@ impl Settler for NatsSettler {
 
     fn abandoned(&self, token: &Token, lane: Lane) {
         self.desk.shared.give_back(token, lane, true);
+    }
+}
+
+impl NatsSettler {
+    /// Nearly every batch: acks alone.
+    fn ack(&self, batch: Vec<(Delivery, Settlement)>) -> Settling {
+        let desk = Arc::clone(&self.desk);
+        let begun = desk.shared.begin_acks(batch.iter().map(|(delivery, _)| delivery));
+        let (mut tellings, mut acking) = (Vec::with_capacity(batch.len()), Vec::with_capacity(batch.len()));
+        for begun in begun {
+            acking.push(begun.map(|(acking, ack)| {
+                tellings.push(Telling { feed: acking.feed, key: Some(acking.key), ack, payload: ACK });
+                acking
+            }));
+        }
+        if tellings.is_empty() {
+            return Settling::ready(batch.into_iter().map(|(delivery, _)| Err(stale(delivery))).collect());
+        }
+        let deadline = Instant::now() + desk.settle_timeout;
+        let work = self.runtime.spawn(async move {
+            let mut told = desk.tell(&mut tellings, deadline).await.into_iter();
+            let mut settled = Vec::with_capacity(batch.len());
+            let mut outcomes: Vec<SettleOutcome> = Vec::with_capacity(batch.len());
+            for ((delivery, _), acking) in batch.into_iter().zip(acking) {
+                let Some((acking, told)) = acking.and_then(|acking| Some((acking, told.next()?))) else {
+                    outcomes.push(Err(stale(delivery)));
+                    continue;
+                };
+                outcomes.push(match told {
+                    Ok(()) => {
+                        if let Some(place) = acking.record_at {
+                            desk.forget_record(acking.feed, place).await;
+                        }
+                        settled.push(acking.key);
+                        Ok(AckLevel::Confirmed)
+                    }
+                    Err(error) => Err(not_told(&desk, acking.key, delivery, error)),
+                });
+            }
+            desk.shared.all_settled(settled.into_iter());
+            outcomes
+        });
+        Settling::waiting(async move { work.await.expect("settling cannot panic, and nobody aborts it") })
     }
 }
 
@@ -174,7 +220,7 @@ async fn tell(desk: &Arc<Desk>, jobs: Vec<Job>, deadline: Instant) -> Vec<(usize
             None => outcomes.push((job.index, Err(stale(job.delivery)))),
         }
     }
-    for (job, told) in here.into_iter().zip(desk.tell(&tellings, deadline).await) {
+    for (job, told) in here.into_iter().zip(desk.tell(&mut tellings, deadline).await) {
         // Its failure is stored. That the server was told or not only says when it comes back: at the latest when its lease
         // ends, and then not before its delay.
         let comes_back =
@@ -191,11 +237,7 @@ async fn tell(desk: &Arc<Desk>, jobs: Vec<Job>, deadline: Instant) -> Vec<(usize
                 desk.shared.settled(job.taken.key);
                 Ok(AckLevel::Confirmed)
             }
-            Err(error) => {
-                desk.shared.unsettled(job.taken.key);
-                let error = error.with("group", job.delivery.group()).with("id", job.delivery.message().id());
-                Err(SettleError::new(job.delivery, error))
-            }
+            Err(error) => Err(not_told(desk, job.taken.key, job.delivery, error)),
         };
         outcomes.push((job.index, outcome));
     }
@@ -225,12 +267,18 @@ pub(crate) async fn expire(desk: &Arc<Desk>, expired: Vec<Expired>) {
             _ => desk.shared.settled(taken.key),
         }
     }
-    for (taken, told) in stored.into_iter().zip(desk.tell(&tellings, deadline).await) {
+    for (taken, told) in stored.into_iter().zip(desk.tell(&mut tellings, deadline).await) {
         if let (Ok(()), Some(place)) = (told, taken.record_at) {
             desk.forget_record(taken.feed, place).await;
         }
         desk.shared.settled(taken.key);
     }
+}
+
+fn not_told(desk: &Desk, key: Key, delivery: Delivery, error: Error) -> SettleError {
+    desk.shared.unsettled(key);
+    let error = error.with("group", delivery.group()).with("id", delivery.message().id());
+    SettleError::new(delivery, error)
 }
 
 fn stale(delivery: Delivery) -> SettleError {

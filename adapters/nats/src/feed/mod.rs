@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::{Destination, Error, ErrorKind, Result, SubscriptionEvent, Timestamp};
-use async_nats::{HeaderMap, HeaderName, Message, StatusCode};
+use async_nats::{HeaderMap, Message, StatusCode};
 use futures_util::FutureExt;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -21,12 +21,14 @@ use crate::inbox::Inbox;
 use crate::link;
 use crate::lookup::{apply, look_up};
 use crate::owner::Owner;
-use crate::state::{Arrival, Arrived};
+use crate::state::{Arrival, Looking};
 
 /// How long a pull waits at the server.
 const EXPIRES: Duration = Duration::from_secs(30);
 /// How often the server says that it still knows a pull.
 const HEARTBEAT: Duration = Duration::from_secs(3);
+/// Messages that arrive together: at most so many before anything else has its turn.
+const AT_ONCE: usize = 256;
 /// How long the end of a pull may take.
 const LAST: Duration = Duration::from_secs(5);
 
@@ -53,6 +55,8 @@ pub(crate) struct Feed {
     held_until: Option<Instant>,
     /// They come: how many there must be here before anything is handed out, and until when that is waited for.
     gathering: Option<(u64, Instant)>,
+    /// What was read and has not arrived: many at once.
+    arrivals: Vec<Arrival>,
 }
 
 impl Feed {
@@ -83,6 +87,7 @@ impl Feed {
             is_missing: false,
             held_until: None,
             gathering: None,
+            arrivals: Vec::new(),
         })
     }
 
@@ -252,56 +257,68 @@ impl Feed {
             let deadline = Instant::now() + LAST;
             while let Ok(Some(message)) = tokio::time::timeout_at(deadline, self.inbox.next()).await {
                 if message.status.is_none() {
-                    let _ = self.receive(message).await;
+                    self.read(message);
+                    self.arrive();
                 }
             }
         }
     }
 
-    async fn receive(&mut self, message: Message) -> Result<()> {
-        if let Some(status) = message.status {
-            return self.on_status(status, &message).await;
+    /// Takes in a message or status, and what is there behind it.
+    async fn receive(&mut self, first: Message) -> Result<()> {
+        let mut next = Some(first);
+        while let Some(message) = next {
+            match message.status {
+                Some(status) => {
+                    self.arrive();
+                    self.on_status(status, &message).await?;
+                }
+                None => self.read(message),
+            }
+            let is_full = self.arrivals.len() >= AT_ONCE;
+            next = if is_full { None } else { self.inbox.next().now_or_never().flatten() };
         }
-        let Some(ack) = message.reply.clone() else { return Ok(()) };
-        let Some(Ack { delivered, sequence, count, nanos }) = ack::parse(&ack) else { return Ok(()) };
+        self.arrive();
+        Ok(())
+    }
+
+    /// Reads a message; it arrives with those behind it.
+    fn read(&mut self, message: Message) {
+        let Some(ack) = message.reply else { return };
+        let Some(Ack { delivered, sequence, count, nanos }) = ack::parse(&ack) else { return };
         let is_next = self.last.replace(count).is_none_or(|last| count == last + 1);
         if self.owner.is_some() && !is_next {
             self.desk.shared.hold(self.index, true);
             self.is_missing = true;
         }
         let scope = &self.desk.scopes[self.index as usize];
-        let time = Timestamp::from_millis(nanos / 1_000_000);
-        let stored = Stored { stream: &scope.stream, sequence, time };
+        let stored = Stored { stream: &scope.stream, sequence, time: Timestamp::from_millis(nanos / 1_000_000) };
         let headers = message.headers.as_ref();
-        let redrives = headers
-            .and_then(|headers| headers.get(HeaderName::from_static(codec::REDRIVES)))
-            .and_then(|value| value.as_str().parse().ok())
-            .unwrap_or(0);
-        let expires = headers
-            .and_then(|headers| headers.get(HeaderName::from_static(codec::EXPIRES)))
-            .and_then(|value| value.as_str().parse().ok());
-        let decoded = codec::decode(&self.destination, stored, headers, message.payload);
-        let must_look = sequence <= self.look_below;
-        let arrival = Arrival {
+        let found = codec::find(headers);
+        let decoded = codec::decode(&self.destination, stored, headers, &found, message.payload);
+        self.arrivals.push(Arrival {
             feed: self.index,
             sequence,
-            ack: ack.clone(),
-            message: decoded,
+            ack,
+            message: Arc::new(decoded),
             delivered,
-            redrives,
-            expires,
-            must_look,
-        };
-        match self.desk.shared.arrive(arrival) {
-            Arrived::Done => {}
-            Arrived::Known(key, record, place) => {
-                tokio::spawn(apply(Arc::clone(&self.desk), self.index, key, Some((record, place)), ack));
-            }
-            Arrived::Look(key) => {
-                tokio::spawn(look_up(Arc::clone(&self.desk), self.index, key, ack));
-            }
+            redrives: found.redrives,
+            expires: found.expires,
+            must_look: sequence <= self.look_below,
+        });
+    }
+
+    fn arrive(&mut self) {
+        if self.arrivals.is_empty() {
+            return;
         }
-        Ok(())
+        for Looking { key, ack, known } in self.desk.shared.arrive(&mut self.arrivals) {
+            let desk = Arc::clone(&self.desk);
+            match known {
+                Some(known) => tokio::spawn(apply(desk, self.index, key, Some(known), ack)),
+                None => tokio::spawn(look_up(desk, self.index, key, ack)),
+            };
+        }
     }
 
     async fn on_status(&mut self, status: StatusCode, message: &Message) -> Result<()> {
@@ -355,7 +372,7 @@ impl Feed {
     async fn on_link(&mut self) {
         let state = *self.link.borrow_and_update();
         if state.epoch != self.epoch {
-            self.take_buffered().await;
+            self.take_buffered();
             self.epoch = state.epoch;
             self.is_ready = false;
             if !std::mem::replace(&mut self.is_degraded, true) {
@@ -373,12 +390,13 @@ impl Feed {
     }
 
     /// What came before the connection was lost.
-    async fn take_buffered(&mut self) {
+    fn take_buffered(&mut self) {
         while let Some(Some(message)) = self.inbox.next().now_or_never() {
             if message.status.is_none() {
-                let _ = self.receive(message).await;
+                self.read(message);
             }
         }
+        self.arrive();
     }
 
     async fn renew_inbox(&mut self) -> Result<()> {

@@ -6,62 +6,33 @@ use anybroker_core::{Delivery, DeliveryContext, Error, Lane, Received, Timestamp
 use async_nats::Subject;
 use tokio::time::Instant;
 
-use super::entry::{Arrival, Arrived, Entry, Key, Phase, Taken};
+use super::entry::{Acking, Arrival, Entry, Key, Looking, Phase, Taken};
 use super::{REMEMBERED, Shared, State};
+use crate::desk::Telling;
 use crate::record::Record;
 
 impl Shared {
-    pub(crate) fn arrive(&self, arrival: Arrival) -> Arrived {
-        let now = Instant::now();
+    /// Takes in what came, all of it under one lock; answers what cannot be handed out yet.
+    pub(crate) fn arrive(&self, arrivals: &mut Vec<Arrival>) -> Vec<Looking> {
+        let (now, arrived_at) = (Instant::now(), Timestamp::now());
+        let (mut looking, mut is_any_ready) = (Vec::new(), false);
         let mut guard = self.lock();
         let state = &mut *guard;
-        let feed = &mut state.feeds[arrival.feed as usize];
-        feed.asked = feed.asked.saturating_sub(1);
-        let server_until = now + feed.ack_wait;
-        let place = (arrival.feed, arrival.sequence);
-        if let Some(slot) = state.places.get(&place).copied() {
-            let entry = state.slots[slot as usize].entry.as_mut().expect("a place names an entry");
-            let is_over = matches!(entry.phase, Phase::Out { until } if until <= now);
-            if !is_over {
-                // A restarted server has forgotten that it is here: from now on it is acked as this delivery.
-                (entry.ack, entry.server_until) = (arrival.ack, server_until);
-                entry.delivered = entry.delivered.max(arrival.delivered);
-                return Arrived::Done;
+        for arrival in arrivals.drain(..) {
+            match state.arrive(arrival, now, arrived_at) {
+                Some(Ok(key)) => {
+                    state.make_ready(key);
+                    is_any_ready = true;
+                }
+                Some(Err(not_yet)) => looking.push(not_yet),
+                None => {}
             }
-            state.remove(slot);
         }
-        let remembered = state.remembered.remove(&place);
-        let known = remembered.filter(|(record, _)| record.delivered + 1 == arrival.delivered);
-        let must_look = arrival.delivered > 1 || arrival.must_look;
-        let entry = Entry {
-            feed: arrival.feed,
-            sequence: arrival.sequence,
-            ack: arrival.ack,
-            message: Arc::new(arrival.message),
-            delivered: arrival.delivered,
-            record: Record::default(),
-            record_at: None,
-            redrives: arrival.redrives,
-            expires: arrival.expires,
-            arrived_at: Timestamp::now(),
-            again: 0,
-            was_out: false,
-            server_until,
-            phase: Phase::Looking,
-        };
-        let key = state.insert(entry);
-        let feed = &mut state.feeds[arrival.feed as usize];
-        if must_look {
-            feed.looking.insert(arrival.sequence);
-            return match known {
-                Some((record, at)) => Arrived::Known(key, record, at),
-                None => Arrived::Look(key),
-            };
-        }
-        state.make_ready(key);
         drop(guard);
-        self.arrived.notify_one();
-        Arrived::Done
+        if is_any_ready {
+            self.arrived.notify_one();
+        }
+        looking
     }
 
     /// Its record is read and applied: it can be handed out.
@@ -81,6 +52,7 @@ impl Shared {
         let mut guard = self.lock();
         let state = &mut *guard;
         let mut received = Received { deliveries: Vec::new(), events: state.events.drain(..).collect() };
+        received.deliveries.reserve(max.min(state.feeds.iter().map(|feed| feed.ready.len()).sum()));
         if state.failure.is_none() && !state.is_paused {
             let lease_until = Timestamp::now().after(self.lease);
             let feeds = state.feeds.len();
@@ -143,11 +115,49 @@ impl Shared {
         self.lock().entry(key).map(|entry| entry.ack.clone())
     }
 
+    /// Begins to ack deliveries, all of them under one lock: where each is acked; `None` when its lease or assignment is
+    /// over.
+    pub(crate) fn begin_acks<'d>(
+        &self,
+        deliveries: impl Iterator<Item = &'d Delivery>,
+    ) -> Vec<Option<(Acking, Subject)>> {
+        let now = Instant::now();
+        let mut state = self.lock();
+        let begin = |delivery: &Delivery| {
+            let key = state.out_at(delivery.token(), delivery.lane(), now)?;
+            let entry = state.entry(key)?;
+            let Phase::Out { until } = entry.phase else { return None };
+            entry.phase = Phase::Settling { until };
+            let acking = Acking { key, feed: entry.feed, record_at: entry.record_at };
+            Some((acking, entry.ack.clone()))
+        };
+        deliveries.map(begin).collect()
+    }
+
+    /// Where each is acked now: its server may have renamed it.
+    pub(crate) fn rename<'t>(&self, tellings: impl Iterator<Item = &'t mut Telling>) {
+        let mut state = self.lock();
+        for telling in tellings {
+            if let Some(entry) = telling.key.and_then(|key| state.entry(key))
+                && entry.ack != telling.ack
+            {
+                telling.ack = entry.ack.clone();
+            }
+        }
+    }
+
     /// It is settled: it is not here any more.
     pub(crate) fn settled(&self, key: Key) {
+        self.all_settled(std::iter::once(key));
+    }
+
+    /// They are settled: none of them is here any more.
+    pub(crate) fn all_settled(&self, keys: impl Iterator<Item = Key>) {
         let mut state = self.lock();
-        if state.entry(key).is_some() {
-            state.remove(key.0);
+        for key in keys {
+            if state.entry(key).is_some() {
+                state.remove(key.0);
+            }
         }
         drop(state);
         self.room.notify_waiters();
@@ -222,5 +232,55 @@ impl Shared {
     /// The entry, for looking up its record.
     pub(crate) fn place_of(&self, key: Key) -> Option<(u64, u32)> {
         self.lock().entry(key).map(|entry| (entry.sequence, entry.delivered))
+    }
+}
+
+impl State {
+    /// Takes one in: its key, or what has to be done first; nothing where it is here already.
+    fn arrive(
+        &mut self,
+        arrival: Arrival,
+        now: Instant,
+        arrived_at: Timestamp,
+    ) -> Option<std::result::Result<Key, Looking>> {
+        let feed = &mut self.feeds[arrival.feed as usize];
+        feed.asked = feed.asked.saturating_sub(1);
+        let server_until = now + feed.ack_wait;
+        let place = (arrival.feed, arrival.sequence);
+        if let Some(slot) = self.places.get(&place).copied() {
+            let entry = self.slots[slot as usize].entry.as_mut().expect("a place names an entry");
+            let is_over = matches!(entry.phase, Phase::Out { until } if until <= now);
+            if !is_over {
+                // A restarted server has forgotten that it is here: from now on it is acked as this delivery.
+                (entry.ack, entry.server_until) = (arrival.ack, server_until);
+                entry.delivered = entry.delivered.max(arrival.delivered);
+                return None;
+            }
+            self.remove(slot);
+        }
+        let remembered = if self.remembered.is_empty() { None } else { self.remembered.remove(&place) };
+        let must_look = arrival.delivered > 1 || arrival.must_look;
+        let looked_up = must_look.then(|| arrival.ack.clone());
+        let entry = Entry {
+            feed: arrival.feed,
+            sequence: arrival.sequence,
+            ack: arrival.ack,
+            message: arrival.message,
+            delivered: arrival.delivered,
+            record: Record::default(),
+            record_at: None,
+            redrives: arrival.redrives,
+            expires: arrival.expires,
+            arrived_at,
+            again: 0,
+            was_out: false,
+            server_until,
+            phase: Phase::Looking,
+        };
+        let key = self.insert(entry);
+        let Some(ack) = looked_up else { return Some(Ok(key)) };
+        self.feeds[place.0 as usize].looking.insert(place.1);
+        let known = remembered.filter(|(record, _)| record.delivered + 1 == arrival.delivered);
+        Some(Err(Looking { key, ack, known }))
     }
 }

@@ -170,7 +170,7 @@ pub(crate) struct Arrival {
     pub(crate) feed: u32,
     pub(crate) sequence: u64,
     pub(crate) ack: Subject,
-    pub(crate) message: Message,
+    pub(crate) message: Arc<Message>,
     pub(crate) delivered: u32,
     pub(crate) redrives: u32,
     /// When its time to live ends, in milliseconds of Unix time.
@@ -187,14 +187,21 @@ pub(crate) struct Surrendered {
     pub(crate) spared: Option<Record>,
 }
 
-/// What an arrival became.
-pub(crate) enum Arrived {
-    /// It can be handed out, or is here already.
-    Done,
-    /// Its record has to be read first.
-    Look(Key),
-    /// Its record is known, and has to be applied.
-    Known(Key, Record, u64),
+/// An arrival whose record has to be read or applied first.
+pub(crate) struct Looking {
+    pub(crate) key: Key,
+    pub(crate) ack: Subject,
+    /// Its record, where it is known.
+    pub(crate) known: Option<(Record, u64)>,
+}
+
+/// An entry that is being acked.
+#[derive(Clone, Copy)]
+pub(crate) struct Acking {
+    pub(crate) key: Key,
+    pub(crate) feed: u32,
+    /// Where its record is stored, when it has one.
+    pub(crate) record_at: Option<u64>,
 }
 
 /// Slot and generation: an entry, and no other that takes its slot later.

@@ -18,9 +18,10 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 
-pub(crate) use entry::{Arrival, Arrived, FeedState, Key, Surrendered, Taken};
+pub(crate) use entry::{Arrival, FeedState, Key, Looking, Surrendered, Taken};
 use slots::Slot;
 
+use crate::numbers::Numbers;
 use crate::record::Record;
 
 /// Failures that this member remembers so that it need not read them back.
@@ -60,7 +61,7 @@ pub(crate) struct State {
     slots: Vec<Slot>,
     free: Vec<u32>,
     count: usize,
-    places: HashMap<(u32, u64), u32>,
+    places: HashMap<(u32, u64), u32, Numbers>,
     pub(crate) feeds: Vec<FeedState>,
     pub(crate) events: VecDeque<SubscriptionEvent>,
     pub(crate) failure: Option<Error>,
@@ -68,7 +69,7 @@ pub(crate) struct State {
     pub(crate) is_closing: bool,
     is_receiving: bool,
     received: Option<Instant>,
-    remembered: HashMap<(u32, u64), (Record, u64)>,
+    remembered: HashMap<(u32, u64), (Record, u64), Numbers>,
     next_feed: usize,
 }
 

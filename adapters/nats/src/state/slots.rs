@@ -1,5 +1,6 @@
 //! The places of messages: which one is where, and which one is next.
 
+use std::collections::hash_map;
 use std::sync::Arc;
 
 use anybroker_core::{Lane, Token};
@@ -40,15 +41,20 @@ impl State {
         self.free.push(slot);
         self.count -= 1;
         let place = (entry.feed, entry.sequence);
-        if self.places.get(&place) == Some(&slot) {
-            self.places.remove(&place);
+        if let hash_map::Entry::Occupied(own) = self.places.entry(place)
+            && *own.get() == slot
+        {
+            own.remove();
         }
         let feed = &mut self.feeds[entry.feed as usize];
-        if feed.ready.get(&entry.sequence) == Some(&slot) {
-            feed.ready.remove(&entry.sequence);
-        }
-        if entry.phase == Phase::Looking {
-            feed.looking.remove(&entry.sequence);
+        match entry.phase {
+            Phase::Ready if feed.ready.get(&entry.sequence) == Some(&slot) => {
+                feed.ready.remove(&entry.sequence);
+            }
+            Phase::Looking => {
+                feed.looking.remove(&entry.sequence);
+            }
+            _ => {}
         }
         feed.unblock(&entry.message, entry.sequence);
         Some(entry)
@@ -105,13 +111,17 @@ impl State {
 
     /// The entry that a delivery stands for, while it is out and its lease holds.
     pub(super) fn out(&mut self, token: &Token, lane: Lane) -> Option<Key> {
+        self.out_at(token, lane, Instant::now())
+    }
+
+    pub(super) fn out_at(&mut self, token: &Token, lane: Lane, now: Instant) -> Option<Key> {
         let Token::Pair(slot, generation) = token else { return None };
         let key = (u32::try_from(*slot).ok()?, *generation);
         if self.feeds.get(lane.index as usize).is_none_or(|feed| feed.epoch != lane.epoch) {
             return None;
         }
         let entry = self.entry(key)?;
-        matches!(entry.phase, Phase::Out { until } if Instant::now() < until).then_some(key)
+        matches!(entry.phase, Phase::Out { until } if now < until).then_some(key)
     }
 
     pub(super) fn drop_feed(&mut self, feed: u32) {

@@ -22,6 +22,7 @@ pub(crate) fn main(job: &str) -> Result<()> {
     let mut measured = runtime.block_on(async {
         match (job.side, job.task) {
             (Side::Bare | Side::BareAgain, _) => bare::measure(&job).await,
+            (Side::ByHand, _) => bare::measure_by_hand(&job).await,
             (Side::Adapter, Task::Publish) => adapter::publish(&job).await,
             (Side::Adapter, Task::Consume) => adapter::consume(&job).await,
             (Side::Adapter, Task::Latency) => adapter::latency(&job).await,

@@ -32,6 +32,8 @@ pub(crate) enum Side {
     Bare,
     /// The same again: what differs between the two is noise.
     BareAgain,
+    /// Below the client library: the protocol by hand, where the library spends more than the protocol needs.
+    ByHand,
     /// The adapter.
     Adapter,
     /// The adapter, through a worker with a handler that does nothing.

@@ -69,7 +69,7 @@ pub(crate) fn section(plan: &Plan, figures: &Figures) -> String {
     rows(Task::Latency).for_each(|row| latency(&mut text, row));
     let _ = writeln!(text, "\n- Publish: {}.\n- Consume: {}.", plan.publish_guarantee, plan.ack_guarantee);
     for row in figures.rows.iter().filter(|row| row.size == super::plan::SMALL) {
-        for (side, name) in [(Side::Bare, "bare"), (Side::Adapter, "adapter")] {
+        for (side, name) in [(Side::Bare, "bare"), (Side::Adapter, "adapter"), (Side::ByHand, "by hand")] {
             if let Some(measured) = row.side(side).first() {
                 let _ = writeln!(text, "- {}, {name}: {}.", row.name, measured.settings);
             }
@@ -100,21 +100,24 @@ fn throughput(text: &mut String, row: &Row) {
         peak(bare),
         peak(adapter)
     );
-    let worker = row.side(Side::Worker);
-    if !worker.is_empty() {
+    for (side, name) in [(Side::Worker, "worker"), (Side::ByHand, "protocol by hand")] {
+        let own = row.side(side);
+        if own.is_empty() {
+            continue;
+        }
         let _ = writeln!(
             text,
-            "| {}, worker | {} | {} | {} | {} | | {} | {:.2} · {:.2} | {:.0} · {:.0} |",
+            "| {}, {name} | {} | {} | {} | {} | | {} | {:.2} · {:.2} | {:.0} · {:.0} |",
             row.name,
-            worker.len(),
+            own.len(),
             rate(bare),
-            rate(worker),
-            cell(over_bare(row, Side::Worker, Measured::each)),
-            cell(over_bare(row, Side::Worker, Measured::processor_each)),
+            rate(own),
+            cell(over_bare(row, side, Measured::each)),
+            cell(over_bare(row, side, Measured::processor_each)),
             micros(bare),
-            micros(worker),
+            micros(own),
             peak(bare),
-            peak(worker)
+            peak(own)
         );
     }
     let allocations = |side: &[Measured]| median(side.iter().map(|one| precise(one.allocations) / precise(one.count)));
@@ -148,12 +151,12 @@ fn latency(text: &mut String, row: &Row) {
     );
 }
 
-/// A side over the bare client: in each round over the geometric mean of the two bare runs. The worker runs in some rounds
-/// only, the first and then every third.
+/// A side over the bare client: in each round over the geometric mean of the two bare runs. The worker and what is written
+/// by hand run in some rounds only, the first and then every third.
 fn over_bare(row: &Row, side: Side, figure: impl Fn(&Measured) -> f64) -> Option<Ratio> {
     let bare = row.side(Side::Bare).iter().zip(row.side(Side::BareAgain));
     let bare = bare.map(|(one, other)| (figure(one) * figure(other)).sqrt());
-    let step = if side == Side::Worker { super::run::WORKER_EVERY } else { 1 };
+    let step = if matches!(side, Side::Worker | Side::ByHand) { super::run::SOME_EVERY } else { 1 };
     Ratio::of(row.side(side).iter().zip(bare.step_by(step)).map(|(one, bare)| figure(one) / bare))
 }
 

@@ -16,8 +16,8 @@ use super::{adapter, child, results, statistics};
 const GROUP: &str = "bench";
 /// How long the open loop runs.
 const LOOP: f64 = 2.0;
-/// The worker runs in every so manieth round.
-pub(crate) const WORKER_EVERY: usize = 3;
+/// The worker, and what is written by hand, run in every so manieth round.
+pub(crate) const SOME_EVERY: usize = 3;
 
 /// What the command line says.
 pub(crate) struct Options {
@@ -186,8 +186,11 @@ impl<'a> Bench<'a> {
 
     async fn round(&mut self, round: usize, rows: &mut [Row; 2], places: &mut BTreeMap<Side, Place>) -> Result<()> {
         let mut sides = vec![Side::Bare, Side::Adapter, Side::BareAgain];
-        if round % WORKER_EVERY == 1 {
+        if round % SOME_EVERY == 1 {
             sides.push(Side::Worker);
+            if self.plan.has_by_hand {
+                sides.push(Side::ByHand);
+            }
         }
         // Nobody is always first, or always behind the same one.
         sides.rotate_left(round % 3);

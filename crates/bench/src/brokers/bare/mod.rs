@@ -5,6 +5,8 @@
 mod kafka;
 #[cfg(feature = "nats")]
 mod nats;
+#[cfg(feature = "nats")]
+mod nats_by_hand;
 #[cfg(feature = "pulsar")]
 mod pulsar;
 #[cfg(feature = "rabbitmq")]
@@ -30,6 +32,15 @@ pub(crate) async fn measure(job: &Job) -> Result<Measured> {
         #[cfg(feature = "sqs")]
         "sqs" => sqs::measure(job).await,
         other => bail!("there is no bare client for {other}"),
+    }
+}
+
+/// Does the job with the broker's protocol by hand, where that is less than the client has for its users.
+pub(crate) async fn measure_by_hand(job: &Job) -> Result<Measured> {
+    match job.broker.as_str() {
+        #[cfg(feature = "nats")]
+        "nats" => nats_by_hand::measure(job).await,
+        other => bail!("nothing is written by hand for {other}"),
     }
 }
 
