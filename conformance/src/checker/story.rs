@@ -92,6 +92,8 @@ pub(super) struct Story {
     /// Nacks whose effect is unknown.
     uncertain: u32,
     held: Vec<Held>,
+    /// What was given back without being settled and has not come again: where it stood, nothing is settled.
+    left: Vec<Held>,
     settling: Vec<Settling>,
     pub(super) acked: u32,
     /// Some ack of it was told as done: it need not come again, whatever becomes of others that were under way.
@@ -191,6 +193,9 @@ impl Story {
 
     pub(super) fn deliver(&mut self, held: Held) {
         self.deliveries += 1;
+        if self.owed.is_empty() {
+            self.left.clear();
+        }
         self.held.push(held);
     }
 
@@ -210,7 +215,8 @@ impl Story {
     }
 
     pub(super) fn give_back(&mut self, at: u64, delivery: u64, why: Returned) {
-        if self.take(delivery).is_some() {
+        if let Some(held) = self.take(delivery) {
+            self.left.push(held);
             self.returned(at, why);
         }
     }
@@ -369,8 +375,14 @@ impl Story {
     /// Whether it is unsettled and stands before that place of the lane.
     pub(super) fn is_hole_below(&self, lane: u32, place: u64) -> bool {
         let below = |held: &Held| held.lane == lane && rank(held) < place;
-        self.held.iter().any(below)
-            || (!self.owed.is_empty() && self.settling.iter().any(|settling| below(&settling.held)))
+        let settling = |is_forgotten: bool| {
+            let mut settling = self.settling.iter().filter(|settling| !is_forgotten || settling.is_excused);
+            settling.any(|settling| below(&settling.held))
+        };
+        let is_back = !self.owed.is_empty() && (self.left.iter().any(below) || settling(false));
+        // Acked, and forgotten with a member that went: it may come again, and until then it is a hole.
+        let is_forgotten = !self.excused.is_empty() && settling(true);
+        self.held.iter().any(below) || is_back || is_forgotten
     }
 
     /// Lane and place of what a member left unsettled: what was acked above is above a hole.
@@ -379,11 +391,10 @@ impl Story {
         let returned = self
             .settling
             .iter()
-            .filter(|settling| settling.held.member == member && !self.owed.is_empty() && settling.verb != Verb::Ack);
-        unsettled
-            .map(|held| (held.lane, rank(held)))
-            .chain(returned.map(|settling| (settling.held.lane, rank(&settling.held))))
-            .collect()
+            .filter(|settling| settling.held.member == member && !self.owed.is_empty() && settling.verb != Verb::Ack)
+            .map(|settling| &settling.held);
+        let left = self.left.iter().filter(|held| held.member == member);
+        unsettled.chain(returned).chain(left).map(|held| (held.lane, rank(held))).collect()
     }
 
     /// The member is gone: what it held comes back.

@@ -250,6 +250,46 @@ fn only_what_was_acked_above_a_hole_may_come_again_where_prefixes_are_kept() {
 }
 
 #[test]
+fn what_was_dropped_is_a_hole_where_prefixes_are_kept_until_it_is_settled() {
+    let dropped_then_close = |settles: bool| {
+        let mut script = Script::new();
+        script.rules.granularity = AckGranularity::Prefix;
+        script.member().published("a", "k", 1).published("b", "k", 2).delivered(1, "a", 1).delivered(2, "b", 1);
+        script.push(What::Dropped { delivery: 1 });
+        if settles {
+            script.delivered(3, "a", 1).settled(3, Verb::Ack);
+        }
+        script.settled(2, Verb::Ack).push(What::CloseInvoke { subscription: 1 });
+        script.subscribed(2, Order::None, OnFailure::GoPast);
+        if !settles {
+            script.delivered_to(2, 4, "a", 1).settled(4, Verb::Ack);
+        }
+        script.delivered_to(2, 5, "b", 1).names()
+    };
+    assert_eq!(dropped_then_close(false), [""; 0]);
+    assert_eq!(dropped_then_close(true), ["ack-lost"]);
+}
+
+#[test]
+fn an_ack_that_was_forgotten_above_a_hole_is_a_hole_itself_until_it_comes_again() {
+    let acked_above = |comes_again: bool| {
+        let mut script = Script::new();
+        script.rules.granularity = AckGranularity::Prefix;
+        script.member().published("a", "k", 1).published("b", "k", 2).published("c", "k", 3);
+        script.delivered(1, "a", 1).delivered(2, "b", 1).settled(2, Verb::Ack);
+        script.push(What::CloseInvoke { subscription: 1 }).subscribed(2, Order::None, OnFailure::GoPast);
+        script.delivered_to(2, 3, "a", 1).settled(3, Verb::Ack);
+        if comes_again {
+            script.delivered_to(2, 4, "b", 1).settled(4, Verb::Ack);
+        }
+        script.delivered_to(2, 5, "c", 1).settled(5, Verb::Ack).push(What::CloseInvoke { subscription: 2 });
+        script.subscribed(3, Order::None, OnFailure::GoPast).delivered_to(3, 6, "c", 1).names()
+    };
+    assert_eq!(acked_above(false), [""; 0]);
+    assert_eq!(acked_above(true), ["ack-lost"]);
+}
+
+#[test]
 fn a_nack_that_never_comes_again_is_nack_lost() {
     let mut script = Script::new();
     script.member().published("a", "k", 1).delivered(1, "a", 1).settled(1, Verb::Nack).drained();
