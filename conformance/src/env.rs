@@ -192,8 +192,8 @@ impl Env {
 
     /// Deletes what the case created. What cannot be deleted is left behind under a name of its own.
     ///
-    /// What a case that was given up had on its way goes on without it, and may create a destination anew after it was
-    /// deleted. Then it is looked at again after a quiet window, until nothing came back.
+    /// What a case that was given up had on its way goes on without it, and may create a destination after it was deleted or
+    /// was not found yet. Then it is looked at again after a quiet window, until nothing was there twice in a row.
     pub(crate) async fn clean_up(&self, given_up: bool) -> Result<(), Error> {
         let created = std::mem::take(&mut *self.created.names.lock());
         if created.is_empty() || !self.record.delete.is_given() {
@@ -201,6 +201,7 @@ impl Env {
         }
         let bus = self.harness.connect().await?;
         let deadline = Instant::now() + self.patience();
+        let mut empty_looks = 0;
         let result = loop {
             let (mut found, mut result) = (false, Ok(()));
             for destination in &created {
@@ -210,7 +211,8 @@ impl Env {
                     Err(_) => {}
                 }
             }
-            if !given_up || !found || Instant::now() >= deadline {
+            empty_looks = if found { 0 } else { empty_looks + 1 };
+            if !given_up || empty_looks == 2 || Instant::now() >= deadline {
                 break result;
             }
             tokio::time::sleep(self.quiet()).await;

@@ -194,3 +194,24 @@ async fn an_interrupted_run_leaves_nothing_behind_and_says_what_it_did_not_run()
     assert!(report.totals.pass >= 10, "{}", report.summary());
     shared.is_clean().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_arrives_after_an_interrupt_and_was_not_there_at_the_first_look_is_deleted_too() {
+    let shared = Shared::with_latency(Duration::from_millis(50));
+    let (stop, named) = (Stop::new(), Arc::clone(&shared.named));
+    let asked = stop.clone();
+    let watching = tokio::spawn(async move {
+        // The first verb of this case is a publish, which is still on its way then.
+        while named.lock().is_empty() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        asked.request();
+    });
+    let options =
+        Options::default().with_filter("delivery/messages-published-before-the-group-exists*").with_stop(stop);
+    let report = run(shared.harness(), options).await.unwrap();
+    watching.await.unwrap();
+    assert_eq!(report.totals.not_run, 1, "{}", report.summary());
+    tokio::time::sleep(shared.latency).await;
+    shared.is_clean().await;
+}
