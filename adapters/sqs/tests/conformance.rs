@@ -72,7 +72,7 @@ async fn faults_of_connections_break_no_promise() {
     suffer("", &["faults/*"], Options::default().seed).await;
 }
 
-#[ignore = "never run, and takes minutes: cargo test -p anybroker-sqs --test conformance faults_of -- --ignored --nocapture"]
+#[ignore = "not seen to end in 7 minutes on a busy machine: cargo test -p anybroker-sqs --test conformance faults_of -- --ignored --nocapture"]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn faults_of_connections_to_fifo_queues_break_no_promise() {
     suffer("mode=fifo", &["faults/*"], Options::default().seed).await;
