@@ -3,9 +3,7 @@
 //! `a.b` and `a_b` cannot both exist, because Kafka's metric names turn dots into underscores and the broker refuses the
 //! second one. So underscores are escaped like any other character that a topic cannot hold.
 
-use std::fmt::Write;
-
-use anybroker_core::{Destination, Group};
+use anybroker_core::{Destination, Group, naming};
 
 /// Kafka's limit (`org.apache.kafka.common.internals.Topic.MAX_NAME_LENGTH`).
 const LONGEST: usize = 249;
@@ -36,13 +34,7 @@ pub(crate) fn group(topic: &str, group: &Group) -> String {
 
 /// The destination with that topic; `None` where the name does not tell.
 pub(crate) fn destination(topic: &str) -> Option<Destination> {
-    let mut parts = topic.split("--");
-    let mut bytes = parts.next()?.as_bytes().to_vec();
-    for part in parts {
-        bytes.push(u8::from_str_radix(part.get(..2)?, 16).ok()?);
-        bytes.extend_from_slice(&part.as_bytes()[2..]);
-    }
-    let found = String::from_utf8(bytes).ok().map(Destination::from)?;
+    let found = naming::unescape(topic, "--").map(Destination::from)?;
     (self::topic(&found) == topic).then_some(found)
 }
 
@@ -52,31 +44,15 @@ fn escaped(name: &str) -> String {
     if !is_dots && !name.contains("--") && name.bytes().all(|byte| plain(byte) || byte == b'-') {
         return name.to_owned();
     }
-    let mut text = String::with_capacity(name.len() * 2);
-    for byte in name.bytes() {
-        // `.` and `..` alone are no legal topics.
-        if plain(byte) && !is_dots {
-            text.push(char::from(byte));
-        } else {
-            write!(text, "--{byte:02x}").expect("writing to a string cannot fail");
-        }
-    }
-    text
+    // `.` and `..` alone are no legal topics.
+    naming::escape(name, "--", |byte| plain(byte) && !is_dots)
 }
 
 fn shortened(name: String) -> String {
     if name.len() <= LONGEST {
         return name;
     }
-    // Everything in it is ASCII. `h` is no hexadecimal digit: no escaped name looks like this.
-    format!("{}--h{:032x}", &name[..READABLE], fnv1a(name.as_bytes()))
-}
-
-/// FNV-1a of 128 bits: not against an adversary, but far beyond chance for names.
-fn fnv1a(bytes: &[u8]) -> u128 {
-    bytes.iter().fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d, |hash: u128, byte| {
-        (hash ^ u128::from(*byte)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b)
-    })
+    naming::shorten(&name, "--", READABLE, &name)
 }
 
 #[cfg(test)]

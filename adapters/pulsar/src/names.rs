@@ -1,9 +1,7 @@
 //! Logical names and Pulsar's. A topic's local name may hold nearly anything, but it travels in URLs, and `-partition-`
 //! in it names a partition (TopicName.java); a subscription's name travels in URLs too.
 
-use std::fmt::Write;
-
-use anybroker_core::{Destination, Group};
+use anybroker_core::{Destination, Group, naming};
 
 use crate::config::Settings;
 
@@ -72,39 +70,16 @@ impl Names {
 
 /// Injective: letters, digits, `-`, `_` and `.` stay, every other byte is `=` and two hexadecimal digits.
 fn token(name: &str) -> String {
-    let mut text = String::with_capacity(name.len() + 8);
     let reserved = name.contains("-partition-") || name == "." || name == ".." || name.starts_with("__");
-    for byte in name.bytes() {
-        let is_plain = byte.is_ascii_alphanumeric() || (!reserved && matches!(byte, b'-' | b'_' | b'.'));
-        if is_plain {
-            text.push(char::from(byte));
-        } else {
-            write!(text, "={byte:02x}").expect("writing to a string cannot fail");
-        }
-    }
-    if text.len() > LONGEST {
-        // `h` is no hexadecimal digit: no escaped name looks like this. Everything in it is ASCII.
-        text = format!("{}=h{:032x}", &text[..READABLE], fnv1a(name.as_bytes()));
-    }
-    text
+    let text = naming::escape(name, "=", |byte| {
+        byte.is_ascii_alphanumeric() || (!reserved && matches!(byte, b'-' | b'_' | b'.'))
+    });
+    if text.len() > LONGEST { naming::shorten(&text, "=", READABLE, name) } else { text }
 }
 
 /// The name of which a token was made, where it tells.
 fn name_of(token: &str) -> Option<String> {
-    let mut parts = token.split('=');
-    let mut bytes = parts.next()?.as_bytes().to_vec();
-    for part in parts {
-        bytes.push(u8::from_str_radix(part.get(..2)?, 16).ok()?);
-        bytes.extend_from_slice(&part.as_bytes()[2..]);
-    }
-    String::from_utf8(bytes).ok().filter(|name| self::token(name) == token)
-}
-
-/// FNV-1a of 128 bits: not against an adversary, but far beyond chance for names.
-fn fnv1a(bytes: &[u8]) -> u128 {
-    bytes.iter().fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d, |hash: u128, byte| {
-        (hash ^ u128::from(*byte)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b)
-    })
+    naming::unescape(token, "=").filter(|name| self::token(name) == token)
 }
 
 #[cfg(test)]

@@ -7,13 +7,12 @@
 
 use std::collections::BTreeSet;
 
+use anybroker_core::naming::fnv1a;
 use anybroker_core::{ByteString, Bytes, Destination, Headers, Message, MessageId, Timestamp};
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable, LongString, ShortString};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
-
-use crate::names::fnv1a;
 
 /// This library's header.
 const META: &str = "anybroker-meta";

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
+use anybroker_core::naming::fnv1a;
 use anybroker_core::{
     ByteString, Bytes, DeadLetter, DeadLetterId, DeadLetterPage, DeadLetterScope, Error, ErrorKind, Message, Reason,
     Result, Timestamp, Verdict,
@@ -19,7 +20,7 @@ use uuid::Uuid;
 
 use crate::codec::{Hop, LETTER, bytes_of, decode, encode as encode_message, notes, number};
 use crate::link::Link;
-use crate::names::{Names, fnv1a};
+use crate::names::Names;
 use crate::outlet::{Answer, Board, Outlet, Parcel};
 use crate::reading::{REQUEST, Reading};
 use crate::topology::Topology;

@@ -1,8 +1,7 @@
 //! Logical names and those of queues and topics: letters, digits, dashes and underscores, at most 80 of them; FIFO ones end
 //! in `.fifo`.
 
-use std::fmt::Write;
-
+use anybroker_core::naming::{self, fnv1a};
 use anybroker_core::{Destination, Group};
 
 /// A queue's limit, suffixes included; a topic's is larger.
@@ -59,44 +58,23 @@ impl Names {
     }
 }
 
-/// Hashed where it is too long with its suffixes. Everything in it is ASCII. `h` is no hexadecimal digit: no escaped name
-/// looks like this.
+/// Hashed where it is too long with its suffixes.
 fn short(name: String) -> String {
     if name.len() + SUFFIX <= LONGEST {
         return name;
     }
-    format!("{}_h{:032x}", &name[..READABLE], fnv1a(name.as_bytes()))
+    naming::shorten(&name, "_", READABLE, &name)
 }
 
 /// A text of letters, digits, dashes and underscores; also for the values of tags. Injective: letters, digits and dashes
 /// stay, every other byte is written as `_` and two hexadecimal digits.
 pub(crate) fn escaped(name: &str) -> String {
-    let mut text = String::with_capacity(name.len() + 8);
-    for byte in name.bytes() {
-        if byte.is_ascii_alphanumeric() || byte == b'-' {
-            text.push(char::from(byte));
-        } else {
-            write!(text, "_{byte:02x}").expect("writing to a string cannot fail");
-        }
-    }
-    text
+    naming::escape(name, "_", |byte| byte.is_ascii_alphanumeric() || byte == b'-')
 }
 
 /// The name that [`escaped`] made this text of; `None` where it made none.
 pub(crate) fn unescaped(text: &str) -> Option<String> {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((first, after)) = rest.split_first() {
-        rest = after;
-        if *first == b'_' {
-            let (digits, after) = rest.split_first_chunk::<2>()?;
-            bytes.push(u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?);
-            rest = after;
-        } else {
-            bytes.push(*first);
-        }
-    }
-    String::from_utf8(bytes).ok()
+    naming::unescape(text, "_")
 }
 
 /// The message group of a key. SQS takes up to 128 letters, digits and punctuation marks: keys that are such texts stay as
@@ -118,13 +96,6 @@ pub(crate) fn lone_group(id: &[u8]) -> String {
 /// The message group of everything, where a destination is in total order.
 pub(crate) const ONE_GROUP: &str = "anybroker.all";
 const OWN_GROUP: &str = "anybroker.";
-
-/// FNV-1a of 128 bits: not against an adversary, but far beyond chance for names.
-pub(crate) fn fnv1a(bytes: &[u8]) -> u128 {
-    bytes.iter().fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d, |hash: u128, byte| {
-        (hash ^ u128::from(*byte)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b)
-    })
-}
 
 #[cfg(test)]
 mod tests {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use anybroker_core::naming::fnv1a;
 use anybroker_core::{
     Confirms, Effect, Error, ErrorKind, Message, PublishOrder, PublishOutcome, PublishTerms, Result, Timestamp,
 };
@@ -19,7 +20,6 @@ use tokio::time::Instant;
 use crate::clients::Clients;
 use crate::codec::{self, Carried};
 use crate::config::Settings;
-use crate::names::fnv1a;
 use crate::parcel::{self, BATCH, LONGEST_DELAY, Parcel, Route, lane_of};
 use crate::topology::Topology;
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anybroker_core::{
     Declared, Description, Destination, Error, ErrorKind, Group, GroupDescription, Lag, Precision, Result, Start,
-    TopologyMode, TopologySpec,
+    TopologyMode, TopologySpec, naming,
 };
 use aws_sdk_sqs::types::QueueAttributeName as Attribute;
 use parking_lot::RwLock;
@@ -409,7 +409,7 @@ fn tag(group: &Group) -> String {
     match name.len() <= LONGEST_TAG {
         true => name,
         // `h` is no hexadecimal digit: no escaped name looks like this.
-        false => format!("{}_h{:032x}", &name[..LONGEST_TAG - 34], names::fnv1a(name.as_bytes())),
+        false => naming::shorten(&name, "_", LONGEST_TAG - 34, &name),
     }
 }
 

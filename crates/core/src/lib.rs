@@ -17,6 +17,7 @@ pub mod headers;
 mod lag;
 pub mod lineage;
 mod message;
+pub mod naming;
 mod publish;
 mod registry;
 mod settle;
