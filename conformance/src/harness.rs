@@ -8,7 +8,7 @@ use anybroker_core::{Bus, Error, ErrorKind, ManualClock, Result};
 use async_trait::async_trait;
 use futures_util::future::BoxFuture;
 
-use crate::{NativeChannel, Route, ServerControl};
+use crate::{NativeChannel, Route, ServerControl, routes_of, url_through};
 
 /// An endpoint under test. The suite creates destinations under names of its own, deletes what it created where
 /// the endpoint can, and touches nothing else.
@@ -136,6 +136,23 @@ impl UrlHarness {
             server: None,
             native: None,
         }
+    }
+
+    /// A harness of the endpoint with that URL, with a proxy in front of each of its hosts for the cases that want some.
+    /// `connect` gives a fresh client of the URL that it is handed.
+    ///
+    /// # Errors
+    /// As [`routes_of`](crate::routes_of).
+    pub fn behind_proxies(
+        name: impl Into<String>,
+        url: &str,
+        connect: impl Fn(String) -> BoxFuture<'static, Result<Bus>> + Send + Sync + 'static,
+    ) -> std::result::Result<Self, String> {
+        let routes = routes_of(url)?;
+        let connect = Arc::new(connect);
+        let (direct, through, to) = (url.to_owned(), url.to_owned(), Arc::clone(&connect));
+        let harness = Self::new(name, move || connect(direct.clone()));
+        Ok(harness.with_proxies(routes, move |addresses| to(url_through(&through, &addresses))))
     }
 
     /// How to get a client that creates no destinations. See [`Harness::connect_strict`].

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_conformance::mutants::mutants_in_faults;
-use anybroker_conformance::{Level, Options, Outcome, UrlHarness, routes_of, run, url_through};
+use anybroker_conformance::{Level, Options, Outcome, UrlHarness, run};
 use common::{try_connect, url};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -70,15 +70,8 @@ async fn mutants_that_are_wrong_in_faults_only_are_killed_by_the_cases_named_for
 
 /// Clients go through proxies where a case wants that.
 fn behind_proxies(url: &str) -> UrlHarness {
-    let (direct, through) = (url.to_owned(), url.to_owned());
-    UrlHarness::new("nats", move || {
-        let url = direct.clone();
-        Box::pin(async move { try_connect(&url, "").await })
-    })
-    .with_proxies(routes_of(url).unwrap(), move |addresses| {
-        let url = url_through(&through, &addresses);
-        Box::pin(async move { try_connect(&url, "").await })
-    })
-    .with_lease(Duration::from_secs(1))
-    .with_quiet(Duration::from_secs(1))
+    UrlHarness::behind_proxies("nats", url, |url| Box::pin(async move { try_connect(&url, "").await }))
+        .unwrap()
+        .with_lease(Duration::from_secs(1))
+        .with_quiet(Duration::from_secs(1))
 }

@@ -6,7 +6,7 @@ mod common;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anybroker_conformance::{CaseReport, Level, Options, Outcome, UrlHarness, routes_of, run, url_through};
+use anybroker_conformance::{CaseReport, Level, Options, Outcome, UrlHarness, run};
 use common::{try_connect, url};
 
 /// A share of them; the seed fixes what happens, not when.
@@ -30,20 +30,14 @@ async fn faults_of_connections_break_no_promise() {
 
 async fn suite(options: Options) {
     let Some(url) = url() else { return };
-    let (direct, through) = (url.clone(), url.clone());
-    let harness = UrlHarness::new("pulsar", move || {
-        let url = direct.clone();
-        Box::pin(async move { try_connect(&url, "").await })
-    })
     // A standalone broker sends its clients through the address that they came by, whatever it advertises
     // (`proxy_through_service_url`, TopicLookupBase.java): a proxy may listen anywhere.
-    .with_proxies(routes_of(&url).unwrap(), move |addresses| {
-        let url = url_through(&through, &addresses);
-        Box::pin(async move { try_connect(&url, "").await })
-    })
-    .with_lease(Duration::from_secs(1))
-    .with_quiet(Duration::from_secs(1))
-    .with_patience(Duration::from_secs(60));
+    let connect = |url: String| Box::pin(async move { try_connect(&url, "").await }) as _;
+    let harness = UrlHarness::behind_proxies("pulsar", &url, connect)
+        .unwrap()
+        .with_lease(Duration::from_secs(1))
+        .with_quiet(Duration::from_secs(1))
+        .with_patience(Duration::from_secs(60));
     let report = run(Arc::new(harness), options.with_level(Level::Reliability)).await.unwrap();
     println!("{}", report.text());
     if let Some(directory) = std::env::var_os("ANYBROKER_TEST_REPORT") {

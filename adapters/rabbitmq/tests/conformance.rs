@@ -6,7 +6,7 @@ mod common;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anybroker_conformance::{Level, Options, UrlHarness, routes_of, run, url_through};
+use anybroker_conformance::{Level, Options, UrlHarness, run};
 use common::{try_connect, url};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -52,15 +52,8 @@ async fn faults_of_connections_break_no_promise() {
 
 /// Clients go through proxies where a case wants that.
 fn behind_proxies(url: &str) -> UrlHarness {
-    let (direct, through) = (url.to_owned(), url.to_owned());
-    UrlHarness::new("rabbitmq", move || {
-        let url = direct.clone();
-        Box::pin(async move { try_connect(&url, "").await })
-    })
-    .with_proxies(routes_of(url).unwrap(), move |addresses| {
-        let url = url_through(&through, &addresses);
-        Box::pin(async move { try_connect(&url, "").await })
-    })
-    .with_lease(Duration::from_secs(1))
-    .with_quiet(Duration::from_secs(1))
+    UrlHarness::behind_proxies("rabbitmq", url, |url| Box::pin(async move { try_connect(&url, "").await }))
+        .unwrap()
+        .with_lease(Duration::from_secs(1))
+        .with_quiet(Duration::from_secs(1))
 }

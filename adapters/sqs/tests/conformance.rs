@@ -6,7 +6,7 @@ mod common;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anybroker_conformance::{Level, Options, UrlHarness, routes_of, run, url_through};
+use anybroker_conformance::{Level, Options, UrlHarness, run};
 use common::{localstack_url, try_connect, url};
 use tokio::sync::Mutex;
 
@@ -82,11 +82,8 @@ async fn faults_of_connections_to_fifo_queues_break_no_promise() {
 async fn suffer(settings: &'static str, cases: &[&str], seed: u64) {
     let Some(url) = url() else { return };
     let _alone = ELASTIC_MQ.lock().await;
-    let (direct, through) = (url.clone(), url.clone());
-    let harness = UrlHarness::new(url.clone(), move || Box::pin(try_connect(direct.clone(), settings)))
-        .with_proxies(routes_of(&url).unwrap(), move |addresses| {
-            Box::pin(try_connect(url_through(&through, &addresses), settings))
-        })
+    let harness = UrlHarness::behind_proxies(url.clone(), &url, move |url| Box::pin(try_connect(url, settings)))
+        .unwrap()
         .with_lease(Duration::from_secs(2))
         .with_patience(Duration::from_secs(60));
     let seed = std::env::var("ANYBROKER_TEST_SEED").map_or(seed, |seed| seed.parse().unwrap());
