@@ -22,9 +22,14 @@ pub(crate) fn capabilities(settings: &Settings, max_message: u64) -> Capabilitie
     let is_partitioned = settings.partitions > 1;
     Capabilities {
         at_least_once: Support::Native,
-        key_order: Support::emulated(
-            "one member of the group works on a partition while order is kept, many keys at once; the others stand by",
-        ),
+        key_order: match is_partitioned {
+            true => Support::emulated(
+                "members share the partitions out among themselves; who joins waits for its share for about a second",
+            ),
+            false => Support::emulated(
+                "members share 8 ranges of keys out among themselves; who joins waits for its share for about a second",
+            ),
+        },
         total_order: match is_partitioned {
             true => Support::refused("set partitions to 0: partitions keep order each for itself"),
             false => Support::emulated("one member of the group works; the others stand by"),

@@ -10,7 +10,8 @@ pub(crate) fn refused(operation: &'static str, code: i32, text: &str) -> Error {
         ServerError::AuthenticationError => ErrorKind::Unauthenticated,
         ServerError::AuthorizationError => ErrorKind::PermissionDenied,
         ServerError::TopicNotFound | ServerError::SubscriptionNotFound => ErrorKind::NotFound,
-        ServerError::ConsumerBusy => ErrorKind::AlreadyExists,
+        // The second one: a range of hashes that another consumer has.
+        ServerError::ConsumerBusy | ServerError::ConsumerAssignError => ErrorKind::AlreadyExists,
         ServerError::TooManyRequests
         | ServerError::ProducerBlockedQuotaExceededError
         | ServerError::ProducerBlockedQuotaExceededException => ErrorKind::RateLimited,

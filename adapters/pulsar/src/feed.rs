@@ -31,6 +31,8 @@ pub(crate) struct Feed {
     pub(crate) topic: String,
     pub(crate) subscription: String,
     pub(crate) order: Order,
+    /// The hashes of keys that it takes; all of them when there is none.
+    pub(crate) range: Option<HashRange>,
     pub(crate) is_back: bool,
     pub(crate) desk: Arc<Desk>,
 }
@@ -56,11 +58,32 @@ impl Drop for Opening {
     }
 }
 
+/// Hashes of keys, both ends included.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct HashRange {
+    from: i32,
+    to: i32,
+}
+
+impl HashRange {
+    /// How many there are: brokers hash keys to 16 bits (StickyKeyConsumerSelector.DEFAULT_RANGE_SIZE).
+    const HASHES: i32 = 1 << 16;
+
+    /// All of them in `count` equal parts.
+    pub(crate) fn split(count: i32) -> impl Iterator<Item = Self> {
+        let size = Self::HASHES / count;
+        (0..count).map(move |index| {
+            let end = if index + 1 == count { Self::HASHES } else { (index + 1) * size };
+            Self { from: index * size, to: end - 1 }
+        })
+    }
+}
+
 /// Why a consumer ended.
 enum End {
     Closing,
     Lost(&'static str),
-    /// The source is another member's now.
+    /// The lane, or its source, is another member's from now on.
     Yielded,
 }
 
@@ -68,16 +91,25 @@ impl Feed {
     fn kind(&self) -> SubType {
         match self.order {
             Order::None => SubType::Shared,
-            // With Failover a member that joins may take over while messages of the old one are out. Key_Shared keeps a key
-            // with one member on one topic only: what comes back of the key comes by another one, and its owner there
-            // is another member whenever members come and go.
+            // Ranges of hashes that are fixed, so that a key has the same range on every topic of the group: what comes back
+            // of it comes by another topic than it came by first. With ranges that the broker shares out anew whenever members
+            // come and go, a key would have two owners meanwhile.
+            Order::Key if self.range.is_some() => SubType::KeyShared,
+            // With Failover a member that joins may take over while messages of the old one are out.
             Order::Key | Order::Total => SubType::Exclusive,
         }
     }
 
     /// One member works at a time.
     fn is_lane(&self) -> bool {
-        self.kind() == SubType::Exclusive && !self.is_back
+        self.order != Order::None && !self.is_back
+    }
+
+    fn lane_name(&self) -> String {
+        match self.range {
+            Some(HashRange { from, to }) => format!("{}#{from}-{to}", self.topic),
+            None => self.topic.clone(),
+        }
     }
 
     /// Works until the subscription closes or fails; `first` is told what became of the first attachment.
@@ -113,7 +145,7 @@ impl Feed {
                         self.index,
                         &attached.conn,
                         attached.consumer,
-                        self.is_lane().then(|| self.topic.clone()),
+                        self.is_lane().then(|| self.lane_name()),
                     );
                     if let Some(first) = first.take() {
                         let _ = first.send(Ok(()));
@@ -121,7 +153,7 @@ impl Feed {
                     match self.work(attached).await {
                         End::Closing => break,
                         End::Yielded => {
-                            shared.detached(self.index, false);
+                            shared.detached(self.index, self.is_lane());
                             continue;
                         }
                         End::Lost(cause) => {
@@ -131,7 +163,7 @@ impl Feed {
                         }
                     }
                 }
-                Err(error) if self.kind() == SubType::Exclusive && error.kind() == ErrorKind::AlreadyExists => {
+                Err(error) if self.order != Order::None && error.kind() == ErrorKind::AlreadyExists => {
                     if let Some(first) = first.take() {
                         let _ = first.send(Ok(()));
                     }
@@ -185,6 +217,11 @@ impl Feed {
                 durable: Some(true),
                 initial_position: Some(proto::command_subscribe::InitialPosition::Earliest as i32),
                 force_topic_creation: Some(false),
+                key_shared_meta: self.range.map(|HashRange { from, to }| proto::KeySharedMeta {
+                    key_shared_mode: proto::KeySharedMode::Sticky as i32,
+                    hash_ranges: vec![proto::IntRange { start: from, end: to }],
+                    ..Default::default()
+                }),
                 ..Default::default()
             }),
             ..command(Type::Subscribe)
@@ -204,7 +241,7 @@ impl Feed {
         let mut closing = shared.closing.subscribe();
         loop {
             let room = shared.room.notified();
-            if !shared.may_work(self.index) {
+            if shared.leaves(self.index) {
                 let closed = attached.conn.close_consumer(attached.consumer);
                 let _ = tokio::time::timeout(Duration::from_secs(5), closed).await;
                 return End::Yielded;

@@ -14,6 +14,7 @@ mod error;
 mod feed;
 mod hand_overs;
 mod link;
+mod members;
 mod names;
 mod producer;
 mod publisher;

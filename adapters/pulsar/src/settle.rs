@@ -195,6 +195,7 @@ async fn ack(desk: &Arc<Desk>, jobs: Vec<Job>, deadline: Instant) -> Vec<(usize,
         share.into_iter().map(|job| (job.index, conclude(desk, job, &told))).collect::<Vec<_>>()
     });
     outcomes.extend(join_all(acking).await.into_iter().flatten());
+    desk.shared.room.notify_waiters();
     outcomes
 }
 

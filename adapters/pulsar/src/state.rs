@@ -17,16 +17,14 @@ use crate::codec::Notes;
 use crate::wire::Conn;
 
 mod count;
+mod lanes;
+mod permits;
 #[cfg(test)]
 mod tests;
 mod time;
 
 use count::Count;
 pub(crate) use count::Wanted;
-
-/// Of what comes back to the group, a tenth of `max_in_flight` may be asked for, and so much at most: permits cannot be
-/// taken back, and the group's own topic needs nearly all of them.
-const MOST_BACK: usize = 100;
 
 /// Shared by the subscription, its feeds and its settler.
 pub(crate) struct Shared {
@@ -80,8 +78,14 @@ pub(crate) struct FeedState {
     pub(crate) attached: Option<Attachment>,
     /// It does not serve at the moment.
     pub(crate) is_degraded: bool,
-    /// Messages that the broker may send.
+    /// Other members shall have it: nothing more of it is handed out, and when nothing is out it is left.
+    is_given_up: bool,
+    /// Its consumer is being closed.
+    is_leaving: bool,
+    /// Messages that the broker may send, how many it is best granted, and how many of it are here.
     permits: usize,
+    share: usize,
+    held: usize,
     ready: BTreeMap<Place, u64>,
     /// Of hand-overs, where there is a limit.
     count: Option<Count>,
@@ -89,9 +93,25 @@ pub(crate) struct FeedState {
 
 impl FeedState {
     pub(crate) fn new(destination: Destination, group: Group, is_back: bool, source: u32, is_counted: bool) -> Self {
-        let (epoch, attached, is_degraded, permits, ready) = Default::default();
+        let (epoch, attached, is_degraded, is_given_up, is_leaving) = Default::default();
+        let (permits, share, held, ready) = Default::default();
         let count = is_counted.then(Count::default);
-        Self { destination, group, is_back, source, epoch, attached, is_degraded, permits, ready, count }
+        Self {
+            destination,
+            group,
+            is_back,
+            source,
+            epoch,
+            attached,
+            is_degraded,
+            is_given_up,
+            is_leaving,
+            permits,
+            share,
+            held,
+            ready,
+            count,
+        }
     }
 
     /// Its connection has ended, and it has not come round to that yet: the broker gives everything of it out again, so that
@@ -199,84 +219,16 @@ impl Shared {
         self.arrived.notify_one();
     }
 
-    /// A consumer is there: from now on its feed can be served.
-    pub(crate) fn attached(&self, feed: u32, conn: &Arc<Conn>, consumer: u64, assigned: Option<String>) {
-        let mut state = self.lock();
-        let own = &mut state.feeds[feed as usize];
-        own.epoch += 1;
-        (own.attached, own.permits) = (Some((Arc::clone(conn), consumer)), 0);
-        own.count.iter_mut().for_each(Count::attached);
-        let lane = Lane { index: feed, epoch: own.epoch };
-        if let Some(name) = assigned {
-            state.events.push_back(SubscriptionEvent::Assigned { lane, name });
-        }
-        state.recovered(feed);
-        drop(state);
-        self.arrived.notify_one();
-        self.room.notify_waiters();
-    }
-
-    /// The consumer is gone: the broker gives everything of it out again, and nothing of it can be settled here.
-    pub(crate) fn detached(&self, feed: u32, is_lane: bool) {
-        let mut state = self.lock();
-        let own = &mut state.feeds[feed as usize];
-        let was_attached = own.attached.take().is_some();
-        own.permits = 0;
-        own.ready.clear();
-        let lane = Lane { index: feed, epoch: own.epoch };
-        state.remember(feed);
-        state.entries.retain(|_, entry| entry.feed != feed);
-        state.places.retain(|(other, _), _| *other != feed);
-        if is_lane && was_attached && !state.is_closing {
-            state.events.push_back(SubscriptionEvent::Lost { lane });
-        }
-        drop(state);
-        self.arrived.notify_one();
-        self.room.notify_waiters();
-    }
-
-    /// A feed is not served at the moment.
-    pub(crate) fn degraded(&self, feed: u32, cause: &str) {
-        let mut state = self.lock();
-        let is_first = state.feeds.iter().all(|feed| !feed.is_degraded);
-        state.feeds[feed as usize].is_degraded = true;
-        if is_first && !state.is_closing {
-            state.events.push_back(SubscriptionEvent::Degraded { cause: cause.to_owned() });
-            drop(state);
-            self.arrived.notify_one();
-        }
-    }
-
-    /// The broker serves, and another member works on the feed.
-    pub(crate) fn stands_by(&self, feed: u32) {
-        if self.lock().recovered(feed) {
-            self.arrived.notify_one();
-        }
-    }
-
     /// How many messages a feed may be sent now; counts them as granted.
     pub(crate) fn reserve(&self, feed: u32) -> usize {
         let mut state = self.lock();
         if state.is_closing || state.failure.is_some() || self.rests(&state) {
             return 0;
         }
-        let held = state.entries.len();
-        let sources = state.feeds.iter().filter(|feed| !feed.is_back).count();
-        let granted: usize = state.feeds.iter().filter(|feed| !feed.is_back).map(|feed| feed.permits).sum();
-        let own = &state.feeds[feed as usize];
-        let (share, free) = if own.is_back {
-            ((self.max_in_flight / 10).clamp(1, MOST_BACK), self.max_in_flight.saturating_sub(held))
-        } else {
-            let free = self.max_in_flight.saturating_sub(held + granted);
-            // Every source may have one on its way, or a small bound would starve some of them.
-            let is_starved = own.permits == 0 && held < self.max_in_flight;
-            (self.max_in_flight.div_ceil(sources).max(1), free.max(usize::from(is_starved)))
-        };
-        let wanted = free.min(share.saturating_sub(own.permits));
-        // Few large grants rather than many small ones.
-        if wanted == 0 || (own.permits > 0 && wanted < share.div_ceil(2)) {
+        if state.is_given_up(feed) {
             return 0;
         }
+        let wanted = state.wanted(feed, self.max_in_flight);
         state.feeds[feed as usize].permits += wanted;
         wanted
     }
@@ -350,12 +302,16 @@ impl Shared {
             let feeds = state.feeds.len();
             for offset in 0..feeds {
                 let index = (state.next_feed + offset) % feeds;
+                let gives_up = state.is_given_up(u32::try_from(index).expect("a subscription has few topics"));
                 let feed = &mut state.feeds[index];
-                if feed.is_cut_off() {
+                if feed.is_cut_off() || feed.is_leaving {
                     continue;
                 }
                 while received.deliveries.len() < max {
                     let Some((_, &key)) = feed.ready.first_key_value() else { break };
+                    if gives_up && !state.entries[&key].is_announced() {
+                        break;
+                    }
                     if let Some(count) = &mut feed.count {
                         let room = max - received.deliveries.len();
                         let need = count.before(&feed.ready, &state.entries, room);
@@ -406,7 +362,7 @@ impl Shared {
         Some(Taken { key, feed, id, siblings, notes, lost: entry.lost(), first_at, attached })
     }
 
-    /// It is settled: it is not here any more. False when its consumer was lost meanwhile.
+    /// It is settled: it is not here any more, so that there is room. False when its consumer was lost meanwhile.
     pub(crate) fn settled(&self, key: u64) -> bool {
         let mut state = self.lock();
         let entry = state.remove(key);
@@ -415,8 +371,6 @@ impl Shared {
         {
             count.settled(entry.place());
         }
-        drop(state);
-        self.room.notify_waiters();
         entry.is_some()
     }
 
@@ -432,13 +386,6 @@ impl Shared {
     /// Whether it is here still.
     pub(crate) fn has(&self, key: u64) -> bool {
         self.lock().entries.contains_key(&key)
-    }
-
-    /// Whether this member works on what the feed brings: under order, who has the source has what comes back of it.
-    pub(crate) fn may_work(&self, feed: u32) -> bool {
-        let state = self.lock();
-        let source = state.feeds[feed as usize].source;
-        !self.keeps_order || source == feed || state.feeds[source as usize].attached.is_some()
     }
 
     /// Where a feed's commands go.
@@ -483,6 +430,7 @@ impl State {
         if entry.phase == Phase::Ready {
             self.feeds[entry.feed as usize].ready.insert(entry.place(), key);
         }
+        self.feeds[entry.feed as usize].held += 1;
         self.places.insert((entry.feed, entry.place()), key);
         self.entries.insert(key, entry);
     }
@@ -490,7 +438,9 @@ impl State {
     fn remove(&mut self, key: u64) -> Option<Entry> {
         let entry = self.entries.remove(&key)?;
         self.places.remove(&(entry.feed, entry.place()));
-        let ready = &mut self.feeds[entry.feed as usize].ready;
+        let feed = &mut self.feeds[entry.feed as usize];
+        feed.held -= 1;
+        let ready = &mut feed.ready;
         if ready.get(&entry.place()) == Some(&key) {
             ready.remove(&entry.place());
         }

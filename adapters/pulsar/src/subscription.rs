@@ -13,14 +13,17 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use crate::config::Settings;
-use crate::feed::Feed;
+use crate::feed::{Feed, HashRange};
 use crate::hand_overs::HandOvers;
+use crate::members::Members;
 use crate::names::Names;
 use crate::producer::Producer;
 use crate::settle::{Desk, PulsarSettler, Ways};
 use crate::state::{FeedState, Shared};
 use crate::topology::Topology;
 
+/// How many members may work at once, under order per key, on a topic without partitions. All members have to split it alike.
+const RANGES: i32 = 8;
 /// How long a subscription that is dropped takes to give back what it holds.
 const DROPPED: Duration = Duration::from_secs(10);
 
@@ -38,8 +41,9 @@ impl PulsarSubscription {
         let subscription = Names::subscription(group);
         let mut ways = Vec::new();
         let mut states = Vec::new();
-        // Local name, whole name and destination of each topic.
-        let mut topics = Vec::new();
+        let mut feeds = Vec::new();
+        // What members share out: where they show, its feeds, and how many lanes that are.
+        let mut shared_out = Vec::new();
         // Whose hand-overs are counted, and its first feed.
         let mut counted = Vec::new();
         for destination in &spec.destinations {
@@ -60,25 +64,38 @@ impl PulsarSubscription {
             let window = || topology.window.clone();
             let letters = Producer::new(topology.names.full(&Names::letters(destination, group)), window());
             let (local, local_back) = (Names::topic(destination), Names::back(destination, group));
-            let sources = topology.topics(&local, partitions);
-            for (source, back) in sources.into_iter().zip(topology.topics(&local_back, partitions)) {
+            let (sources, backs) = (topology.topics(&local, partitions), topology.topics(&local_back, partitions));
+            let ranges: Vec<Option<HashRange>> = match spec.order == Order::Key && sources.len() == 1 {
+                true => HashRange::split(RANGES).map(Some).collect(),
+                false => vec![None],
+            };
+            let (begin, lanes) = (states.len(), sources.len() * ranges.len());
+            for (source, back) in sources.into_iter().zip(backs) {
                 let way = Ways { back: Producer::new(back.clone(), window()), letters: Arc::clone(&letters) };
-                let index = u32::try_from(states.len()).expect("a subscription has few topics");
-                for (local, full, is_back) in [(&local, source, false), (&local_back, back, true)] {
-                    ways.push(way.clone());
-                    states.push(FeedState::new(destination.clone(), group.clone(), is_back, index, is_counted));
-                    topics.push((local.clone(), full, destination.clone(), is_back));
+                for range in &ranges {
+                    let index = u32::try_from(states.len()).expect("a subscription has few topics");
+                    for (local, topic, is_back) in [(&local, &source, false), (&local_back, &back, true)] {
+                        ways.push(way.clone());
+                        states.push(FeedState::new(destination.clone(), group.clone(), is_back, index, is_counted));
+                        let (destination, local, topic) = (destination.clone(), local.clone(), topic.clone());
+                        feeds.push((destination, local, topic, *range, is_back));
+                    }
                 }
+            }
+            if spec.order == Order::Key {
+                let place = if partitions == 0 { local_back } else { format!("{local_back}-partition-0") };
+                let number = |count: usize| u32::try_from(count).expect("a subscription has few topics");
+                shared_out.push((place, number(begin)..number(states.len()), lanes));
             }
         }
         let keeps_order = spec.order != Order::None;
         let shared = Arc::new(Shared::new(spec.lease, spec.max_in_flight, keeps_order, states));
-        let mut hand_overs = vec![None; topics.len()];
+        let mut hand_overs = vec![None; feeds.len()];
         let mut counts = Vec::new();
         for (destination, first) in counted {
             let count = HandOvers::new(topology, &shared, destination, group, first);
             count.open(operation).await?;
-            let own = topics.iter().zip(&mut hand_overs).filter(|(topic, _)| topic.2 == *destination);
+            let own = feeds.iter().zip(&mut hand_overs).filter(|(feed, _)| feed.0 == *destination);
             own.for_each(|(_, of)| *of = Some(Arc::clone(&count)));
             counts.push(count);
         }
@@ -92,18 +109,17 @@ impl PulsarSubscription {
         let settler = PulsarSettler { desk: Arc::clone(&desk), runtime: Handle::current() };
         let context = DeliveryContext::new(group.clone(), spec.max_attempts, Arc::new(settler));
         let keeper = tokio::spawn(keep(Arc::clone(&desk)));
-        let opened = Self { shared, desk: Arc::clone(&desk), context, keeper };
+        let opened = Self { shared: Arc::clone(&shared), desk: Arc::clone(&desk), context, keeper };
         for count in counts {
             tokio::spawn(count.run());
         }
         // Under order, whether what comes back is received here depends on who has its source: those first.
-        let (sources, backs): (Vec<_>, Vec<_>) = (0..).zip(topics).partition(|(_, topic)| !topic.3);
+        let (sources, backs): (Vec<_>, Vec<_>) = (0..).zip(feeds).partition(|(_, feed)| !feed.4);
         for share in [sources, backs] {
             let mut attached = Vec::new();
-            for (index, (local, topic, destination, is_back)) in share {
-                let subscription = subscription.clone();
-                let desk = Arc::clone(&desk);
-                let feed = Feed { index, destination, local, topic, subscription, order: spec.order, is_back, desk };
+            for (index, (destination, local, topic, range, is_back)) in share {
+                let (subscription, desk, order) = (subscription.clone(), Arc::clone(&desk), spec.order);
+                let feed = Feed { index, destination, local, topic, subscription, order, range, is_back, desk };
                 let (first, told) = oneshot::channel();
                 tokio::spawn(feed.run(first));
                 attached.push(told);
@@ -112,6 +128,9 @@ impl PulsarSubscription {
                 let gone = || Error::new(ErrorKind::Unavailable, operation, "the consumer could not be attached");
                 told.await.unwrap_or_else(|_| Err(gone()))?;
             }
+        }
+        for (place, feeds, lanes) in shared_out {
+            tokio::spawn(Members::new(topology, &shared, place, feeds, lanes).run());
         }
         Ok(opened)
     }

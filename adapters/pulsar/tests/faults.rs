@@ -9,23 +9,20 @@ use std::time::Duration;
 use anybroker_conformance::{CaseReport, Level, Options, Outcome, UrlHarness, run};
 use common::{try_connect, url};
 
-/// A share of them; the seed fixes what happens, not when.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn lost_answers_and_a_mixed_schedule_break_no_promise() {
-    let cases = ["faults/answers-that-are-lost-*", "faults/a-mixed-schedule-keeps-*"];
-    suite(cases.iter().fold(Options::default().with_seed(1), |options, case| options.with_filter(*case))).await;
-}
+/// What is run with every change, with one seed; that fixes what happens, not when.
+const SHARE: &[&str] = &["faults/answers-that-are-lost-*", "faults/a-mixed-schedule-keeps-*"];
 
-/// All of them, on a seed that the report prints; `ANYBROKER_TEST_SEED` repeats it, `ANYBROKER_TEST_CASES` chooses cases.
-#[ignore = "minutes: cargo test -p anybroker-pulsar --test faults -- --ignored"]
+/// A share of them, or with `ANYBROKER_TEST_SEED` all of them, or those that `ANYBROKER_TEST_CASES` names.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn faults_of_connections_break_no_promise() {
-    let cases = std::env::var("ANYBROKER_TEST_CASES").unwrap_or_else(|_| "faults/*".into());
-    let mut options = Options::default().with_filter(cases).with_parallelism(3);
-    if let Ok(seed) = std::env::var("ANYBROKER_TEST_SEED") {
-        options = options.with_seed(seed.parse().unwrap());
-    }
-    suite(options).await;
+    let seed = std::env::var("ANYBROKER_TEST_SEED").ok().map(|seed| seed.parse().unwrap());
+    let cases = match std::env::var("ANYBROKER_TEST_CASES") {
+        Ok(cases) => vec![cases],
+        Err(_) if seed.is_some() => vec!["faults/*".to_owned()],
+        Err(_) => SHARE.iter().map(|case| (*case).to_owned()).collect(),
+    };
+    let options = Options::default().with_seed(seed.unwrap_or(1)).with_parallelism(3);
+    suite(cases.into_iter().fold(options, Options::with_filter)).await;
 }
 
 async fn suite(options: Options) {

@@ -80,6 +80,11 @@ impl Count {
         at <= self.suspect || comes_late || self.times.contains_key(&place)
     }
 
+    /// Whether something is being stored.
+    pub(super) fn is_storing(&self) -> bool {
+        self.is_busy
+    }
+
     pub(super) fn settled(&mut self, place: Place) {
         self.times.remove(&place);
     }
@@ -113,6 +118,11 @@ impl Count {
 impl Entry {
     fn needs_note(&self) -> bool {
         (self.is_suspect || self.hand_overs > 0) && self.noted <= self.hand_overs
+    }
+
+    /// It is stored that it is handed out, which has not been done yet.
+    pub(super) fn is_announced(&self) -> bool {
+        self.noted > self.hand_overs
     }
 
     /// Hand-overs without an outcome, before the one that is going on.
@@ -179,5 +189,6 @@ impl Shared {
     pub(crate) fn stored(&self, wanted: &Wanted) {
         self.counted(wanted.feed(), |count| count.is_busy = false);
         self.arrived.notify_one();
+        self.room.notify_waiters();
     }
 }

@@ -18,9 +18,13 @@ impl Shared {
         if let Some(entry) = state.entries.get_mut(&key).filter(|_| is_released) {
             entry.hand_overs -= 1;
         }
+        let is_given_up = state.entries.get(&key).is_some_and(|entry| state.is_given_up(entry.feed));
         state.ready_again(key);
         drop(state);
         self.arrived.notify_one();
+        if is_given_up {
+            self.room.notify_waiters();
+        }
         true
     }
 
@@ -72,7 +76,7 @@ impl Shared {
         if !due.is_empty() || !over.is_empty() {
             self.arrived.notify_one();
         }
-        if !returned.is_empty() {
+        if !returned.is_empty() || !over.is_empty() {
             self.room.notify_waiters();
         }
         (returned, next.max(now + Duration::from_millis(1)))
