@@ -218,7 +218,7 @@ async fn null(env: &Env) -> Proof {
     let mut stage = Stage::new(env).await?;
     let carries = stage.native.carries();
     if !carries.null {
-        return Err(Breach::NotRun("the broker has no payload that is null, only this library's mark for one".into()));
+        return Err(Breach::NotRun("the bare client writes no payload that is null".into()));
     }
     let key = carries.keys.then(|| b"k".to_vec());
     let put = vec![

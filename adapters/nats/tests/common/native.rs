@@ -1,0 +1,91 @@
+//! NATS' bare client, for the cases that look past the adapter.
+
+use std::time::Duration;
+
+use anybroker_conformance::{Carries, NativeChannel, Place, RawMessage};
+use async_nats::jetstream::{self, Context};
+use async_nats::{Error, HeaderMap};
+use async_trait::async_trait;
+use tokio::time::Instant;
+
+const CONTENT_TYPE: &str = "content-type";
+const PATIENCE: Duration = Duration::from_secs(20);
+
+pub(crate) struct Native {
+    url: String,
+}
+
+impl Native {
+    /// From the URL that the adapter is given.
+    pub(crate) fn new(url: &str) -> Self {
+        Self { url: url.split('?').next().unwrap().to_owned() }
+    }
+
+    async fn context(&self) -> Result<Context, Error> {
+        Ok(jetstream::new(async_nats::connect(&self.url).await?))
+    }
+
+    async fn try_put(&self, place: &Place, messages: &[RawMessage]) -> Result<(), Error> {
+        let context = self.context().await?;
+        let stream = context.get_stream(&place.destination).await?;
+        // A stream takes all subjects below the destination's; `m` is where messages of others go.
+        let subject = stream.cached_info().config.subjects[0].to_string().replace('>', "m");
+        let mut acks = Vec::new();
+        for message in messages {
+            let mut headers = HeaderMap::new();
+            for (name, value) in &message.headers {
+                headers.append(name.as_str(), std::str::from_utf8(value)?);
+            }
+            if let Some(content_type) = &message.content_type {
+                headers.insert(CONTENT_TYPE, content_type.as_str());
+            }
+            let payload = message.payload.clone().unwrap_or_default().into();
+            acks.push(context.publish_with_headers(subject.clone(), headers, payload).await?);
+        }
+        for ack in acks {
+            ack.await?;
+        }
+        Ok(())
+    }
+
+    async fn try_take(&self, place: &Place, count: usize) -> Result<Vec<RawMessage>, Error> {
+        let context = self.context().await?;
+        let mut stream = context.get_stream(&place.destination).await?;
+        let deadline = Instant::now() + PATIENCE;
+        while (stream.info().await?.state.messages as usize) < count && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        let state = stream.cached_info().state.clone();
+        let mut taken = Vec::new();
+        for sequence in state.first_sequence..=state.last_sequence {
+            let message = stream.get_raw_message(sequence).await?;
+            let mut raw = RawMessage::of(message.payload.to_vec());
+            for (name, values) in message.headers.iter() {
+                for value in values {
+                    match name.as_ref() {
+                        CONTENT_TYPE => raw.content_type = Some(value.as_str().to_owned()),
+                        name => raw.headers.push((name.to_owned(), value.as_str().as_bytes().to_vec())),
+                    }
+                }
+            }
+            taken.push(raw);
+        }
+        Ok(taken)
+    }
+}
+
+#[async_trait]
+impl NativeChannel for Native {
+    fn carries(&self) -> Carries {
+        Carries { any_bytes: true, empty: true, null: false, keys: false, content_type: true, any_header: false }
+    }
+
+    async fn put(&self, place: &Place, messages: &[RawMessage]) -> Result<(), String> {
+        self.try_put(place, messages).await.map_err(|error| error.to_string())
+    }
+
+    async fn take(&self, place: &Place, count: usize) -> Result<Vec<RawMessage>, String> {
+        let taken = self.try_take(place, count).await.map_err(|error| error.to_string())?;
+        if taken.len() < count { Err(format!("{} of {count} came", taken.len())) } else { Ok(taken) }
+    }
+}

@@ -1,0 +1,100 @@
+//! RabbitMQ's bare client, for the cases that look past the adapter.
+
+use std::time::Duration;
+
+use anybroker_conformance::{Carries, NativeChannel, Place, RawMessage};
+use async_trait::async_trait;
+use lapin::options::{BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions};
+use lapin::types::{AMQPValue, FieldTable, LongString};
+use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties};
+use tokio::time::Instant;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+pub(crate) struct Native {
+    url: String,
+}
+
+impl Native {
+    /// From the URL that the adapter is given.
+    pub(crate) fn new(url: &str) -> Self {
+        Self { url: url.split('?').next().unwrap().to_owned() }
+    }
+
+    async fn channel(&self) -> lapin::Result<(Connection, Channel)> {
+        let connection = Connection::connect(&self.url, ConnectionProperties::default()).await?;
+        let channel = connection.create_channel().await?;
+        Ok((connection, channel))
+    }
+
+    async fn try_put(&self, place: &Place, messages: &[RawMessage]) -> lapin::Result<usize> {
+        let (_connection, channel) = self.channel().await?;
+        channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        let mut refused = 0;
+        for message in messages {
+            let mut table = FieldTable::default();
+            for (name, value) in &message.headers {
+                table.insert(name.as_str().into(), AMQPValue::LongString(LongString::from(value.as_slice())));
+            }
+            let mut properties = BasicProperties::default();
+            if !message.headers.is_empty() {
+                properties = properties.with_headers(table);
+            }
+            if let Some(content_type) = &message.content_type {
+                properties = properties.with_content_type(content_type.as_str().into());
+            }
+            let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+            let payload = message.payload.as_deref().unwrap_or_default();
+            let exchange = place.destination.as_str().into();
+            let confirm = channel.basic_publish(exchange, "".into(), options, payload, properties).await?.await?;
+            refused += usize::from(!matches!(confirm, Confirmation::Ack(None)));
+        }
+        Ok(refused)
+    }
+
+    async fn try_take(&self, place: &Place, count: usize) -> lapin::Result<Vec<RawMessage>> {
+        let (_connection, channel) = self.channel().await?;
+        let deadline = Instant::now() + PATIENCE;
+        let mut taken = Vec::new();
+        while taken.len() < count && Instant::now() < deadline {
+            let options = BasicGetOptions { no_ack: true };
+            let Some(got) = channel.basic_get(place.group.as_str().into(), options).await? else {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                continue;
+            };
+            let properties = &got.delivery.properties;
+            let mut raw = RawMessage::of(got.delivery.data.clone());
+            raw.content_type = properties.content_type().as_ref().map(|text| text.as_str().to_owned());
+            for (name, value) in properties.headers().iter().flat_map(|table| table.inner()) {
+                let value = match value {
+                    AMQPValue::LongString(text) => text.as_bytes().to_vec(),
+                    AMQPValue::ByteArray(bytes) => bytes.as_slice().to_vec(),
+                    other => format!("{other:?}").into_bytes(),
+                };
+                raw.headers.push((name.as_str().to_owned(), value));
+            }
+            taken.push(raw);
+        }
+        Ok(taken)
+    }
+}
+
+#[async_trait]
+impl NativeChannel for Native {
+    fn carries(&self) -> Carries {
+        Carries { any_bytes: true, empty: true, null: false, keys: false, content_type: true, any_header: true }
+    }
+
+    async fn put(&self, place: &Place, messages: &[RawMessage]) -> Result<(), String> {
+        match self.try_put(place, messages).await {
+            Ok(0) => Ok(()),
+            Ok(refused) => Err(format!("{refused} were not taken by any queue")),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    async fn take(&self, place: &Place, count: usize) -> Result<Vec<RawMessage>, String> {
+        let taken = self.try_take(place, count).await.map_err(|error| error.to_string())?;
+        if taken.len() < count { Err(format!("{} of {count} came", taken.len())) } else { Ok(taken) }
+    }
+}
