@@ -195,6 +195,16 @@ impl PrivateInstance {
         self.instance.up(recipes, how, |_| Ok(None))
     }
 
+    /// The server of a broker, when it is this instance's own and runs.
+    pub(crate) fn server(&self, name: &str) -> Result<Option<Server>> {
+        let recipe = self.recipes.iter().find(|recipe| recipe.name() == name);
+        let server = recipe.map(|recipe| self.instance.server(*recipe));
+        match server {
+            Some(server) if server.pid()?.is_some() => Ok(Some(server)),
+            _ => Ok(None),
+        }
+    }
+
     /// Ends everything in it. Does not ask for the machine-wide lock: nobody else knows these servers.
     pub(crate) fn down(&mut self) -> Result<Vec<&'static str>> {
         let ended = self.instance.down_unlocked(&self.recipes, false)?;

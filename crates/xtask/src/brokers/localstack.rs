@@ -37,6 +37,11 @@ impl Recipe for LocalStack {
         &["clients"]
     }
 
+    fn keeps_data(&self) -> bool {
+        // It keeps everything in memory.
+        false
+    }
+
     fn url(&self, ports: &[u16]) -> String {
         format!("sqs://127.0.0.1:{}?region=eu-west-1&fanout=sns", ports[0])
     }

@@ -6,7 +6,6 @@ mod instance;
 mod java;
 mod kafka;
 mod localstack;
-
 mod nats;
 mod ports;
 mod process;
@@ -43,6 +42,11 @@ pub(crate) trait Recipe: Sync {
     fn is_port_of_tests(&self, name: &str) -> bool {
         let _ = name;
         false
+    }
+
+    /// Whether what was stored is there when it is started again after a crash.
+    fn keeps_data(&self) -> bool {
+        true
     }
 
     /// The URL that a service puts into its configuration.

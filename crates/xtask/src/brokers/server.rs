@@ -48,6 +48,11 @@ impl Server {
         self.recipe.name()
     }
 
+    /// Whether what was stored is there after a crash.
+    pub(crate) fn keeps_data(&self) -> bool {
+        self.recipe.keeps_data()
+    }
+
     /// What clients connect to, once the server was started for the first time.
     pub(crate) fn url(&self) -> Result<Option<String>> {
         Ok(self.record()?.map(|record| self.recipe.url(&record.ports)))

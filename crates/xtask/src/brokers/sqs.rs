@@ -31,6 +31,11 @@ impl Recipe for ElasticMq {
         &["clients"]
     }
 
+    fn keeps_data(&self) -> bool {
+        // It keeps everything in memory.
+        false
+    }
+
     fn url(&self, ports: &[u16]) -> String {
         format!("sqs://127.0.0.1:{}?region=elasticmq", ports[0])
     }

@@ -1,5 +1,6 @@
 //! `cargo xtask conform`: the conformance suite on every mode of every adapter, one report of all.
 
+mod disturb;
 pub(crate) mod modes;
 mod state;
 
@@ -42,7 +43,8 @@ pub(crate) struct Conform {
     /// Where the reports go; target/conformance when not given
     #[arg(long, value_name = "DIR")]
     report: Option<PathBuf>,
-    /// Up to this level: conformance, reliability or cluster
+    /// Up to this level: conformance, reliability or cluster. From reliability on, connections are disturbed by proxies, and
+    /// servers that this command started are killed and frozen
     #[arg(long, default_value = "conformance")]
     level: String,
     /// Only cases whose name matches; may be repeated
@@ -133,7 +135,11 @@ impl Conform {
             for mode in open {
                 println!("\n==> {}", mode.name);
                 let since = Instant::now();
-                let how = self.mode(mode, server.as_deref(), state, command)?;
+                let faults = match self.level.as_str() {
+                    "conformance" => Vec::new(),
+                    _ => disturb::arguments(&instance, mode.broker)?,
+                };
+                let how = self.mode(mode, server.as_deref(), &faults, state, command)?;
                 ended.push((mode, how, since.elapsed()));
             }
             instance.down()?;
@@ -148,7 +154,14 @@ impl Conform {
         Ok(Some(endpoints.first().context("a server that was started has an address")?.url.clone()))
     }
 
-    fn mode(&self, mode: &Mode, server: Option<&str>, state: &State, command: &Path) -> Result<Ended> {
+    fn mode(
+        &self,
+        mode: &Mode,
+        server: Option<&str>,
+        faults: &[String],
+        state: &State,
+        command: &Path,
+    ) -> Result<Ended> {
         let folder = tempfile::tempdir()?;
         let url = mode.url(server, folder.path().to_str().context("a temporary folder with a name in UTF-8")?);
         let report = state.folder_of(mode.name);
@@ -157,6 +170,7 @@ impl Conform {
         run.args(["conform", "--url", &url, "--name", mode.name, "--level", &self.level])
             .args(["--lease", pace.lease, "--quiet", pace.quiet, "--patience", pace.patience])
             .args(["--parallel", &pace.parallel.to_string()])
+            .args(faults)
             .arg("--report")
             .arg(&report);
         for case in &self.cases {

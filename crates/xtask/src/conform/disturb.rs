@@ -1,0 +1,47 @@
+//! What the suite's command is told of a server, so that it can disturb it.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use crate::brokers::PrivateInstance;
+
+/// The arguments by which `anybroker conform` disturbs the connections to a server, and its process where that is this
+/// command's own. Empty for what has no server.
+pub(super) fn arguments(instance: &PrivateInstance, broker: Option<&str>) -> Result<Vec<String>> {
+    let Some(broker) = broker else { return Ok(Vec::new()) };
+    let mut arguments = vec!["--faults".to_owned(), "proxy".to_owned()];
+    let Some(server) = instance.server(broker)? else { return Ok(arguments) };
+    let ports = server.ports()?;
+    if let (Some(listen), Some(upstream)) = (ports.get("proxy"), ports.get("proxied")) {
+        arguments.extend(["--proxy".to_owned(), format!("127.0.0.1:{listen}=127.0.0.1:{upstream}")]);
+    }
+    let own = std::env::current_exe().context("this command has a path")?;
+    let does = |verb: &str| format!("{} brokers --instance {} {verb} {broker}", quoted(&own), instance.name());
+    arguments.extend(["--faults".to_owned(), "process".to_owned()]);
+    arguments.extend(["--pause-command".to_owned(), does("pause")]);
+    arguments.extend(["--resume-command".to_owned(), does("resume")]);
+    if server.keeps_data() {
+        arguments.extend(["--restart-command".to_owned(), format!("{} && {}", does("kill"), does("restart"))]);
+    }
+    Ok(arguments)
+}
+
+/// As one word for sh.
+fn quoted(path: &Path) -> String {
+    format!("'{}'", path.display().to_string().replace('\'', "'\\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_is_one_word_for_sh() {
+        for path in ["/a b/c", "/it's", "/$x"] {
+            let line = format!("printf %s {}", quoted(path.as_ref()));
+            let output = std::process::Command::new("sh").arg("-c").arg(line).output().unwrap();
+            assert_eq!(String::from_utf8(output.stdout).unwrap(), path);
+        }
+    }
+}
