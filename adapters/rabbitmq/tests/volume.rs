@@ -1,0 +1,24 @@
+//! A hundred thousand messages while the server is killed and every connection is cut.
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
+
+mod common;
+
+use std::sync::Arc;
+
+use anybroker_conformance::{UrlHarness, Volume, volume};
+use common::process::Server;
+use common::try_connect;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hundred_thousand_messages_survive_a_kill_and_a_cut_and_keep_the_order_of_their_keys() {
+    let Some(server) = Server::start("volume") else { return };
+    let url = server.url.clone();
+    let harness =
+        UrlHarness::behind_proxies("rabbitmq", &url, |url| Box::pin(async move { try_connect(&url, "").await }))
+            .unwrap()
+            .with_server(Arc::new(server));
+    let report = volume(&harness, &Volume::default()).await.unwrap();
+    println!("{report}");
+    assert!(report.is_green(), "{report:?}");
+    assert!(report.cut >= 12, "connections went past the proxy: {}", report.cut);
+}
