@@ -14,22 +14,35 @@ const SHARE: [&str; 2] = ["faults/answers-that-are-lost-*", "faults/a-mixed-sche
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_default_mode_passes_every_case() {
+    suite("rabbitmq", "", &[]).await;
+}
+
+/// A share of the cases, of all themes that the type of queue has to do with; `cargo xtask conform` runs all of them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_record_of_classic_queues_claims_holds_and_what_it_refuses_is_refused() {
+    let share = ["ordering/*", "redelivery/*", "time/*", "dead-letter/*"];
+    suite("rabbitmq-classic", "queue=classic", &share).await;
+}
+
+/// `ANYBROKER_TEST_CASES` chooses others than `cases`; none are all.
+async fn suite(name: &'static str, settings: &'static str, cases: &[&str]) {
     let Some(url) = url() else { return };
     let (fresh, strict) = (url.clone(), url.clone());
-    let harness = UrlHarness::new("rabbitmq", move || {
+    let harness = UrlHarness::new(name, move || {
         let url = fresh.clone();
-        Box::pin(async move { try_connect(&url, "").await })
+        Box::pin(async move { try_connect(&url, settings).await })
     })
     .with_strict(move || {
         let url = strict.clone();
-        Box::pin(async move { try_connect(&url, "create_destinations=false").await })
+        Box::pin(async move { try_connect(&url, &format!("{settings}&create_destinations=false")).await })
     })
     .with_lease(Duration::from_secs(1))
     .with_quiet(Duration::from_millis(500));
-    let mut options = Options::default().with_parallelism(12);
-    if let Ok(filter) = std::env::var("ANYBROKER_TEST_CASES") {
-        options = options.with_filter(filter);
-    }
+    let options = Options::default().with_parallelism(12);
+    let options = match std::env::var("ANYBROKER_TEST_CASES") {
+        Ok(chosen) => options.with_filter(chosen),
+        Err(_) => cases.iter().fold(options, |options, case| options.with_filter(*case)),
+    };
     let report = run(Arc::new(harness), options).await.unwrap();
     println!("{}", report.text());
     assert!(report.is_green(), "{}", report.summary());
