@@ -52,7 +52,8 @@ impl RabbitBroker {
             Some(admin) => format!("RabbitMQ {}", admin.version().await.map_err(named)?),
             None => "RabbitMQ".to_owned(),
         };
-        let endpoint = Endpoint { scheme: "amqp", mode: "quorum".into(), url: settings.url.clone(), server };
+        let endpoint =
+            Endpoint { scheme: "amqp", mode: settings.queue.name().into(), url: settings.url.clone(), server };
         let publisher = Publisher::new(Arc::clone(&publishing), Arc::clone(&topology), settings.create_destinations);
         let copies = Arc::new(Outlet::new(Arc::clone(&publishing), "settle"));
         let letters = Letters::new(Arc::clone(&consuming), Arc::clone(&topology), Arc::clone(&copies));

@@ -1,4 +1,4 @@
-//! What RabbitMQ's quorum queues give through this adapter.
+//! What RabbitMQ's quorum queues give through this adapter, and its classic ones.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use anybroker_core::{
     Parallelism, Precision, Support, capability::millis,
 };
 
-use crate::config::Settings;
+use crate::config::{QueueType, Settings};
 
 /// All headers of a message lie in one frame, 128 KiB by default: key, headers at their limits, and a dead letter's note.
 const LONGEST_KEY: u64 = 16_384;
@@ -23,6 +23,8 @@ pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
         Support::emulated("one member of the group works while order is kept, many keys at once; the others stand by")
     };
     let has_admin = settings.admin.is_some();
+    let is_classic = settings.queue == QueueType::Classic;
+    let unless_classic = |given: Support, why: &str| if is_classic { absent(why) } else { given };
     let approximate = Some(Precision::Approximate);
     let by_admin = || {
         if has_admin {
@@ -50,7 +52,10 @@ pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
         lease: Support::emulated("kept by the member; ends early with its connection"),
         lease_extension: Support::emulated("kept by the member, up to the server's consumer timeout"),
         attempt_count: AttemptCount::Exact,
-        crash_count: Support::emulated("the queue's count, which what a close or a pause gives back raises too"),
+        crash_count: unless_classic(
+            Support::emulated("the queue's count, which what a close or a pause gives back raises too"),
+            "classic queues do not count hand-overs; leave queue at \"quorum\"",
+        ),
         dead_letter: Support::emulated("a confirmed copy in a queue of the source and group"),
         dead_letter_atomicity: DeadLetterAtomicity::StoredFirst,
         dead_letter_browse: Browse::Leasing,
@@ -62,7 +67,11 @@ pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
         start_latest: Support::Native,
         patterns: unwritten(),
         delayed_publish: Support::emulated("it waits in a queue of its range of delays"),
-        ttl: Support::Native,
+        ttl: if is_classic {
+            Support::emulated("looked at when it comes to a member, which buries it: until then it stays")
+        } else {
+            Support::Native
+        },
         publish_confirm: Support::Native,
         unroutable_detected: Support::Native,
         publish_dedup: absent("JetStream dedups by id"),
@@ -79,7 +88,11 @@ pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
         },
         admin_needed: true,
         survives_process_kill: Support::Native,
-        survives_power_loss: Support::Native,
+        // `rabbit_classic_queue_store_v2:sync/1` writes before a confirm, and does not flush the file.
+        survives_power_loss: unless_classic(
+            Support::Native,
+            "a classic queue leaves writing through to the operating system; leave queue at \"quorum\"",
+        ),
         limits: Limits {
             payload: Some(settings.max_message),
             key: Some(LONGEST_KEY),

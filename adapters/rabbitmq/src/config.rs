@@ -16,6 +16,12 @@ pub(crate) const FIELDS: &[Field] = &[
     Field::bool("create_destinations", "Whether publishing creates a destination that is missing.", "true"),
     Field::text("prefix", "What the names of exchanges and queues begin with: letters, digits, - and _.")
         .or("anybroker"),
+    Field::choice(
+        "queue",
+        "The type of the queues of groups; classic ones count no hand-overs and are not written through.",
+        &["quorum", "classic"],
+        "quorum",
+    ),
     Field::text("admin", "The management plugin's address, such as http://broker:15672, with the same user."),
     Field::duration("heartbeat", "How often a silent connection is checked; it is given up after twice that.", "10s"),
     Field::integer("max_message_mib", "MiB of payload that the server takes (its `max_message_size`).", 1, 512, "16"),
@@ -27,6 +33,35 @@ pub(crate) const FIELDS: &[Field] = &[
     Field::text("tls_key", "A file of this client's private key (PEM, PKCS#8)."),
 ];
 
+/// The type of a group's own queue. What holds letters, waits or says who works is a quorum queue with each: only that goes on
+/// to another queue at least once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum QueueType {
+    Quorum,
+    Classic,
+}
+
+impl QueueType {
+    /// As the server calls it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Quorum => "quorum",
+            Self::Classic => "classic",
+        }
+    }
+
+    /// Whether the server may bury what expires: a classic queue lets it go before anybody has confirmed it ("Dead Letter
+    /// Exchanges", "Safety").
+    pub(crate) fn buries_expired(self) -> bool {
+        self == Self::Quorum
+    }
+
+    /// Whether it counts how often a message was handed out.
+    pub(crate) fn counts(self) -> bool {
+        self == Self::Quorum
+    }
+}
+
 /// The settings after reading.
 #[derive(Debug, Clone)]
 pub(crate) struct Settings {
@@ -34,6 +69,7 @@ pub(crate) struct Settings {
     pub(crate) connect_timeout: Duration,
     pub(crate) create_destinations: bool,
     pub(crate) prefix: String,
+    pub(crate) queue: QueueType,
     pub(crate) admin: Option<String>,
     pub(crate) vhost: String,
     pub(crate) max_message: u64,
@@ -59,6 +95,7 @@ impl Settings {
             connect_timeout: section.connect_timeout(),
             create_destinations: section.bool("create_destinations"),
             prefix: section.text("prefix").to_owned(),
+            queue: if section.text("queue") == "classic" { QueueType::Classic } else { QueueType::Quorum },
             admin: section.optional_text("admin").map(|admin| admin.trim_end_matches('/').to_owned()),
             vhost: vhost(url.path()),
             max_message: u64::try_from(section.integer("max_message_mib")).unwrap_or(16) * 1_048_576,

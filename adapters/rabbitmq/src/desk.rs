@@ -41,7 +41,7 @@ impl Desk {
         let mut properties = encode(&taken.message, Some(&hop), &mut Vec::new());
         let payload = payload(&taken.message);
         if delay.is_zero() {
-            if hop.expires != 0 {
+            if hop.expires != 0 && self.topology.queue.buries_expired() {
                 let left = u64::try_from(hop.expires - Timestamp::now().as_millis()).unwrap_or(0);
                 properties = properties.with_expiration(expiration(Duration::from_millis(left)));
             }

@@ -266,7 +266,9 @@ impl Feed {
         let noted = notes(&delivery.properties);
         let destination = self.desk.shared.lock().feeds[self.index as usize].destination.clone();
         let message = decode(&destination, &delivery.properties, Bytes::from(delivery.data));
-        let delivered = noted.returned.saturating_add(1);
+        // A classic queue tells only that it was handed out before.
+        let told = if self.desk.topology.queue.counts() { noted.returned } else { u32::from(delivery.redelivered) };
+        let delivered = told.saturating_add(1);
         let arrival = Arrival { feed: self.index, tag: delivery.delivery_tag, message, hop: noted.hop, delivered };
         if let Some(over) = self.desk.shared.arrive(arrival) {
             let verdict = Verdict::new(Reason::Expired);

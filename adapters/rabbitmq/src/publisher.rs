@@ -150,7 +150,7 @@ impl Publisher {
                 (String::new(), waiting.map_err(|error| error.with_effect(Effect::NotDone))?)
             }
         };
-        if let Some(wait) = delay.or(message.ttl()) {
+        if let Some(wait) = delay.or(message.ttl().filter(|_| self.topology.queue.buries_expired())) {
             properties = properties.with_expiration(expiration(wait));
         }
         let parcel = Parcel {

@@ -47,6 +47,8 @@ pub(crate) struct State {
     is_receiving: bool,
     received: Option<Instant>,
     next_feed: usize,
+    /// Whether the server counts hand-overs.
+    is_counted: bool,
 }
 
 #[derive(Default)]
@@ -107,10 +109,11 @@ impl Entry {
         self.hop.deliveries.saturating_add(self.delivered).saturating_add(self.again)
     }
 
-    fn facts(&self, token: Token, lane: Lane, lease_until: Timestamp) -> DeliveryFacts {
+    fn facts(&self, token: Token, lane: Lane, lease_until: Timestamp, is_counted: bool) -> DeliveryFacts {
         let attempt = self.hop.failures + 1;
         let mut facts = DeliveryFacts::new(token);
-        (facts.attempt, facts.deliveries, facts.lane) = (attempt, Some(self.deliveries().max(attempt)), lane);
+        let deliveries = is_counted.then(|| self.deliveries().max(attempt));
+        (facts.attempt, facts.deliveries, facts.lane) = (attempt, deliveries, lane);
         facts.lease_until = Some(lease_until);
         facts
     }
@@ -138,9 +141,10 @@ pub(crate) struct Taken {
 }
 
 impl Shared {
-    pub(crate) fn new(lease: Duration, feeds: Vec<FeedState>) -> Self {
+    pub(crate) fn new(lease: Duration, is_counted: bool, feeds: Vec<FeedState>) -> Self {
         let working = watch::Sender::new(feeds.len());
-        let state = Mutex::new(State { feeds, received: Some(Instant::now()), ..State::default() });
+        let state = State { feeds, is_counted, received: Some(Instant::now()), ..State::default() };
+        let state = Mutex::new(state);
         let (arrived, changed, closing) = (Notify::new(), Notify::new(), watch::Sender::new(None));
         Self { state, lease, arrived, changed, closing, working }
     }
@@ -492,7 +496,7 @@ impl State {
         }
         (entry.phase, entry.was_out) = (Phase::Out { until }, true);
         let lane = Lane { index: entry.feed, epoch: self.feeds[entry.feed as usize].epoch };
-        let facts = entry.facts(Token::Pair(u64::from(slot), generation), lane, lease_until);
+        let facts = entry.facts(Token::Pair(u64::from(slot), generation), lane, lease_until, self.is_counted);
         Delivery::shared(Arc::clone(&entry.message), facts, context)
     }
 

@@ -53,7 +53,7 @@ impl RabbitSubscription {
             queues.push(topology.names.queue(destination, group));
         }
         let count = u32::try_from(queues.len()).unwrap_or(u32::MAX);
-        let shared = Arc::new(Shared::new(spec.lease, feeds));
+        let shared = Arc::new(Shared::new(spec.lease, settings.queue.counts(), feeds));
         let desk = Arc::new(Desk {
             topology: Arc::clone(topology),
             copies: Arc::clone(copies),

@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use crate::admin::Admin;
-use crate::config::Settings;
+use crate::config::{QueueType, Settings};
 use crate::delay::Range;
 use crate::link::{Link, bounded};
 use crate::names::Names;
@@ -31,6 +31,8 @@ pub(crate) struct Topology {
     pub(crate) names: Names,
     pub(crate) link: Arc<Link>,
     pub(crate) admin: Option<Admin>,
+    /// The type of groups' queues.
+    pub(crate) queue: QueueType,
     consumer_timeout: Duration,
     /// Queues of waiting messages that were declared on this connection.
     waiting: Mutex<HashSet<String>>,
@@ -56,6 +58,15 @@ fn quorum() -> FieldTable {
     arguments
 }
 
+/// A classic queue. Nothing of ours expires in it; what another writer lets expire becomes a letter too, though at most once.
+fn classic(letters: &str) -> FieldTable {
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-queue-type".into(), text("classic"));
+    arguments.insert("x-dead-letter-exchange".into(), text(""));
+    arguments.insert("x-dead-letter-routing-key".into(), text(letters));
+    arguments
+}
+
 /// What expires goes on to `exchange`, and is kept until every queue there has confirmed it. That takes an overflow that
 /// refuses rather than drops.
 fn forwarding(mut arguments: FieldTable, exchange: &str, routing_key: &str) -> FieldTable {
@@ -72,6 +83,7 @@ impl Topology {
             names: Names::new(&settings.prefix),
             link,
             admin: Admin::new(settings)?,
+            queue: settings.queue,
             consumer_timeout: settings.consumer_timeout,
             waiting: Mutex::default(),
         })
@@ -153,7 +165,10 @@ impl Topology {
         // First the letters, then the queue that may forward to them, then the binding that fills it.
         let letters = Names::letters(&queue);
         Self::make_queue(&channel, &letters, quorum(), operation, deadline).await?;
-        let mut arguments = forwarding(quorum(), "", &letters);
+        let mut arguments = match self.queue {
+            QueueType::Quorum => forwarding(quorum(), "", &letters),
+            QueueType::Classic => classic(&letters),
+        };
         let timeout = i64::try_from(self.consumer_timeout.as_millis()).unwrap_or(i64::MAX);
         arguments.insert("x-consumer-timeout".into(), AMQPValue::LongLongInt(timeout));
         Self::make_queue(&channel, &queue, arguments, operation, deadline).await?;
@@ -273,8 +288,8 @@ impl Topology {
             });
         }
         groups.sort_by(|a, b| a.group.cmp(&b.group));
-        let settings =
-            [("exchange", "fanout"), ("queues", "quorum")].map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let settings = [("exchange", "fanout"), ("queues", self.queue.name())];
+        let settings = settings.map(|(name, value)| (name.to_owned(), value.to_owned()));
         // Each group has messages of its own; the destination itself keeps none.
         Ok(Description {
             destination: destination.clone(),

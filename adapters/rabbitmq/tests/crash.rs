@@ -8,91 +8,18 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use anybroker_conformance::{Level, Options, ServerControl, UrlHarness, run};
+use anybroker_conformance::{Level, Options, UrlHarness, run};
 use anybroker_core::{
     Bus, Effect, ErrorKind, Message, Order, PublishOptions, Settlement, SubscriptionEvent, ack, settle,
 };
-use async_trait::async_trait;
+use common::process::Server;
 use common::{LONG, connect, number, numbered, publish, receive, try_connect, unique, url};
 use tokio::time::Instant;
 
 const CRASHER: &str = "ANYBROKER_RABBITMQ_TEST_CRASHER";
 
-/// A server of this test's own, by the project's own commands; `None` after saying why there is none.
-struct Server {
-    instance: String,
-    url: String,
-}
-
-impl Server {
-    fn start(name: &str) -> Option<Self> {
-        url()?;
-        let Ok(xtask) = std::env::var("ANYBROKER_XTASK") else {
-            println!("not run: ANYBROKER_XTASK is not set (the path of the project's xtask binary)");
-            let is_required = std::env::var("ANYBROKER_TEST_REQUIRE_BROKERS").is_ok_and(|value| value == "1");
-            assert!(!is_required, "ANYBROKER_XTASK is not set, and ANYBROKER_TEST_REQUIRE_BROKERS demands it");
-            return None;
-        };
-        let instance = format!("rabbitmq-{name}-{}", std::process::id());
-        let up = Command::new(xtask)
-            .args(["brokers", "--instance", &instance, "up", "rabbitmq", "--how", "native"])
-            .output()
-            .unwrap();
-        assert!(up.status.success(), "{}", String::from_utf8_lossy(&up.stderr));
-        let output = String::from_utf8(up.stdout).unwrap();
-        let url = output.split('\'').nth(1).unwrap().to_owned();
-        Some(Self { instance, url })
-    }
-
-    fn run(&self, verb: &str) {
-        let xtask = std::env::var("ANYBROKER_XTASK").unwrap();
-        let done =
-            Command::new(xtask).args(["brokers", "--instance", &self.instance, verb, "rabbitmq"]).output().unwrap();
-        assert!(done.status.success(), "{verb}: {}", String::from_utf8_lossy(&done.stderr));
-    }
-
-    async fn does(&self, verb: &'static str) {
-        let server = Self { instance: self.instance.clone(), url: self.url.clone() };
-        tokio::task::spawn_blocking(move || {
-            server.run(verb);
-            std::mem::forget(server);
-        })
-        .await
-        .unwrap();
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.run("down");
-    }
-}
-
-#[async_trait]
-impl ServerControl for Server {
-    async fn kill(&self) -> Result<(), String> {
-        self.does("kill").await;
-        Ok(())
-    }
-
-    async fn restart(&self) -> Result<(), String> {
-        self.does("restart").await;
-        Ok(())
-    }
-
-    async fn pause(&self) -> Result<(), String> {
-        self.does("pause").await;
-        Ok(())
-    }
-
-    async fn resume(&self) -> Result<(), String> {
-        self.does("resume").await;
-        Ok(())
-    }
-}
-
-/// The suite's cases about the server's process, on a server of this test's own.
-#[ignore = "long, and not shown to pass on every seed: cargo xtask faults rabbitmq runs it"]
+/// One of the suite's cases about the server's process, on a server of this test's own; `ANYBROKER_TEST_SEED` runs all of them on
+/// that seed, as `cargo xtask faults rabbitmq` does.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_and_a_frozen_server_break_no_promise() {
     let Some(server) = Server::start("suite") else { return };
@@ -104,10 +31,11 @@ async fn a_killed_and_a_frozen_server_break_no_promise() {
     .with_server(Arc::new(server))
     .with_lease(Duration::from_secs(1))
     .with_quiet(Duration::from_secs(1));
-    let mut options = Options::default().with_level(Level::Reliability).with_filter("faults/a-server-*");
-    if let Ok(seed) = std::env::var("ANYBROKER_TEST_SEED") {
-        options = options.with_seed(seed.parse().unwrap());
-    }
+    let (seed, cases) = match std::env::var("ANYBROKER_TEST_SEED") {
+        Ok(seed) => (seed.parse().unwrap(), "faults/a-server-*"),
+        Err(_) => (1, "faults/a-server-that-is-killed-*"),
+    };
+    let options = Options::default().with_level(Level::Reliability).with_filter(cases).with_seed(seed);
     let report = run(Arc::new(harness), options).await.unwrap();
     println!("{}", report.text());
     if let Some(directory) = std::env::var_os("ANYBROKER_TEST_REPORT") {

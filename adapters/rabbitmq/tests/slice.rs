@@ -250,3 +250,28 @@ async fn what_was_acked_right_before_a_close_does_not_come_again() {
     bus.delete(name.as_str(), None).await.unwrap();
     bus.close(LONG).await.unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_group_of_the_other_type_of_queue_is_refused_and_stays_as_it_is() {
+    let Some(url) = url() else { return };
+    let (quorum, classic) = (connect(&url, "").await, connect(&url, "queue=classic").await);
+    let name = unique("types");
+    quorum.subscribe(quorum.subscription(name.as_str(), "q")).await.unwrap().close(LONG).await.unwrap();
+    classic.subscribe(classic.subscription(name.as_str(), "c")).await.unwrap().close(LONG).await.unwrap();
+    publish(&quorum, numbered(&name, 0..1)).await;
+    for (bus, group) in [(&quorum, "c"), (&classic, "q")] {
+        let error = bus.subscribe(bus.subscription(name.as_str(), group)).await.unwrap_err();
+        assert_eq!((error.kind(), error.effect()), (ErrorKind::AlreadyExists, Effect::NotDone), "{group}");
+    }
+    for (bus, group, counted) in [(&quorum, "q", Some(1)), (&classic, "c", None)] {
+        let mut subscriber = bus.subscribe(bus.subscription(name.as_str(), group)).await.unwrap();
+        let delivery = receive(&mut subscriber, 1).await.remove(0);
+        assert_eq!((number(&delivery), delivery.facts().deliveries), (0, counted), "{group}");
+        delivery.ack().await.unwrap();
+        subscriber.close(LONG).await.unwrap();
+    }
+    quorum.delete(name.as_str(), None).await.unwrap();
+    for bus in [quorum, classic] {
+        bus.close(LONG).await.unwrap();
+    }
+}

@@ -91,6 +91,9 @@ pub(super) struct Story {
     nacks: u32,
     /// Nacks whose effect is unknown.
     uncertain: u32,
+    /// Of such nacks their delivery, and its attempt: what they may have left behind comes with that number, however often the
+    /// copy beside it fails meanwhile.
+    sources: Vec<(u64, u32)>,
     held: Vec<Held>,
     /// What was given back without being settled and has not come again: where it stood, nothing is settled.
     left: Vec<Held>,
@@ -180,7 +183,9 @@ impl Story {
                 && settling.held.lease_end <= at
         };
         let open = u32::try_from(self.settling.iter().filter(is_open).count()).unwrap_or(u32::MAX);
-        let least = exact.saturating_sub(self.uncertain.saturating_add(open)).max(1);
+        let of_open = self.settling.iter().filter(is_open).map(|settling| settling.held.attempt);
+        let source = self.sources.iter().map(|(_, attempt)| *attempt).chain(of_open).min().unwrap_or(u32::MAX);
+        let least = exact.saturating_sub(self.uncertain.saturating_add(open)).min(source).max(1);
         let late = self.too_late.iter().filter(|late| late.verb == Verb::Nack).count();
         let exact = exact.saturating_add(u32::try_from(late).unwrap_or(u32::MAX));
         match count {
@@ -232,7 +237,10 @@ impl Story {
         self.returns += 1;
         match why {
             Returned::Nacked => self.nacks += 1,
-            Returned::Redriven => (self.nacks, self.uncounted, self.uncertain) = (0, 0, 0),
+            Returned::Redriven => {
+                (self.nacks, self.uncounted, self.uncertain) = (0, 0, 0);
+                self.sources.clear();
+            }
             _ => self.uncounted += 1,
         }
     }
@@ -251,7 +259,10 @@ impl Story {
             _ if buries => self.buried += 1,
             Verb::Nack => {
                 self.returned(at, Returned::Nacked);
-                self.uncertain += u32::from(is_elsewhere);
+                if is_elsewhere {
+                    self.uncertain += 1;
+                    self.sources.push((delivery, held.attempt));
+                }
             }
             Verb::Release => self.returned(at, Returned::Released),
             Verb::Ack | Verb::DeadLetter => {}
@@ -286,7 +297,10 @@ impl Story {
             if by_lease && at < settling.held.lease_end {
                 // The server had it while the lease held: it has given it to nobody else before, and does not afterwards.
                 (settling.late, settling.in_doubt) = (false, false);
-                self.uncertain = self.uncertain.saturating_sub(u32::from(settling.is_uncertain));
+                if settling.is_uncertain {
+                    self.uncertain = self.uncertain.saturating_sub(1);
+                    self.sources.retain(|(of, _)| *of != delivery);
+                }
                 settling.is_uncertain = false;
             } else {
                 settling.doubt_ends = Some(at.saturating_add(UNDER_WAY));
@@ -324,6 +338,7 @@ impl Story {
                     Verb::Nack => {
                         self.nacks -= 1;
                         self.uncertain = self.uncertain.saturating_sub(u32::from(settling.is_uncertain));
+                        self.sources.retain(|(of, _)| *of != delivery);
                     }
                     _ => self.uncounted = self.uncounted.saturating_sub(1),
                 }
@@ -350,6 +365,7 @@ impl Story {
             self.maybe_buried += 1;
         } else if settling.verb == Verb::Nack {
             self.uncertain += u32::from(!settling.is_uncertain);
+            self.sources.push((settling.held.delivery, settling.held.attempt));
         }
         if settling.verb == Verb::Ack {
             self.maybe_acked = true;

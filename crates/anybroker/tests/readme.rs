@@ -34,6 +34,7 @@ const ENDPOINTS: &[Endpoint] = &[
     server("kafka", cfg!(feature = "kafka"), "ANYBROKER_TEST_KAFKA_URL", ""),
     server("kafka-in-place", cfg!(feature = "kafka"), "ANYBROKER_TEST_KAFKA_URL", "nack=in_place"),
     server("rabbitmq", cfg!(feature = "rabbitmq"), "ANYBROKER_TEST_RABBITMQ_URL", ""),
+    server("rabbitmq-classic", cfg!(feature = "rabbitmq"), "ANYBROKER_TEST_RABBITMQ_URL", "queue=classic"),
     server("jetstream", cfg!(feature = "nats"), "ANYBROKER_TEST_NATS_URL", ""),
     server("sqs", cfg!(feature = "sqs"), "ANYBROKER_TEST_SQS_URL", ""),
     server("sqs-fifo", cfg!(feature = "sqs"), "ANYBROKER_TEST_SQS_URL", "mode=fifo"),

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses its share")]
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
+pub(crate) mod process;
 pub(crate) mod server;
 
 use std::time::Duration;

@@ -90,6 +90,7 @@ impl Story {
                 if settling.verb == Verb::Nack && !settling.buries && !settling.is_uncertain {
                     settling.is_uncertain = true;
                     self.uncertain += 1;
+                    self.sources.push((settling.held.delivery, settling.held.attempt));
                 }
             }
         }
@@ -118,6 +119,7 @@ impl Story {
             match settling.verb {
                 Verb::Nack if is_forgotten && forgetting.is_some_and(|forgetting| forgetting.in_a_fault) => {
                     (settling.is_excused, doubled) = (true, Some(excuse));
+                    self.sources.push((settling.held.delivery, settling.held.attempt));
                 }
                 Verb::Ack if settling.above_hole.is_some() || may(settling.held.lane, super::rank(&settling.held)) => {
                     (settling.is_excused, may_come) = (true, Some(None));
@@ -144,7 +146,10 @@ impl Story {
         }
         settling.is_excused = true;
         self.excused.push(Some((settling.held.member, at)));
-        self.uncertain += u32::from(settling.verb == Verb::Nack);
+        if settling.verb == Verb::Nack {
+            self.uncertain += 1;
+            self.sources.push((delivery, settling.held.attempt));
+        }
     }
 
     /// Whether something was with this member: held, or on its way to be settled.

@@ -198,3 +198,21 @@ fn a_nack_that_had_no_answer_when_the_lease_ended_may_not_be_counted_and_one_tha
     assert_eq!(nacked_then(true, 1), ["attempt-mismatch"]);
     assert_eq!(nacked_then(true, 2), [""; 0]);
 }
+
+#[test]
+fn what_an_unknown_nack_leaves_behind_keeps_its_number_while_its_copy_fails_again() {
+    let then_comes = |effect, attempts: &[u32]| {
+        let mut script = Script::new();
+        script.member().published("a", "k", 1).delivered(1, "a", 1);
+        script.push(What::SettleInvoke { delivery: 1, verb: Verb::Nack });
+        script.push(What::SettleFail { delivery: 1, kind: ErrorKind::Unavailable, effect });
+        script.push(What::Dropped { delivery: 1 });
+        for (delivery, attempt) in (2..).zip(attempts) {
+            script.delivered(delivery, "a", *attempt).settled(delivery, Verb::Nack);
+        }
+        script.names()
+    };
+    // The copy fails, and then the source comes.
+    assert_eq!(then_comes(Effect::Unknown, &[2, 1]), [""; 0]);
+    assert_eq!(then_comes(Effect::NotDone, &[1, 1]), ["attempt-mismatch"]);
+}

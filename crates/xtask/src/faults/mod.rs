@@ -96,7 +96,7 @@ impl Faults {
 
     fn one(&self, program: &Path, test: &str, seed: u64, server: (&str, &str), report: &Path) -> Result<()> {
         let mut run = Command::new(program);
-        run.args(["--ignored", "--exact", test])
+        run.args(["--include-ignored", "--exact", test])
             .current_dir(Path::new("adapters").join(&self.broker))
             .env(server.0, server.1)
             .env("ANYBROKER_XTASK", std::env::current_exe()?)
