@@ -6,15 +6,18 @@ use anyhow::{Context, Result};
 
 use crate::brokers::PrivateInstance;
 
-/// The arguments by which `anybroker conform` disturbs the connections to a server, and its process where that is this
-/// command's own. Empty for what has no server.
-pub(super) fn arguments(instance: &PrivateInstance, broker: Option<&str>) -> Result<Vec<String>> {
+/// The arguments by which `anybroker conform` disturbs the connections to a server, and with `processes` the server itself where
+/// that is this command's own. Empty for what has no server.
+pub(crate) fn arguments(instance: &PrivateInstance, broker: Option<&str>, processes: bool) -> Result<Vec<String>> {
     let Some(broker) = broker else { return Ok(Vec::new()) };
     let mut arguments = vec!["--faults".to_owned(), "proxy".to_owned()];
     let Some(server) = instance.server(broker)? else { return Ok(arguments) };
     let ports = server.ports()?;
     if let (Some(listen), Some(upstream)) = (ports.get("proxy"), ports.get("proxied")) {
         arguments.extend(["--proxy".to_owned(), format!("127.0.0.1:{listen}=127.0.0.1:{upstream}")]);
+    }
+    if !processes {
+        return Ok(arguments);
     }
     let own = std::env::current_exe().context("this command has a path")?;
     let does = |verb: &str| format!("{} brokers --instance {} {verb} {broker}", quoted(&own), instance.name());

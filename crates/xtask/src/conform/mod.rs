@@ -1,6 +1,6 @@
 //! `cargo xtask conform`: the conformance suite on every mode of every adapter, one report of all.
 
-mod disturb;
+pub(crate) mod disturb;
 pub(crate) mod modes;
 mod state;
 
@@ -137,7 +137,7 @@ impl Conform {
                 let since = Instant::now();
                 let faults = match self.level.as_str() {
                     "conformance" => Vec::new(),
-                    _ => disturb::arguments(&instance, mode.broker)?,
+                    _ => disturb::arguments(&instance, mode.broker, true)?,
                 };
                 let how = self.mode(mode, server.as_deref(), &faults, state, command)?;
                 ended.push((mode, how, since.elapsed()));
@@ -164,24 +164,10 @@ impl Conform {
     ) -> Result<Ended> {
         let folder = tempfile::tempdir()?;
         let url = mode.url(server, folder.path().to_str().context("a temporary folder with a name in UTF-8")?);
-        let report = state.folder_of(mode.name);
-        let pace = mode.pace;
-        let mut run = Command::new(command);
-        run.args(["conform", "--url", &url, "--name", mode.name, "--level", &self.level])
-            .args(["--lease", pace.lease, "--quiet", pace.quiet, "--patience", pace.patience])
-            .args(["--parallel", &pace.parallel.to_string()])
-            .args(faults)
-            .arg("--report")
-            .arg(&report);
+        let mut run = suite(mode, &url, command)?;
+        run.args(["--level", &self.level]).args(faults).arg("--report").arg(state.folder_of(mode.name));
         for case in &self.cases {
             run.args(["--case", case]);
-        }
-        let clients = state::versions(Path::new("Cargo.lock"), mode.clients)?;
-        if !clients.is_empty() {
-            run.args(["--client", &clients]);
-        }
-        if let Some(emulated) = mode.emulated {
-            run.args(["--emulated", emulated]);
         }
         let status = child::watched(&mut run, MODE_LIMIT)?;
         Ok(match (status.success(), state.has(mode.name)) {
@@ -225,8 +211,25 @@ impl Conform {
     }
 }
 
+/// The suite on a mode at `url`, by the command.
+pub(crate) fn suite(mode: &Mode, url: &str, command: &Path) -> Result<Command> {
+    let pace = mode.pace;
+    let mut run = Command::new(command);
+    run.args(["conform", "--url", url, "--name", mode.name])
+        .args(["--lease", pace.lease, "--quiet", pace.quiet, "--patience", pace.patience])
+        .args(["--parallel", &pace.parallel.to_string()]);
+    let clients = state::versions(Path::new("Cargo.lock"), mode.clients)?;
+    if !clients.is_empty() {
+        run.args(["--client", &clients]);
+    }
+    if let Some(emulated) = mode.emulated {
+        run.args(["--emulated", emulated]);
+    }
+    Ok(run)
+}
+
 /// Builds the command with what the modes need, and answers where it is.
-fn build(chosen: &[&Mode]) -> Result<PathBuf> {
+pub(crate) fn build(chosen: &[&Mode]) -> Result<PathBuf> {
     let mut features: Vec<&str> = chosen.iter().filter_map(|mode| mode.feature).collect();
     features.sort_unstable();
     features.dedup();

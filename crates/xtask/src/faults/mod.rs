@@ -1,42 +1,34 @@
-//! `cargo xtask faults`: the suite's fault cases on one broker, with one seed after the other.
+//! `cargo xtask faults`: the suite's fault cases on one mode, with one seed after the other.
 
 mod tally;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use serde::Deserialize;
 
 use crate::brokers::{self, How, PrivateInstance};
-use crate::child::{self, cargo};
+use crate::child;
+use crate::conform::modes::{MODES, Mode};
+use crate::conform::{build, disturb, suite};
 use crate::workspace;
 use tally::Tally;
 
-const BUILD_LIMIT: Duration = Duration::from_secs(40 * 60);
 /// One seed of all cases takes a minute or two; one that takes that long hangs.
 const SEED_LIMIT: Duration = Duration::from_secs(15 * 60);
-
-/// The brokers whose tests have fault cases.
-const BROKERS: &[&str] = &["nats", "rabbitmq"];
-
-/// Tests that take a seed and write a report: program, and name.
-const OF_CONNECTIONS: (&str, &str) = ("conformance", "faults_of_connections_break_no_promise");
-const OF_PROCESSES: (&str, &str) = ("crash", "a_killed_and_a_frozen_server_break_no_promise");
 /// One seed in so many also has its server killed and frozen: that makes about one run in ten.
 const PROCESSES: u64 = 3;
 
-/// Run the suite's fault cases on a broker, seed after seed
+/// Run the suite's fault cases on a mode, seed after seed
 ///
 /// A run is one case with one seed. It counts when it had 2,000 messages or more and at least one fault met an operation in
 /// flight. The seeds are consecutive. What is found is written after every seed, so that an interrupted command goes on with
 /// --resume.
 #[derive(Debug, Args)]
 pub(crate) struct Faults {
-    /// nats or rabbitmq
-    broker: String,
+    /// A mode on a server, by its name in `cargo xtask conform --list`, such as kafka
+    mode: String,
     /// How many runs that count
     #[arg(long, default_value_t = 200)]
     runs: usize,
@@ -46,7 +38,7 @@ pub(crate) struct Faults {
     /// Go on where an earlier command with the same report folder stopped
     #[arg(long)]
     resume: bool,
-    /// Where the summary goes, and the histories of what failed; a folder of the broker in target/faults when not given
+    /// Where the summary goes, and the reports of all seeds; a folder of the mode in target/faults when not given
     #[arg(long, value_name = "DIR")]
     report: Option<PathBuf>,
     /// Where the broker comes from
@@ -57,33 +49,27 @@ pub(crate) struct Faults {
 impl Faults {
     pub(crate) fn run(&self) -> Result<()> {
         workspace::enter()?;
-        ensure!(BROKERS.contains(&self.broker.as_str()), "no fault cases for `{}`; there are {BROKERS:?}", self.broker);
+        let (mode, broker) = self.mode()?;
         let folder = match &self.report {
             Some(folder) => std::path::absolute(folder)?,
-            None => workspace::target()?.join("faults").join(&self.broker),
+            None => workspace::target()?.join("faults").join(mode.name),
         };
-        let mut tally = Tally::begin(&folder, &self.broker, self.seed, self.resume)?;
-        let programs = Programs::build(&self.broker)?;
+        let mut tally = Tally::begin(&folder, mode.name, self.seed, self.resume)?;
+        let command = build(&[mode])?;
         let mut instance = PrivateInstance::new()?;
-        let recipes = brokers::recipes(std::slice::from_ref(&self.broker))?;
-        let endpoints = instance.up(&recipes, self.how)?;
-        let endpoint = endpoints.first().context("a server that was started has an address")?;
+        let endpoints = instance.up(&brokers::recipes(&[broker.to_owned()])?, self.how)?;
+        let url = mode.url(Some(&endpoints.first().context("a server that was started has an address")?.url), "");
         while tally.counted() < self.runs {
             let seed = tally.next_seed();
-            let mut reports = vec![(&programs.conformance, OF_CONNECTIONS.1)];
-            if seed % PROCESSES == 0 {
-                reports.push((&programs.crash, OF_PROCESSES.1));
-            }
-            let mut found = Vec::new();
-            for (program, test) in reports {
-                let report = folder.join("seeds").join(format!("{seed}-{test}"));
-                let ended = self.one(program, test, seed, (&endpoint.variable, &endpoint.url), &report);
-                crate::interrupt::check()?;
-                found.extend(tally::read(&report).with_context(|| match ended {
-                    Ok(()) => format!("seed {seed}: {test} left no report"),
-                    Err(error) => format!("seed {seed}: {error:#}"),
-                })?);
-            }
+            let report = folder.join("seeds").join(seed.to_string());
+            let faults = disturb::arguments(&instance, Some(broker), seed % PROCESSES == 0)?;
+            let ended = one(mode, &url, &faults, seed, &report, &command);
+            crate::interrupt::check()?;
+            let found = tally::read(&report).with_context(|| match ended {
+                Ok(()) => format!("seed {seed} left no report"),
+                Err(error) => format!("seed {seed}: {error:#}"),
+            })?;
+            ensure!(!found.is_empty(), "seed {seed}: no case about faults was run on {}", mode.name);
             tally.add(seed, found)?;
             println!("{}", tally.line());
         }
@@ -94,86 +80,39 @@ impl Faults {
         Ok(())
     }
 
-    fn one(&self, program: &Path, test: &str, seed: u64, server: (&str, &str), report: &Path) -> Result<()> {
-        let mut run = Command::new(program);
-        run.args(["--include-ignored", "--exact", test])
-            .current_dir(Path::new("adapters").join(&self.broker))
-            .env(server.0, server.1)
-            .env("ANYBROKER_XTASK", std::env::current_exe()?)
-            .env("ANYBROKER_TEST_REQUIRE_BROKERS", "1")
-            .env("ANYBROKER_TEST_SEED", seed.to_string())
-            .env("ANYBROKER_TEST_REPORT", report);
-        // That a case failed stands in the report.
-        child::watched(&mut run, SEED_LIMIT).map(drop)
-    }
-}
-
-/// The built tests.
-struct Programs {
-    conformance: PathBuf,
-    crash: PathBuf,
-}
-
-/// A line of `cargo test --message-format=json`, as far as it is of interest.
-#[derive(Deserialize)]
-struct Line {
-    target: Option<Target>,
-    executable: Option<PathBuf>,
-}
-
-#[derive(Deserialize)]
-struct Target {
-    name: String,
-}
-
-impl Programs {
-    fn build(broker: &str) -> Result<Self> {
-        let package = format!("anybroker-{broker}");
-        let mut command =
-            cargo(["test", "--no-run", "--package", &package, "--message-format=json-render-diagnostics"]);
-        command.args(["--test", OF_CONNECTIONS.0, "--test", OF_PROCESSES.0]);
-        println!("building the tests of {package}");
-        let text = built(&mut command)?;
-        Ok(Self { conformance: executable(&text, OF_CONNECTIONS.0)?, crash: executable(&text, OF_PROCESSES.0)? })
-    }
-}
-
-fn built(command: &mut Command) -> Result<String> {
-    use std::io::{Read as _, Seek as _};
-    let mut lines = tempfile::tempfile()?;
-    child::run(command.stdout(lines.try_clone()?), BUILD_LIMIT)?;
-    let mut text = String::new();
-    lines.rewind()?;
-    lines.read_to_string(&mut text)?;
-    Ok(text)
-}
-
-/// The program that cargo tells of.
-fn executable(lines: &str, name: &str) -> Result<PathBuf> {
-    for line in lines.lines() {
-        let line: Line = serde_json::from_str(line).with_context(|| format!("cargo printed: {line}"))?;
-        if let (Some(target), Some(executable)) = (line.target, line.executable)
-            && target.name == name
-        {
-            return Ok(executable);
+    fn mode(&self) -> Result<(&'static Mode, &'static str)> {
+        let on_servers = MODES.iter().filter_map(|mode| Some((mode, mode.broker?)));
+        match on_servers.clone().find(|(mode, _)| mode.name == self.mode) {
+            Some(found) => Ok(found),
+            None => {
+                let names: Vec<&str> = on_servers.map(|(mode, _)| mode.name).collect();
+                bail!("no mode on a server is called `{}`; there are: {}", self.mode, names.join(", "))
+            }
         }
     }
-    bail!("cargo told of no test program `{name}`")
+}
+
+fn one(mode: &Mode, url: &str, faults: &[String], seed: u64, report: &Path, command: &Path) -> Result<()> {
+    let mut run = suite(mode, url, command)?;
+    run.args(["--level", "reliability", "--case", "faults/*", "--seed", &seed.to_string()]);
+    run.args(faults).arg("--report").arg(report);
+    // That a case failed stands in the report.
+    child::watched(&mut run, SEED_LIMIT).map(drop)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn faults(mode: &str) -> Faults {
+        let mode = mode.to_owned();
+        Faults { mode, runs: 1, seed: 1, resume: false, report: None, how: How::Auto }
+    }
+
     #[test]
-    fn the_program_of_a_test_is_found_among_what_cargo_prints() {
-        let lines = [
-            r#"{"reason":"compiler-artifact","target":{"name":"anybroker_nats"},"executable":null}"#,
-            r#"{"reason":"compiler-artifact","target":{"name":"crash"},"executable":"/t/crash-1"}"#,
-            r#"{"reason":"build-finished","success":true}"#,
-        ]
-        .join("\n");
-        assert_eq!(executable(&lines, "crash").unwrap(), Path::new("/t/crash-1"));
-        assert!(executable(&lines, "conformance").is_err());
+    fn a_mode_is_found_by_its_name_and_one_without_a_server_is_refused() {
+        assert_eq!(faults("kafka-in-place").mode().unwrap().1, "kafka");
+        let told = faults("memory").mode().map(|_| ()).unwrap_err().to_string();
+        assert!(told.contains("`memory`") && told.contains("rabbitmq"), "{told}");
     }
 }

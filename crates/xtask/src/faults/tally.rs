@@ -3,12 +3,11 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::child::output_of;
+use crate::conform::revision;
 
 /// A run with fewer messages is too small to count.
 const MESSAGES: u64 = 2_000;
@@ -80,10 +79,7 @@ struct Kept {
 impl Tally {
     /// Begins, or goes on: seeds of another revision are not mixed with these.
     pub(super) fn begin(folder: &Path, broker: &str, seed: u64, resume: bool) -> Result<Self> {
-        let commit = output_of(Command::new("git").args(["rev-parse", "--short=12", "HEAD"]))?;
-        let changed = output_of(Command::new("git").args(["status", "--porcelain", "--untracked-files=no"]))?;
-        let revision = format!("{}{}", commit.trim(), if changed.is_empty() { "" } else { " with changes" });
-        Self::begin_as(folder, broker, &revision, seed, resume)
+        Self::begin_as(folder, broker, &revision()?, seed, resume)
     }
 
     fn begin_as(folder: &Path, broker: &str, revision: &str, seed: u64, resume: bool) -> Result<Self> {
