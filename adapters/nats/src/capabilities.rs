@@ -73,7 +73,9 @@ pub(crate) fn capabilities(settings: &Settings, max_payload: u64, schedules: boo
         delete: Support::Native,
         lag: LagPrecision { ready: approximate, in_flight: approximate, delayed: None, oldest_age: approximate },
         admin_needed: false,
-        survives_process_kill: Support::Native,
+        survives_process_kill: Support::emulated(
+            "what is stored survives; acks that were confirmed a moment before may be forgotten, and those messages come again",
+        ),
         survives_power_loss: absent("needs `sync_interval: always` at the server, or replicas; clients cannot see it"),
         limits: Limits {
             payload: Some(max_payload.saturating_sub(ENVELOPE)),

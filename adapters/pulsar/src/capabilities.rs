@@ -78,7 +78,9 @@ pub(crate) fn capabilities(settings: &Settings, max_message: u64) -> Capabilitie
         delete: Support::Native,
         lag: LagPrecision { ready: approximate, in_flight: approximate, delayed: approximate, oldest_age: approximate },
         admin_needed: true,
-        survives_process_kill: Support::Native,
+        survives_process_kill: Support::emulated(
+            "what is stored survives; acks that were confirmed a moment before may be forgotten, and those messages come again",
+        ),
         survives_power_loss: Support::refused(
             "depends on the bookies' journalSyncData and quorum, which clients cannot see",
         ),

@@ -10,7 +10,7 @@ use rand::rngs::StdRng;
 
 use crate::case::{Breach, Proof};
 use crate::env::Env;
-use crate::faults::{Disturbance, Kind, Line, Network, Planned, Trial, of_server, plan};
+use crate::faults::{Disturbance, KILLED, Kind, Line, Network, Planned, Trial, of_server, plan};
 use crate::{Case, Level, ServerControl, need};
 
 /// A case of the second level.
@@ -272,7 +272,7 @@ impl Disturbance for Process {
         let server = &self.server;
         Box::pin(async move {
             match self.kills {
-                true => of_server(env, "server killed", Duration::ZERO, server.kill(), server.restart()).await,
+                true => of_server(env, KILLED, Duration::ZERO, server.kill(), server.restart()).await,
                 false => of_server(env, "server frozen", FROZEN, server.pause(), server.resume()).await,
             }
         })

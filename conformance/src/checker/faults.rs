@@ -1,6 +1,6 @@
 //! What a fault justifies: that comes twice what was in flight on a connection that it hit, and nothing else.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use anybroker_core::AckLevel;
 
@@ -16,12 +16,19 @@ const SENT: u64 = 2_000_000;
 /// Where it is only recorded, it may also wait until the client tells the broker of many at once.
 const RECORDED: u64 = 15_000_000;
 
+/// Where a killed server may forget acks: how long before its end it may have confirmed them. JetStream writes a consumer's
+/// state behind the answers (nats-server, filestore.go, `consumerFileStore.flushLoop`), and Pulsar answers before the cursor is stored
+/// (Consumer.java, `individualAckNormal`); both within a fraction of a second, on a busy machine later.
+const UNWRITTEN: u64 = 1_000_000;
+
 /// The faults of a history.
 #[derive(Default)]
 pub(super) struct Faults {
     /// Those that last, with the clients they hit, and since when.
     active: HashMap<u64, (Vec<u32>, u64)>,
     met: HashSet<u64>,
+    /// Which of them is the end of a server that may forget acks.
+    forgetful: Option<u64>,
 }
 
 impl Faults {
@@ -75,7 +82,15 @@ impl Checker {
         }
     }
 
+    /// The server ends about now, and may forget the last acks that it has confirmed: each may come again once.
+    pub(super) fn server_killed(&mut self, at: u64, fault: u64) {
+        self.faults.forgetful = Some(fault);
+        let stories = self.stories.values_mut().flat_map(BTreeMap::values_mut);
+        stories.for_each(|story| story.server_forgets(at.saturating_sub(UNWRITTEN)));
+    }
+
     pub(super) fn fault_ends(&mut self, at: u64, fault: u64) {
+        self.faults.forgetful = self.faults.forgetful.filter(|forgetful| *forgetful != fault);
         let Some((clients, _)) = self.faults.active.remove(&fault) else { return };
         for subscription in self.members_of(&clients) {
             let client = self.members[&subscription].client;
@@ -88,6 +103,12 @@ impl Checker {
 
     /// What is told as settled while a fault lasts may not have arrived, where the level does not say that it has.
     pub(super) fn settled_in_a_fault(&mut self, at: u64, delivery: u64) {
+        if self.faults.forgetful.is_some()
+            && let Some(story) = self.story(delivery)
+        {
+            // The event is noted before the server is killed.
+            return story.server_forgets(at);
+        }
         let Some((_, _, subscription)) = self.deliveries.get(&delivery) else { return };
         let Some(member) = self.members.get(subscription) else { return };
         let exposed = member.exposed.is_some_and(|(since, until)| (since..=until).contains(&at));

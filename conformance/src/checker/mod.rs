@@ -17,6 +17,7 @@ use anybroker_core::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::faults::KILLED;
 use crate::history::{Event, What};
 use crate::report::interned;
 use faults::Faults;
@@ -79,6 +80,8 @@ pub(crate) struct Rules {
     pub(crate) lanes: bool,
     /// What a member has is given to another when the broker's own lease ends, and not with a connection.
     pub(crate) by_lease: bool,
+    /// A server that is killed may forget acks that it has just confirmed.
+    pub(crate) forgets_acks: bool,
     /// How long the broker remembers ids and stores none of them twice, in microseconds.
     pub(crate) dedup: Option<u64>,
 }
@@ -92,6 +95,7 @@ impl Rules {
             kept_before_group: record.kept_before_group.is_given(),
             lanes: matches!(record.parallelism, Parallelism::Lanes(_)),
             by_lease: matches!(record.lease, Support::Native),
+            forgets_acks: matches!(record.survives_process_kill, Support::Emulated(_)),
             dedup: record.limits.dedup_window_ms.map(|millis| millis.saturating_mul(1_000)),
         }
     }
@@ -131,6 +135,7 @@ impl Default for Rules {
             kept_before_group: true,
             lanes: false,
             by_lease: false,
+            forgets_acks: false,
             dedup: None,
         }
     }
@@ -247,7 +252,12 @@ impl Checker {
             What::Drained { destination, group, scan } => {
                 self.drained(index, &(group.clone(), destination.clone()), *scan);
             }
-            What::FaultBegin { fault, clients, .. } => self.fault_begins(event.at, *fault, clients),
+            What::FaultBegin { fault, kind, clients, .. } => {
+                self.fault_begins(event.at, *fault, clients);
+                if kind == KILLED && self.rules.forgets_acks {
+                    self.server_killed(event.at, *fault);
+                }
+            }
             What::FaultEnd { fault, .. } => self.fault_ends(event.at, *fault),
             What::Hang { operation } => self.anomaly("hang", "", "", format!("`{operation}` did not end in time")),
         }

@@ -249,6 +249,9 @@ pub async fn check_proxies(harness: Arc<dyn Harness>) -> anybroker_core::Result<
 /// How long the probe waits for a confirm that cannot come.
 const PROBE: Duration = Duration::from_millis(1_000);
 
+/// The fault by which the server's process ends, with what it has not written.
+pub(crate) const KILLED: &str = "server killed";
+
 /// A fault of the server, which hits every client.
 pub(crate) async fn of_server(
     env: &Env,

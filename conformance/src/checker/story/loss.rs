@@ -152,6 +152,19 @@ impl Story {
         }
     }
 
+    /// Acks that the server has confirmed since then may be forgotten with it.
+    pub(in crate::checker) fn server_forgets(&mut self, since: u64) {
+        for settling in &mut self.settling {
+            let is_known = settling.is_excused || settling.has_come;
+            if !is_known && settling.verb == Verb::Ack && settling.ok_at.is_some_and(|at| at >= since) {
+                settling.is_excused = true;
+                self.excused.push(None);
+                // What is acked has no count any more.
+                self.uncertain = self.uncertain.max(self.nacks);
+            }
+        }
+    }
+
     /// Whether something was with this member: held, or on its way to be settled.
     pub(in crate::checker) fn is_with(&self, member: u64) -> bool {
         self.held.iter().any(|held| held.member == member)

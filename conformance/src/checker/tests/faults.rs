@@ -8,6 +8,11 @@ impl Script {
         self.push(What::FaultEnd { fault: 1, connections: 1, bytes: 0 })
     }
 
+    fn killed(&mut self) -> &mut Self {
+        self.push(What::FaultBegin { fault: 2, kind: KILLED.into(), clients: vec![0], connections: 0 });
+        self.push(What::FaultEnd { fault: 2, connections: 0, bytes: 0 })
+    }
+
     /// The member says that its connection was lost.
     pub(super) fn lost(&mut self) -> &mut Self {
         self.push(What::Degraded { subscription: 1 })
@@ -199,4 +204,21 @@ fn a_copy_that_is_nacked_in_a_fault_counts_although_its_source_came_again_meanwh
     script.delivered(2, "a", 2).delivered(3, "a", 1).settled(3, Verb::Ack).settled(2, Verb::Nack);
     script.delivered(4, "a", 3).settled(4, Verb::Ack).drained();
     assert_eq!(script.names(), [""; 0]);
+}
+
+#[test]
+fn a_killed_server_forgets_the_last_acks_once_each_where_the_record_says_so() {
+    let again = |forgets: bool, wait: u64, times: u64| {
+        let mut script = held("a");
+        (script.rules.by_lease, script.rules.forgets_acks) = (true, forgets);
+        script.settled(1, Verb::Ack).wait(wait).killed().wait(LEASE);
+        for time in 0..times {
+            script.delivered(2 + time, "a", 1).settled(2 + time, Verb::Ack).wait(LATER);
+        }
+        script.names()
+    };
+    assert_eq!(again(true, 0, 1), [""; 0]);
+    assert_eq!(again(true, 0, 2), ["ack-lost"]);
+    assert_eq!(again(true, LATER, 1), ["ack-lost"]);
+    assert_eq!(again(false, 0, 1), ["ack-lost"]);
 }
