@@ -18,8 +18,9 @@ impl Checker {
         let Some(member) = self.members.get(&seen.subscription) else { return };
         let place = (member.group.clone(), seen.destination.clone());
         let (group, lease, order) = (member.group.to_string(), member.lease, member.order);
-        // Where the broker's own lease gives deliveries to others, a lost connection does not.
-        let exposed = !self.rules.by_lease && member.exposed.is_some_and(|(_, until)| at <= until);
+        // Where the broker's own lease gives deliveries to others, a lost connection does not; a server that forgets does.
+        let exposed = (!self.rules.by_lease || self.faults.is_forgotten(at))
+            && member.exposed.is_some_and(|(_, until)| at <= until);
         let since = member.since;
         self.faults.meet(member.client);
         let (max_attempts, on_failure) = (member.max_attempts, member.on_failure);

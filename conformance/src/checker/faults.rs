@@ -27,8 +27,8 @@ pub(super) struct Faults {
     /// Those that last, with the clients they hit, and since when.
     active: HashMap<u64, (Vec<u32>, u64)>,
     met: HashSet<u64>,
-    /// Which of them is the end of a server that may forget acks.
-    forgetful: Option<u64>,
+    /// Which of them is the end of a server that forgets, and how long members may have what it has forgotten.
+    forgetful: Option<(u64, u64)>,
 }
 
 impl Faults {
@@ -47,6 +47,11 @@ impl Faults {
             }
         }
         hits
+    }
+
+    /// Whether what members have may be forgotten by the server.
+    pub(super) fn is_forgotten(&self, at: u64) -> bool {
+        self.forgetful.is_some_and(|(_, until)| at <= until)
     }
 
     /// Since when and until when a member that this client opens now is exposed.
@@ -74,7 +79,7 @@ impl Checker {
                 member.exposed = Some((since, u64::MAX));
             }
             // Nobody was told of a loss yet; where the broker's own lease gives deliveries to others, none ends.
-            let ends = !self.rules.by_lease;
+            let ends = !self.rules.by_lease || self.faults.is_forgotten(at);
             self.lose(at, subscription, None, ends);
         }
         if met {
@@ -82,15 +87,18 @@ impl Checker {
         }
     }
 
-    /// The server ends about now, and may forget the last acks that it has confirmed: each may come again once.
+    /// The server ends about now. It may forget the last acks that it has confirmed, each of which may come again once; and what
+    /// it has delivered, which comes again before the lease ends.
     pub(super) fn server_killed(&mut self, at: u64, fault: u64) {
-        self.faults.forgetful = Some(fault);
+        self.faults.forgetful = Some((fault, u64::MAX));
         let stories = self.stories.values_mut().flat_map(BTreeMap::values_mut);
         stories.for_each(|story| story.server_forgets(at.saturating_sub(UNWRITTEN)));
     }
 
     pub(super) fn fault_ends(&mut self, at: u64, fault: u64) {
-        self.faults.forgetful = self.faults.forgetful.filter(|forgetful| *forgetful != fault);
+        if let Some((_, until)) = self.faults.forgetful.as_mut().filter(|(forgetful, _)| *forgetful == fault) {
+            *until = at.saturating_add(EXPOSED);
+        }
         let Some((clients, _)) = self.faults.active.remove(&fault) else { return };
         for subscription in self.members_of(&clients) {
             let client = self.members[&subscription].client;
@@ -103,7 +111,7 @@ impl Checker {
 
     /// What is told as settled while a fault lasts may not have arrived, where the level does not say that it has.
     pub(super) fn settled_in_a_fault(&mut self, at: u64, delivery: u64) {
-        if self.faults.forgetful.is_some()
+        if self.faults.forgetful.is_some_and(|(_, until)| until == u64::MAX)
             && let Some(story) = self.story(delivery)
         {
             // The event is noted before the server is killed.

@@ -80,8 +80,8 @@ pub(crate) struct Rules {
     pub(crate) lanes: bool,
     /// What a member has is given to another when the broker's own lease ends, and not with a connection.
     pub(crate) by_lease: bool,
-    /// A server that is killed may forget acks that it has just confirmed.
-    pub(crate) forgets_acks: bool,
+    /// A server that is killed may forget acks that it has just confirmed, and what it has just delivered.
+    pub(crate) forgets: bool,
     /// How long the broker remembers ids and stores none of them twice, in microseconds.
     pub(crate) dedup: Option<u64>,
 }
@@ -95,7 +95,7 @@ impl Rules {
             kept_before_group: record.kept_before_group.is_given(),
             lanes: matches!(record.parallelism, Parallelism::Lanes(_)),
             by_lease: matches!(record.lease, Support::Native),
-            forgets_acks: matches!(record.survives_process_kill, Support::Emulated(_)),
+            forgets: matches!(record.survives_process_kill, Support::Emulated(_)),
             dedup: record.limits.dedup_window_ms.map(|millis| millis.saturating_mul(1_000)),
         }
     }
@@ -135,7 +135,7 @@ impl Default for Rules {
             kept_before_group: true,
             lanes: false,
             by_lease: false,
-            forgets_acks: false,
+            forgets: false,
             dedup: None,
         }
     }
@@ -253,10 +253,10 @@ impl Checker {
                 self.drained(index, &(group.clone(), destination.clone()), *scan);
             }
             What::FaultBegin { fault, kind, clients, .. } => {
-                self.fault_begins(event.at, *fault, clients);
-                if kind == KILLED && self.rules.forgets_acks {
+                if kind == KILLED && self.rules.forgets {
                     self.server_killed(event.at, *fault);
                 }
+                self.fault_begins(event.at, *fault, clients);
             }
             What::FaultEnd { fault, .. } => self.fault_ends(event.at, *fault),
             What::Hang { operation } => self.anomaly("hang", "", "", format!("`{operation}` did not end in time")),

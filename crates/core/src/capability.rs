@@ -291,8 +291,8 @@ record! {
     lag: LagPrecision,
     /// Some verbs need an admin endpoint in the configuration.
     admin_needed: bool,
-    /// What was published `Ok` survives a `kill -9` of the broker. `Native`: so do acks that it has confirmed; otherwise it may
-    /// forget those of the last moment, and the messages come again.
+    /// What was published `Ok` survives a `kill -9` of the broker. `Native`: so does what it has confirmed of acks;
+    /// otherwise it may forget those of the last moment, and those messages come again.
     survives_process_kill: Support,
     /// What was published `Ok` survives a power loss of the broker's machine.
     survives_power_loss: Support,

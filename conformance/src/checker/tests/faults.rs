@@ -210,7 +210,7 @@ fn a_copy_that_is_nacked_in_a_fault_counts_although_its_source_came_again_meanwh
 fn a_killed_server_forgets_the_last_acks_once_each_where_the_record_says_so() {
     let again = |forgets: bool, wait: u64, times: u64| {
         let mut script = held("a");
-        (script.rules.by_lease, script.rules.forgets_acks) = (true, forgets);
+        (script.rules.by_lease, script.rules.forgets) = (true, forgets);
         script.settled(1, Verb::Ack).wait(wait).killed().wait(LEASE);
         for time in 0..times {
             script.delivered(2 + time, "a", 1).settled(2 + time, Verb::Ack).wait(LATER);
@@ -221,4 +221,14 @@ fn a_killed_server_forgets_the_last_acks_once_each_where_the_record_says_so() {
     assert_eq!(again(true, 0, 2), ["ack-lost"]);
     assert_eq!(again(true, LATER, 1), ["ack-lost"]);
     assert_eq!(again(false, 0, 1), ["ack-lost"]);
+}
+
+#[test]
+fn what_a_killed_server_has_delivered_comes_again_at_once_where_the_record_says_so() {
+    for (forgets, expected) in [(true, vec![]), (false, vec!["unjustified-duplicate"])] {
+        let mut script = held("a");
+        (script.rules.by_lease, script.rules.forgets) = (true, forgets);
+        script.killed().delivered(2, "a", 1).lost();
+        assert_eq!(script.names(), expected);
+    }
 }
