@@ -111,11 +111,12 @@ impl Checker {
 
     /// What is told as settled while a fault lasts may not have arrived, where the level does not say that it has.
     pub(super) fn settled_in_a_fault(&mut self, at: u64, delivery: u64) {
-        if self.faults.forgetful.is_some_and(|(_, until)| until == u64::MAX)
+        if let Some((_, until)) = self.faults.forgetful.filter(|(_, until)| at <= *until)
             && let Some(story) = self.story(delivery)
         {
-            // The event is noted before the server is killed.
-            return story.server_forgets(at);
+            // The event is noted before the server is killed; and of what the old server delivered the new one may know nothing,
+            // and confirms an ack of it without effect.
+            return story.server_forgets_what_it_delivered(delivery, until.saturating_sub(EXPOSED));
         }
         let Some((_, _, subscription)) = self.deliveries.get(&delivery) else { return };
         let Some(member) = self.members.get(subscription) else { return };

@@ -154,9 +154,18 @@ impl Story {
 
     /// Acks that the server has confirmed since then may be forgotten with it.
     pub(in crate::checker) fn server_forgets(&mut self, since: u64) {
+        self.may_forget(|settling| settling.ok_at.is_some_and(|at| at >= since));
+    }
+
+    /// The ack of a delivery that was made until then may be forgotten.
+    pub(in crate::checker) fn server_forgets_what_it_delivered(&mut self, delivery: u64, until: u64) {
+        self.may_forget(|settling| settling.held.delivery == delivery && settling.held.at <= until);
+    }
+
+    fn may_forget(&mut self, is_meant: impl Fn(&Settling) -> bool) {
         for settling in &mut self.settling {
             let is_known = settling.is_excused || settling.has_come;
-            if !is_known && settling.verb == Verb::Ack && settling.ok_at.is_some_and(|at| at >= since) {
+            if !is_known && settling.verb == Verb::Ack && is_meant(settling) {
                 settling.is_excused = true;
                 self.excused.push(None);
                 // What is acked has no count any more.

@@ -232,3 +232,21 @@ fn what_a_killed_server_has_delivered_comes_again_at_once_where_the_record_says_
         assert_eq!(script.names(), expected);
     }
 }
+
+#[test]
+fn an_ack_of_what_a_killed_server_had_delivered_may_be_without_effect_and_one_of_a_later_delivery_may_not() {
+    let again = |early: bool| {
+        let mut script = held("a");
+        (script.rules.by_lease, script.rules.forgets) = (true, true);
+        if early {
+            script.killed().lost().wait(1_000);
+        } else {
+            script.killed().wait(1_000).lost().published("b", "k", 2).delivered(2, "b", 1);
+        }
+        let (delivery, id) = if early { (1, "a") } else { (2, "b") };
+        script.settled(delivery, Verb::Ack).wait(LATER).delivered(3, id, 1);
+        script.names()
+    };
+    assert_eq!(again(true), [""; 0]);
+    assert_eq!(again(false), ["ack-lost"]);
+}
