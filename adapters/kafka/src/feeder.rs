@@ -77,6 +77,7 @@ impl Feeder {
             // Nobody wants it any more.
             self.shared.close();
         }
+        self.shared.joining.reads(self.number, &consumer);
         let mut fetching =
             Fetching { consumer: &consumer, is_paused: false, full_since: None, queues: BTreeMap::new() };
         let mut last_commit = Instant::now();
@@ -118,6 +119,7 @@ impl Feeder {
         let member = Member {
             shared: Arc::clone(&self.shared),
             number: self.number,
+            group: self.group.clone(),
             topic: self.topic.clone(),
             own: self.own.clone(),
             revoke_wait: self.settings.revoke_wait,
@@ -286,10 +288,10 @@ impl Fetching<'_> {
     }
 
     /// Pauses (or resumes) what is assigned of the destination; again after each rebalance, since new partitions are not
-    /// paused.
+    /// paused, and one that was paused when it was lost still is when it comes back.
     fn pause(&mut self, feeder: &Feeder, pause: bool) {
         let has_changed = self.consumer.context().has_changed.swap(false, Ordering::AcqRel);
-        if pause == self.is_paused && !(pause && has_changed) {
+        if pause == self.is_paused && !has_changed {
             return;
         }
         let Ok(assigned) = self.consumer.assignment() else { return };
@@ -361,11 +363,16 @@ fn is_gone(consumer: &Client, topic: &str) -> bool {
 
 /// One commit for the list.
 pub(crate) fn commit_list(consumer: &Client, commits: &[(&str, i32, i64, &str)], mode: CommitMode) -> KafkaResult<()> {
+    consumer.commit(&offsets(commits)?, mode)
+}
+
+/// Offsets of topics' partitions, with their metadata.
+pub(crate) fn offsets(commits: &[(&str, i32, i64, &str)]) -> KafkaResult<TopicPartitionList> {
     let mut list = TopicPartitionList::with_capacity(commits.len());
     for (topic, partition, offset, metadata) in commits {
         let mut element = list.add_partition(topic, *partition);
         element.set_offset(Offset::Offset(*offset))?;
         element.set_metadata(metadata);
     }
-    consumer.commit(&list, mode)
+    Ok(list)
 }

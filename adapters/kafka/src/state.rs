@@ -15,6 +15,7 @@ use tokio::sync::Notify;
 
 use crate::blocks::Blocks;
 use crate::codec::Chunk;
+use crate::joined::Joining;
 use crate::lanes::{Log, Partition, Stage};
 use crate::note::{self, Origin, Retry};
 use crate::progress::{Commit, Progress};
@@ -38,6 +39,8 @@ pub(crate) struct Shared {
     held_bytes: usize,
     /// The threads that fetch, to be woken when there is room again.
     feeders: Mutex<Vec<std::thread::Thread>>,
+    /// What transactions need of the subscription.
+    pub(crate) joining: Joining,
 }
 
 /// A record in a subscription.
@@ -84,6 +87,7 @@ impl Shared {
             held_retries,
             held_bytes,
             feeders: Mutex::default(),
+            joining: Joining::default(),
         }
     }
 
@@ -253,7 +257,11 @@ impl Shared {
     pub(crate) fn to_commit(&self, feeder: usize, scope: &Scope<'_>) -> Vec<(Log, i32, Commit)> {
         let mut state = self.lock();
         let mut commits = Vec::new();
-        for owned in state.partitions.iter_mut().filter(|owned| owned.feeder == feeder && owned.is_owned) {
+        for owned in state
+            .partitions
+            .iter_mut()
+            .filter(|owned| owned.feeder == feeder && owned.is_owned && owned.frozen_by.is_none())
+        {
             if let Scope::Leaving(only) = scope
                 && !only.contains(&owned.partition)
             {
@@ -262,7 +270,11 @@ impl Shared {
             for log in Log::BOTH {
                 let partition = owned.partition;
                 let track = owned.track(log);
-                let commit = if *scope == Scope::Changed { track.uncommitted() } else { track.commit(true) };
+                let commit = if *scope == Scope::Changed {
+                    track.uncommitted(self.joining.is_used())
+                } else {
+                    track.commit(true)
+                };
                 commits.extend(commit.map(|commit| (log, partition, commit)));
             }
         }
@@ -335,6 +347,12 @@ impl Shared {
             return None;
         }
         let result = act(state, place);
+        self.has_settled(state);
+        Some(result)
+    }
+
+    /// Tells those who wait for it that something was settled or came back.
+    pub(crate) fn has_settled(&self, state: &mut State) {
         if state.is_revoking {
             self.settled.notify_all();
         }
@@ -342,7 +360,6 @@ impl Shared {
             state.is_starving = false;
             self.wake_feeders();
         }
-        Some(result)
     }
 }
 
