@@ -288,10 +288,10 @@ impl Fetching<'_> {
     }
 
     /// Pauses (or resumes) what is assigned of the destination; again after each rebalance, since new partitions are not
-    /// paused, and one that was paused when it was lost still is when it comes back.
+    /// paused.
     fn pause(&mut self, feeder: &Feeder, pause: bool) {
         let has_changed = self.consumer.context().has_changed.swap(false, Ordering::AcqRel);
-        if pause == self.is_paused && !has_changed {
+        if pause == self.is_paused && !(pause && has_changed) {
             return;
         }
         let Ok(assigned) = self.consumer.assignment() else { return };
