@@ -118,11 +118,12 @@ impl Broker for KafkaBroker {
         if let Err(error) = self.open("publish") {
             return Confirms::ready(batch.iter().map(|_| Err(error.duplicate())).collect());
         }
-        let line = match &terms.options.transaction {
+        // The transaction does not end before the batch has been handed over.
+        let joined = match &terms.options.transaction {
             None => None,
             Some(transaction) => {
-                match KafkaTransaction::of(transaction, &self.transactions).and_then(|open| open.line()) {
-                    Ok(line) => Some(line),
+                match KafkaTransaction::of(transaction, &self.transactions).and_then(|open| open.busy("publish")) {
+                    Ok(joined) => Some(joined),
                     Err(error) => return Confirms::ready(batch.iter().map(|_| Err(error.duplicate())).collect()),
                 }
             }
@@ -140,7 +141,8 @@ impl Broker for KafkaBroker {
             return Confirms::ready(batch.iter().map(|_| Err(late())).collect());
         };
         let routes = self.topology.route(destinations, deadline).await;
-        self.publisher.publish(&batch, &terms, &routes, deadline, line.as_deref()).await
+        let line = joined.as_ref().map(|(_, line)| &**line);
+        self.publisher.publish(&batch, &terms, &routes, deadline, line).await
     }
 
     async fn subscribe(&self, spec: SubscribeSpec) -> Result<Box<dyn Subscription>> {

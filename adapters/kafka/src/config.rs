@@ -303,6 +303,13 @@ impl Settings {
         config
     }
 
+    /// The same for everything that is stored, also in transactions that have not ended.
+    pub(crate) fn reader_of_all(&self, group: &str) -> ClientConfig {
+        let mut config = self.reader(group);
+        config.set("isolation.level", "read_uncommitted");
+        config
+    }
+
     pub(crate) fn consumer(&self, group: &str) -> ClientConfig {
         let mut config = self.client();
         config

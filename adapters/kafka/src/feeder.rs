@@ -123,6 +123,7 @@ impl Feeder {
             topic: self.topic.clone(),
             own: self.own.clone(),
             revoke_wait: self.settings.revoke_wait,
+            patience: self.settings.transaction_timeout,
             has_joined: AtomicBool::new(false),
             has_changed: AtomicBool::new(false),
             retries: parking_lot::Mutex::default(),

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anybroker_core::{Error, ErrorKind, Result};
 use parking_lot::Mutex;
@@ -16,7 +16,7 @@ use crate::error::failed;
 use crate::feeder::commit_list;
 use crate::groups;
 use crate::lanes::Log;
-use crate::progress::Commit;
+use crate::progress::{Commit, Progress};
 use crate::settle::OwnTopics;
 use crate::state::{Scope, Shared};
 
@@ -29,6 +29,8 @@ pub(crate) struct Member {
     pub(crate) topic: String,
     pub(crate) own: OwnTopics,
     pub(crate) revoke_wait: Duration,
+    /// How long the group's offsets are waited for.
+    pub(crate) patience: Duration,
     pub(crate) has_joined: AtomicBool,
     /// The assignment is another one than the feeder knows.
     pub(crate) has_changed: AtomicBool,
@@ -98,11 +100,7 @@ impl Member {
         }
         let mut progress = Vec::new();
         if !partitions.is_empty() {
-            // Without it, what was settled above a prefix comes again: allowed, and better than not to go on.
-            progress = groups::progress_of(consumer, &both, "receive").unwrap_or_else(|error| {
-                tracing::warn!(%error, topic = self.topic, "what was settled out of order could not be read");
-                Vec::new()
-            });
+            progress = self.progress(consumer, &both);
         }
         progress.resize(partitions.len() + companions.len(), None);
         for (index, partition) in partitions.iter().enumerate() {
@@ -119,6 +117,26 @@ impl Member {
         // (rdkafka_assignment.c takes back the library's), and what was resumed meanwhile did not name it.
         if let Err(error) = consumer.resume(&both) {
             tracing::warn!(%error, topic = self.topic, "an assignment could not be resumed");
+        }
+    }
+
+    /// Where the group is. The offsets of a transaction that has not ended are not told before it has (KIP-447): those of a process
+    /// that died in it are waited for as long as the broker does.
+    fn progress(&self, consumer: &BaseConsumer<Self>, partitions: &TopicPartitionList) -> Vec<Option<Progress>> {
+        let deadline = Instant::now() + self.patience;
+        loop {
+            match groups::progress_of(consumer, partitions, "receive") {
+                Ok(progress) => return progress,
+                Err(error) => {
+                    let is_transient = matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Timeout);
+                    let is_over = self.shared.is_closing.load(Ordering::Acquire) || consumer.assignment_lost();
+                    if !is_transient || is_over || Instant::now() >= deadline {
+                        // What was settled above a prefix comes again: better than not to go on.
+                        tracing::warn!(%error, topic = self.topic, "what was settled out of order could not be read");
+                        return Vec::new();
+                    }
+                }
+            }
         }
     }
 

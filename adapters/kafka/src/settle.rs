@@ -114,14 +114,14 @@ impl Settler for KafkaSettler {
 
     fn settle_in(&self, transaction: &Arc<dyn Transaction>, batch: Vec<(Delivery, Settlement)>) -> Settling {
         let open = KafkaTransaction::of(transaction, &self.transactions);
-        let (settling, line, open) =
-            match open.and_then(|open| open.settling().map(|(settling, line)| (settling, line, open))) {
-                Ok(found) => found,
-                Err(error) => {
-                    let refuse = |(delivery, _)| Err(SettleError::new(delivery, error.duplicate()));
-                    return Settling::ready(batch.into_iter().map(refuse).collect());
-                }
-            };
+        let (busy, line, open) = match open.and_then(|open| open.busy("settle").map(|(busy, line)| (busy, line, open)))
+        {
+            Ok(found) => found,
+            Err(error) => {
+                let refuse = |(delivery, _)| Err(SettleError::new(delivery, error.duplicate()));
+                return Settling::ready(batch.into_iter().map(refuse).collect());
+            }
+        };
         let mut outcomes: Vec<Option<SettleOutcome>> = Vec::with_capacity(batch.len());
         let (mut acked, mut hops): (Vec<Place>, Vec<Joining>) = (Vec::new(), Vec::new());
         let mut state = self.shared.lock();
@@ -197,7 +197,7 @@ impl Settler for KafkaSettler {
                     }
                 });
             }
-            drop(settling);
+            drop(busy);
             outcomes.into_iter().flatten().collect()
         });
         Settling::waiting(async move { work.await.expect("storing cannot panic, and nobody aborts it") })

@@ -44,12 +44,17 @@ pub(crate) struct Open {
     idle: Condvar,
 }
 
+/// What was settled in it, by subscription.
+type Settled = Vec<(Arc<Shared>, Vec<Place>)>;
+
 struct State {
     /// Taken by its end.
     slot: Option<Slot>,
-    settled: Vec<(Arc<Shared>, Vec<Place>)>,
-    /// Who is settling in it at the moment.
+    settled: Settled,
+    /// Who is publishing or settling in it at the moment.
     busy: usize,
+    /// What was settled in it has been taken.
+    is_over: bool,
     /// Why it cannot be committed: nobody knows whether something is part of it.
     doubt: Option<Error>,
     /// Counts among the open ones.
@@ -72,7 +77,8 @@ enum Committed {
 
 impl KafkaTransaction {
     pub(crate) fn new(transactions: &Arc<Transactions>, slot: Slot, id: u32, permit: OwnedSemaphorePermit) -> Self {
-        let state = State { slot: Some(slot), settled: Vec::new(), busy: 0, doubt: None, permit: Some(permit) };
+        let state =
+            State { slot: Some(slot), settled: Vec::new(), busy: 0, is_over: false, doubt: None, permit: Some(permit) };
         Self(Arc::new(Open {
             id,
             transactions: Arc::clone(transactions),
@@ -129,10 +135,10 @@ impl Drop for KafkaTransaction {
     }
 }
 
-/// Somebody settles in a transaction, which waits for him before it ends.
-pub(crate) struct Settling(Arc<Open>);
+/// Somebody publishes or settles in a transaction, which waits for him before it ends.
+pub(crate) struct Busy(Arc<Open>);
 
-impl Drop for Settling {
+impl Drop for Busy {
     fn drop(&mut self) {
         self.0.state.lock().busy -= 1;
         self.0.idle.notify_all();
@@ -140,27 +146,27 @@ impl Drop for Settling {
 }
 
 impl Open {
-    /// The client to publish with.
-    pub(crate) fn line(&self) -> Result<Arc<Line>> {
-        let state = self.state.lock();
-        state.slot.as_ref().map(|slot| Arc::clone(&slot.line)).ok_or_else(|| over("publish"))
-    }
-
-    /// The client, for somebody who settles in the transaction.
-    pub(crate) fn settling(self: &Arc<Self>) -> Result<(Settling, Arc<Line>)> {
+    /// The client, for somebody who publishes or settles in the transaction. It does not end while he does: the client's next
+    /// transaction would get what is meant for this one.
+    pub(crate) fn busy(self: &Arc<Self>, operation: &'static str) -> Result<(Busy, Arc<Line>)> {
         let mut state = self.state.lock();
-        let line = state.slot.as_ref().map(|slot| Arc::clone(&slot.line)).ok_or_else(|| over("settle"))?;
+        let line = state.slot.as_ref().map(|slot| Arc::clone(&slot.line)).ok_or_else(|| over(operation))?;
         state.busy += 1;
         drop(state);
-        Ok((Settling(Arc::clone(self)), line))
+        Ok((Busy(Arc::clone(self)), line))
     }
 
-    /// These are settled when it commits.
+    /// These are settled when it commits. They come back when it has not waited for them.
     pub(crate) fn settles(&self, shared: &Arc<Shared>, places: Vec<Place>) {
         if places.is_empty() {
             return;
         }
         let mut state = self.state.lock();
+        if state.is_over {
+            drop(state);
+            shared.finish(self.id, places.into_iter().map(|place| (place, false)));
+            return;
+        }
         match state.settled.iter_mut().find(|(other, _)| Arc::ptr_eq(other, shared)) {
             Some((_, settled)) => settled.extend(places),
             None => state.settled.push((Arc::clone(shared), places)),
@@ -186,19 +192,21 @@ impl Open {
         }
     }
 
-    /// What was settled in it, when nobody is settling any more. It is not to be used again.
-    fn settled(&self, deadline: Instant) -> Result<Vec<(Arc<Shared>, Vec<Place>)>> {
+    /// What was settled in it, when nobody works in it any more, or the time is over: then it is not to be committed.
+    fn settled(&self, deadline: Instant) -> (Settled, Result<()>) {
         let mut state = self.state.lock();
-        while state.busy > 0 {
+        let mut idle = Ok(());
+        while state.busy > 0 && idle.is_ok() {
             if self.idle.wait_until(&mut state, deadline).timed_out() {
-                let text = "something is still being settled in the transaction";
-                return Err(Error::new(ErrorKind::Timeout, "commit", text).with_effect(Effect::NotDone));
+                let text = "something is still being published or settled in the transaction";
+                idle = Err(Error::new(ErrorKind::Timeout, "commit", text).with_effect(Effect::NotDone));
             }
         }
+        state.is_over = true;
         let mut settled = std::mem::take(&mut state.settled);
         // Every transaction asks in this order, so that none waits for one that waits for it.
         settled.sort_by_key(|(shared, _)| Arc::as_ptr(shared) as usize);
-        Ok(settled)
+        (settled, idle)
     }
 
     fn deadline(&self) -> Instant {
@@ -209,13 +217,12 @@ impl Open {
         let deadline = self.deadline();
         let client = Arc::clone(&slot.line.client());
         let mut frozen = Vec::new();
-        let settled = self.settled(deadline);
-        let committed = match &settled {
-            Err(error) => Committed::No(error.duplicate(), true),
-            Ok(settled) => self.try_commit(&client, settled, &mut frozen, deadline),
+        let (settled, idle) = self.settled(deadline);
+        let committed = match idle {
+            Err(error) => Committed::No(error, true),
+            Ok(()) => self.try_commit(&client, &settled, &mut frozen, deadline),
         };
         drop(client);
-        let settled = settled.unwrap_or_default();
         match committed {
             Committed::Yes => {
                 self.finish(&settled, true);
@@ -288,9 +295,9 @@ impl Open {
 
     fn abort(&self, slot: Slot) -> Result<()> {
         let deadline = self.deadline();
-        let settled = self.settled(deadline);
-        let aborted = self.take_back(slot, deadline);
-        self.finish(&settled.unwrap_or_default(), false);
+        let (settled, _) = self.settled(deadline);
+        let aborted = self.take_back(slot, deadline.max(Instant::now() + PAUSE));
+        self.finish(&settled, false);
         aborted
     }
 
@@ -302,9 +309,10 @@ impl Open {
             false => again(deadline, || client.abort_transaction(left(deadline))).map_err(|error| self.failure(&error)),
         };
         drop(client);
-        match aborted {
-            Ok(()) => self.transactions.reuse(slot),
-            Err(_) => self.transactions.discard(slot),
+        // Who works in it still has the client, whose next transaction is not his.
+        match aborted.is_ok() && self.state.lock().busy == 0 {
+            true => self.transactions.reuse(slot),
+            false => self.transactions.discard(slot),
         }
         aborted
     }

@@ -190,33 +190,6 @@ async fn a_transaction_that_was_open_for_too_long_is_taken_back() {
     bus.close(LONG).await.unwrap();
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_message_that_fails_at_the_broker_keeps_its_transaction_from_committing() {
-    let Some(url) = url() else { return };
-    let bus = connect(&url, "partitions=1").await;
-    let (good, gone) = (unique("fails-good"), unique("fails-gone"));
-    let mut subscriber = subscribe(&bus, &good).await;
-    publish(&bus, numbered(&gone, 0..1)).await;
-    let transaction = bus.begin().await.unwrap();
-    publish_in(&bus, &transaction, numbered(&good, 0..3)).await;
-    // Known to the adapter, and gone at the broker.
-    bus.delete(gone.as_str(), None).await.unwrap();
-    let options = PublishOptions::default().with_transaction(Arc::clone(&transaction)).with_timeout(LONG);
-    let outcome = bus.submit(numbered(&gone, 1..2), &options).await.await.remove(0);
-    if outcome.is_ok() {
-        println!("inconclusive: the topic was created again");
-        return;
-    }
-    let error = transaction.commit().await.unwrap_err();
-    assert_eq!(error.effect(), Effect::NotDone, "{error:?}");
-    let transaction = bus.begin().await.unwrap();
-    publish_in(&bus, &transaction, numbered(&good, 7..8)).await;
-    transaction.commit().await.unwrap();
-    assert_eq!(take(&mut subscriber, 1).await, [7]);
-    drop(subscriber);
-    bus.close(LONG).await.unwrap();
-}
-
 /// Works on the source in transactions: for each message one of the same number. Says how many are done after each commit.
 async fn work(bus: &Bus, source: &str, made: &str, until: impl Fn(u32) -> bool) {
     let mut subscriber = bus.subscribe(bus.subscription(source, "g")).await.unwrap();
@@ -299,24 +272,80 @@ async fn each_message_has_its_effect_once_although_the_process_is_killed_in_its_
     bus.close(LONG).await.unwrap();
 }
 
+/// Buries what comes next in a transaction, which is left open.
+async fn bury(bus: &Bus, subscriber: &mut Subscriber) -> Arc<dyn Transaction> {
+    let delivery = receive(subscriber, 1).await.remove(0);
+    let transaction = bus.begin().await.unwrap();
+    let verdict = Box::new(Verdict::new(Reason::Rejected));
+    settle_in(&transaction, vec![(delivery, Settlement::DeadLetter(verdict))]).await.remove(0).unwrap();
+    transaction
+}
+
+/// How many dead letters are put back.
+async fn redrive(bus: &Bus, destination: &str) -> u64 {
+    bus.dead_letters(destination, "g").unwrap().redrive(&Default::default()).await.unwrap().moved
+}
+
+/// Kafka marks what a transaction committed after it has answered the commit.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_dead_letter_of_a_transaction_is_redriven_to_its_group() {
+async fn a_dead_letter_of_a_transaction_is_redriven_to_its_group_as_soon_as_the_commit_has_answered() {
     let Some(url) = url() else { return };
     let bus = connect(&url, "partitions=1").await;
     let name = unique("letter-in");
     let mut subscriber = subscribe(&bus, &name).await;
-    publish(&bus, numbered(&name, 0..1)).await;
-    let delivery = receive(&mut subscriber, 1).await.remove(0);
-    let transaction = bus.begin().await.unwrap();
-    let verdict = Box::new(Verdict::new(Reason::Rejected));
-    settle_in(&transaction, vec![(delivery, Settlement::DeadLetter(verdict))]).await.remove(0).unwrap();
-    transaction.commit().await.unwrap();
-    let report = bus.dead_letters(name.as_str(), "g").unwrap().redrive(&Default::default()).await.unwrap();
-    assert_eq!(report.moved, 1);
-    let again = receive(&mut subscriber, 1).await.remove(0);
-    assert_eq!((number(&again), again.attempt()), (0, 1));
-    again.ack().await.unwrap();
+    for round in 0..10 {
+        publish(&bus, numbered(&name, round..round + 1)).await;
+        bury(&bus, &mut subscriber).await.commit().await.unwrap();
+        assert_eq!(redrive(&bus, &name).await, 1, "in round {round}");
+        let again = receive(&mut subscriber, 1).await.remove(0);
+        assert_eq!((number(&again), again.attempt()), (round, 1));
+        again.ack().await.unwrap();
+    }
     subscriber.close(LONG).await.unwrap();
     bus.delete(name.as_str(), None).await.unwrap();
+    bus.close(LONG).await.unwrap();
+}
+
+/// The mark by which it was removed stands behind what is open.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_letter_that_was_put_back_is_not_put_back_again_while_another_one_is_in_an_open_transaction() {
+    let Some(url) = url() else { return };
+    let bus = connect(&url, "partitions=1").await;
+    let name = unique("letter-open");
+    let mut subscriber = subscribe(&bus, &name).await;
+    publish(&bus, numbered(&name, 0..2)).await;
+    bury(&bus, &mut subscriber).await.commit().await.unwrap();
+    let transaction = bury(&bus, &mut subscriber).await;
+    assert_eq!(redrive(&bus, &name).await, 1, "the one that is committed");
+    assert_eq!(redrive(&bus, &name).await, 0, "it is gone, and the other one is not there yet");
+    transaction.commit().await.unwrap();
+    assert_eq!(redrive(&bus, &name).await, 1, "the other one");
+    assert_eq!(take(&mut subscriber, 2).await, [0, 1]);
+    nothing(&mut subscriber).await;
+    subscriber.close(LONG).await.unwrap();
+    bus.delete(name.as_str(), None).await.unwrap();
+    bus.close(LONG).await.unwrap();
+}
+
+/// Its client serves the next transaction afterwards.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_commit_waits_for_a_publish_of_its_transaction_that_has_not_been_handed_over_yet() {
+    let Some(url) = url() else { return };
+    let bus = connect(&url, "partitions=1").await;
+    let (name, fresh) = (unique("handed-over"), unique("handed-over-fresh"));
+    let mut subscriber = subscribe(&bus, &name).await;
+    let transaction = bus.begin().await.unwrap();
+    // Publishes are handed over one after the other, and the first one makes its topic before.
+    let ((), (), committed) = tokio::join!(
+        publish(&bus, numbered(&fresh, 0..1)),
+        publish_in(&bus, &transaction, numbered(&name, 0..3)),
+        transaction.commit()
+    );
+    committed.unwrap();
+    assert_eq!(take(&mut subscriber, 3).await, [0, 1, 2]);
+    subscriber.close(LONG).await.unwrap();
+    for destination in [name, fresh] {
+        bus.delete(destination.as_str(), None).await.unwrap();
+    }
     bus.close(LONG).await.unwrap();
 }

@@ -109,7 +109,7 @@ async fn what_became_of_a_commit_without_an_answer_is_found_out_and_each_message
     let fate = Arc::new(Fate::default());
     proxy(&server, &fate).await;
     let through = format!("kafka://127.0.0.1:{}", server.port("advertised.listeners", "PROXIED"));
-    let bus = connect(&through, "partitions=1&transaction_timeout=8s").await;
+    let bus = connect(&through, "partitions=1&transaction_timeout=5s").await;
     let direct = connect(&common::url().unwrap(), "partitions=1").await;
     let (source, made) = (unique("unknown-source"), unique("unknown-made"));
     let mut subscriber = bus.subscribe(bus.subscription(source.as_str(), "g")).await.unwrap();
