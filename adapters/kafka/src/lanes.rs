@@ -114,13 +114,23 @@ impl Track {
 
     /// The unsettled record at `offset`.
     pub(crate) fn find(&mut self, offset: i64) -> Option<&mut Entry> {
-        let place = self.entries.binary_search_by_key(&offset, |entry| entry.offset).ok()?;
+        // Nearly always nothing is missing between the first one and this one.
+        let likely = usize::try_from(offset - self.entries.front()?.offset).ok()?;
+        let place = match self.entries.get(likely) {
+            Some(entry) if entry.offset == offset => likely,
+            _ => self.entries.binary_search_by_key(&offset, |entry| entry.offset).ok()?,
+        };
         self.entries.get_mut(place).filter(|entry| entry.stage != Stage::Settled)
     }
 
     /// The record at `offset` is done.
     pub(crate) fn settle(&mut self, offset: i64) {
-        let Some(entry) = self.find(offset) else { return };
+        self.settle_if(offset, |_| true);
+    }
+
+    /// The record at `offset` is done if it is unsettled and in such a stage; tells whether it was.
+    pub(crate) fn settle_if(&mut self, offset: i64, is_right: impl FnOnce(Stage) -> bool) -> bool {
+        let Some(entry) = self.find(offset).filter(|entry| is_right(entry.stage)) else { return false };
         (entry.stage, entry.chunk) = (Stage::Settled, None);
         self.settled_inside += 1;
         while self.entries.front().is_some_and(|entry| entry.stage == Stage::Settled) {
@@ -132,6 +142,7 @@ impl Track {
             self.entries.retain(|entry| entry.stage != Stage::Settled);
             self.settled_inside = 0;
         }
+        true
     }
 
     /// Up to where (exclusive) everything is settled; `None` when nothing is known.

@@ -64,6 +64,10 @@ struct Joining {
 #[async_trait]
 impl Settler for KafkaSettler {
     fn settle(&self, batch: Vec<(Delivery, Settlement)>) -> Settling {
+        // Nearly every batch.
+        if batch.iter().all(|(_, settlement)| matches!(settlement, Settlement::Ack)) {
+            return Settling::ready(self.ack(batch));
+        }
         let mut outcomes: Vec<Option<SettleOutcome>> = Vec::with_capacity(batch.len());
         let mut hops = Vec::new();
         let mut state = self.shared.lock();
@@ -216,6 +220,16 @@ impl Settler for KafkaSettler {
 }
 
 impl KafkaSettler {
+    fn ack(&self, batch: Vec<(Delivery, Settlement)>) -> Vec<SettleOutcome> {
+        let mut state = self.shared.lock();
+        let acked: Vec<bool> = batch.iter().map(|(delivery, _)| state.ack(delivery.lane(), delivery.token())).collect();
+        self.shared.has_settled(&mut state);
+        // The messages are dropped without the lock.
+        drop(state);
+        let outcome = |((delivery, _), acked): ((Delivery, _), bool)| recorded(delivery, acked.then_some(()));
+        batch.into_iter().zip(acked).map(outcome).collect()
+    }
+
     /// Hands retries and dead letters to the client in this call; each source is settled when its record is confirmed,
     /// whether or not somebody waits for the answer.
     fn hop(&self, mut outcomes: Vec<Option<SettleOutcome>>, hops: Vec<(usize, Delivery, Hop, Origin)>) -> Settling {
