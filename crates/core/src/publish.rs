@@ -88,6 +88,8 @@ pub enum PublishOrder {
 /// # Behavior
 /// - Until the commit nobody sees anything of it; after it, everybody sees all of it. An `Ok` of a publish or a settle in it
 ///   says that it will be part of the commit.
+/// - A commit that has answered is decided, and lasts. A subscription may see it a moment later; looking for dead letters waits
+///   for that moment.
 /// - What is refused before it is sent is no part of it, and harms it not. What fails at the broker lets the commit fail.
 /// - Without a commit nothing of it becomes visible, and what was settled in it comes back as if it had been released:
 ///   after an abort, a failed commit, a drop, a close, a crash.
