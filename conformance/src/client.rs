@@ -45,7 +45,7 @@ impl<'e> Client<'e> {
         self.number
     }
 
-    fn record(&self, what: What) {
+    pub(crate) fn record(&self, what: What) {
         self.env.history.record(self.number, what);
     }
 
@@ -129,7 +129,7 @@ impl<'e> Client<'e> {
         Ok(())
     }
 
-    fn invoke(&self, batch: &[Message]) -> Vec<u64> {
+    pub(crate) fn invoke(&self, batch: &[Message]) -> Vec<u64> {
         let mut sent = self.sent.lock();
         let invoke = |message: &Message| {
             let call = self.env.history.number();

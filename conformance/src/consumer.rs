@@ -273,6 +273,34 @@ impl<'e> Held<'e> {
         std::mem::forget(self.delivery.take());
     }
 
+    /// Acks it in a way that must fail; the delivery comes back with the error.
+    pub(crate) async fn refused_in(
+        mut self,
+        settle: impl FnOnce((Delivery, Settlement)) -> anybroker_core::Settling,
+    ) -> Proof<(Self, Error)> {
+        self.record(What::SettleInvoke { delivery: self.number, verb: Verb::Ack });
+        let delivery = *self.delivery.take().expect("held until settled");
+        let settling = settle((delivery, Settlement::Ack));
+        match self.env.bounded("settle", settling).await?.pop().expect("one outcome per entry") {
+            Ok(level) => {
+                self.record(What::SettleOk { delivery: self.number, level });
+                Err(Breach::Failed("an ack that must be refused answers Ok".into()))
+            }
+            Err(failed) => {
+                let (delivery, error) = failed.into_parts();
+                let (kind, effect) = (error.kind(), error.effect());
+                self.record(What::SettleFail { delivery: self.number, kind, effect });
+                self.delivery = Some(Box::new(delivery));
+                Ok((self, error))
+            }
+        }
+    }
+
+    /// The delivery itself, for who records what becomes of it.
+    pub(crate) fn take(mut self) -> (u32, u64, Delivery) {
+        (self.client, self.number, *self.delivery.take().expect("held until settled"))
+    }
+
     fn record(&self, what: What) {
         self.env.history.record(self.client, what);
     }

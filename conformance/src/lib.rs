@@ -36,6 +36,7 @@ mod report;
 mod run;
 mod sweep;
 mod timeline;
+mod unit;
 mod volume;
 
 pub use case::{Case, Level, Outcome};

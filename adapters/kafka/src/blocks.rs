@@ -50,6 +50,9 @@ impl Blocks {
 
     /// A record is settled for good: what waited for it may be tried again.
     pub(crate) fn release(&mut self, lane: u32, offset: i64) -> BTreeSet<i64> {
+        if self.failed.is_empty() {
+            return BTreeSet::new();
+        }
         let Some(key) = self.failed.remove(&(lane, offset)) else { return BTreeSet::new() };
         let place = (lane, key);
         let Some(waiting) = self.keys.get_mut(&place) else { return BTreeSet::new() };

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anybroker_core::{
     Broker, Capabilities, Confirms, DeadLetterId, DeadLetterPage, DeadLetterScope, Declared, Description, Destination,
     Endpoint, Error, ErrorKind, Group, Lag, Message, PublishTerms, Result, SubscribeSpec, Subscription, TopologySpec,
+    Transaction,
 };
 use async_trait::async_trait;
 use parking_lot::Mutex;
@@ -20,6 +21,8 @@ use crate::publisher::{Publisher, unavailable};
 use crate::state::Shared;
 use crate::subscription::KafkaSubscription;
 use crate::topology::Topology;
+use crate::transaction::KafkaTransaction;
+use crate::transactions::Transactions;
 use crate::{describe, lag};
 
 pub(crate) struct KafkaBroker {
@@ -27,6 +30,7 @@ pub(crate) struct KafkaBroker {
     capabilities: Capabilities,
     settings: Settings,
     publisher: Arc<Publisher>,
+    transactions: Arc<Transactions>,
     topology: Arc<Topology>,
     letters: Letters,
     turn: tokio::sync::Mutex<()>,
@@ -41,11 +45,23 @@ impl KafkaBroker {
             reach(&publisher, settings.connect_timeout).await.map_err(|error| error.with("url", &settings.url))?;
         let server = format!("Kafka, {brokers} broker(s); its version is not told to clients");
         let topology = Arc::new(Topology::new(&settings, &publisher)?);
+        let transactions = Transactions::new(&settings, &publisher);
         let letters = Letters::new(&publisher, &topology);
         let endpoint = Endpoint { scheme: "kafka", mode: settings.mode().into(), url: settings.url.clone(), server };
         let capabilities = capabilities(&settings);
         let (turn, subscriptions, is_closed) = Default::default();
-        Ok(Self { endpoint, capabilities, settings, publisher, topology, letters, turn, subscriptions, is_closed })
+        Ok(Self {
+            endpoint,
+            capabilities,
+            settings,
+            publisher,
+            transactions,
+            topology,
+            letters,
+            turn,
+            subscriptions,
+            is_closed,
+        })
     }
 
     fn open(&self, operation: &'static str) -> Result<()> {
@@ -102,6 +118,16 @@ impl Broker for KafkaBroker {
         if let Err(error) = self.open("publish") {
             return Confirms::ready(batch.iter().map(|_| Err(error.duplicate())).collect());
         }
+        // The transaction does not end before the batch has been handed over.
+        let joined = match &terms.options.transaction {
+            None => None,
+            Some(transaction) => {
+                match KafkaTransaction::of(transaction, &self.transactions).and_then(|open| open.busy("publish")) {
+                    Ok(joined) => Some(joined),
+                    Err(error) => return Confirms::ready(batch.iter().map(|_| Err(error.duplicate())).collect()),
+                }
+            }
+        };
         let mut destinations: Vec<Destination> = Vec::with_capacity(1);
         for message in &batch {
             // Neighbours mostly go the same way.
@@ -115,12 +141,13 @@ impl Broker for KafkaBroker {
             return Confirms::ready(batch.iter().map(|_| Err(late())).collect());
         };
         let routes = self.topology.route(destinations, deadline).await;
-        self.publisher.publish(&batch, &terms, &routes, deadline).await
+        let line = joined.as_ref().map(|(_, line)| &**line);
+        self.publisher.publish(&batch, &terms, &routes, deadline, line).await
     }
 
     async fn subscribe(&self, spec: SubscribeSpec) -> Result<Box<dyn Subscription>> {
         self.open("subscribe")?;
-        let subscription = KafkaSubscription::open(&spec, &self.settings, &self.topology).await?;
+        let subscription = KafkaSubscription::open(&spec, &self.settings, &self.topology, &self.transactions).await?;
         let mut subscriptions = self.subscriptions.lock();
         subscriptions.retain(|other| other.strong_count() > 0);
         subscriptions.push(Arc::downgrade(subscription.shared()));
@@ -181,23 +208,29 @@ impl Broker for KafkaBroker {
         lag::lag(&self.topology, destination, group).await
     }
 
+    async fn begin(&self) -> Result<Arc<dyn Transaction>> {
+        self.open("begin")?;
+        Ok(Arc::new(self.transactions.begin().await?))
+    }
+
     async fn close(&self, grace: Duration) -> Result<()> {
         if self.is_closed.swap(true, Ordering::AcqRel) {
             return Ok(());
         }
+        let aborted = self.transactions.close(Instant::now() + grace).await;
         for subscription in std::mem::take(&mut *self.subscriptions.lock()) {
             if let Some(shared) = subscription.upgrade() {
                 shared.close();
             }
         }
         let flushed = self.publisher.flush(grace).await;
-        for reporter in self.publisher.stop() {
+        for reporter in self.publisher.stop().into_iter().chain(self.transactions.stop()) {
             // It ends within its poll.
             let joined = tokio::task::spawn_blocking(move || reporter.join()).await;
             if !matches!(joined, Ok(Ok(()))) {
                 return Err(Error::new(ErrorKind::Unexpected, "close", "the client's thread panicked"));
             }
         }
-        flushed
+        flushed.and(aborted)
     }
 }

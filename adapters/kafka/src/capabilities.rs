@@ -63,7 +63,7 @@ pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
         unroutable_detected: Support::Native,
         // Idempotence removes what the client itself sends twice, not a second publish of an id.
         publish_dedup: absent("Kafka does not look at ids; SQS FIFO and JetStream do"),
-        transactions: absent("this adapter does not use Kafka's transactions"),
+        transactions: Support::Native,
         tombstones: Support::Native,
         declare: Support::Native,
         describe: Support::Native,

@@ -26,6 +26,9 @@ const TYPE_NATIVE: u8 = 4;
 const TYPE_INSIDE: u8 = 8;
 const HEADERS_INSIDE: u8 = 16;
 
+/// So many headers of a record are looked at once.
+const FEW_HEADERS: usize = 4;
+
 /// Kafka drops records by their timestamp (retention) and refuses those from the future
 /// (`message.timestamp.after.max.ms`, one hour): only what is near now is its timestamp, anything else is data.
 const NATIVE_TIMESTAMP_MS: u64 = 30 * 60 * 1000;
@@ -282,6 +285,10 @@ impl Filling {
         header: &dyn Fn(usize) -> Option<Header<'h, &'h [u8]>>,
         decoded: &mut Record,
     ) -> Option<()> {
+        // Each look into the client's list checks the name anew: once for each header, where there are as few as usual.
+        let few: [_; FEW_HEADERS] =
+            std::array::from_fn(|index| (index < count && count <= FEW_HEADERS).then(|| header(index)));
+        let header = |index: usize| if count <= FEW_HEADERS { few[index].clone().flatten() } else { header(index) };
         let find =
             |name: &str, from: usize| (from..count).find(|index| header(*index).is_some_and(|found| found.key == name));
         let value = |index: usize| header(index).and_then(|header| header.value);

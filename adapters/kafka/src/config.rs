@@ -6,6 +6,8 @@ use anybroker_core::Secret;
 use anybroker_core::config::{Field, Problem, Section};
 use rdkafka::ClientConfig;
 
+use crate::publisher::TRANSACTION_BATCH;
+
 /// The settings of section `kafka`.
 pub(crate) const FIELDS: &[Field] = &[
     Field::bool("create_destinations", "Whether publishing creates a destination that is missing.", "true"),
@@ -46,6 +48,17 @@ pub(crate) const FIELDS: &[Field] = &[
         "10000",
     ),
     Field::integer("held_mib", "MiB that those may take.", 1, 1_000_000, "64"),
+    Field::text(
+        "transactional_id",
+        "The name of this process in transactions. A process that connects with the same name fences this one, and takes \
+         back what it left open. Without it a random one.",
+    ),
+    Field::duration(
+        "transaction_timeout",
+        "How long a transaction may be open; then the broker takes it back. A commit or abort ends within that time too.",
+        "30s",
+    ),
+    Field::integer("open_transactions", "Transactions that are open at the same time; more wait.", 1, 1_000, "8"),
     Field::duration("dead_letter_retention", "How long created dead-letter topics keep a letter.", "7d"),
     Field::bool("tls", "Whether the connection is encrypted.", "false"),
     Field::text("tls_ca", "A file of the certificate authorities (PEM) to trust instead of the system's."),
@@ -143,6 +156,9 @@ pub(crate) struct Settings {
     pub(crate) held_retries: usize,
     pub(crate) held_bytes: usize,
     pub(crate) dead_letter_retention: Duration,
+    pub(crate) transactional_id: Option<String>,
+    pub(crate) transaction_timeout: Duration,
+    pub(crate) open_transactions: usize,
     security: Security,
     compression: String,
     linger: Duration,
@@ -168,6 +184,10 @@ impl Settings {
             held_retries: usize::try_from(section.integer("held_retries")).expect("the field's bounds are positive"),
             held_bytes: usize::try_from(section.integer("held_mib")).expect("the field's bounds are positive") << 20,
             dead_letter_retention: section.duration("dead_letter_retention"),
+            transactional_id: section.optional_text("transactional_id").map(ToOwned::to_owned),
+            transaction_timeout: section.duration("transaction_timeout"),
+            open_transactions: usize::try_from(section.integer("open_transactions"))
+                .expect("the field's bounds are positive"),
             security: Security::read(section),
             compression: section.text("compression").to_owned(),
             linger: section.duration("linger"),
@@ -206,6 +226,11 @@ impl Settings {
                 "kafka.sasl",
                 "this program was built without the feature `tls` of anybroker-kafka, which SCRAM needs",
             );
+        }
+        let timeout = section.duration("transaction_timeout");
+        if !(Duration::from_secs(1)..=Duration::from_secs(900)).contains(&timeout) {
+            // Brokers refuse more than transaction.max.timeout.ms, 15 minutes.
+            wrong("kafka.transaction_timeout", "expected 1s to 15m");
         }
         if !matches!(section.url().path(), "" | "/") {
             wrong("url", "a path means nothing to Kafka; destinations are named by the messages");
@@ -260,10 +285,28 @@ impl Settings {
         config
     }
 
+    /// One of the clients for transactions.
+    pub(crate) fn transactional(&self, id: &str) -> ClientConfig {
+        let mut config = self.producer(Some(TRANSACTION_BATCH));
+        config
+            .set("transactional.id", id)
+            .set("transaction.timeout.ms", self.transaction_timeout.as_millis().to_string())
+            // What the broker has taken back must not be tried any longer.
+            .set("message.timeout.ms", self.delivery_timeout.min(self.transaction_timeout).as_millis().to_string());
+        config
+    }
+
     /// For offsets and letters: it never joins the group.
     pub(crate) fn reader(&self, group: &str) -> ClientConfig {
         let mut config = self.consumer(group);
         config.set("enable.partition.eof", "true");
+        config
+    }
+
+    /// The same for everything that is stored, also in transactions that have not ended.
+    pub(crate) fn reader_of_all(&self, group: &str) -> ClientConfig {
+        let mut config = self.reader(group);
+        config.set("isolation.level", "read_uncommitted");
         config
     }
 

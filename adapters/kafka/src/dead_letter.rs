@@ -22,6 +22,9 @@ use crate::topology::Topology;
 
 /// How long putting letters back or removing them may take.
 const STORE: Duration = Duration::from_secs(30);
+/// How long looking for letters waits for transactions that have put some there: as a rule they have ended, and readers see it
+/// a moment later. One that stays open is not waited for any longer; its letters are not there yet.
+const PATIENCE: Duration = Duration::from_secs(3);
 /// Indexes of other scopes are forgotten beyond that; they are read again when they are needed.
 const INDEXES: usize = 16;
 
@@ -61,10 +64,12 @@ impl Letters {
         Self { publisher: Arc::clone(publisher), topology: Arc::clone(topology), indexes: Mutex::default() }
     }
 
-    /// Works on the index of a scope, which is brought up to date first. Blocks elsewhere.
+    /// Works on the index of a scope, which is brought up to date first. Blocks elsewhere. An id comes from a page, so that who
+    /// has one needs no patience.
     async fn with_index<R: Send + 'static>(
         &self,
         scope: &DeadLetterScope,
+        patience: Duration,
         work: impl FnOnce(&mut Index) -> Result<R> + Send + 'static,
     ) -> Result<R> {
         let topic = names::dead_letters(&scope.source, &scope.group);
@@ -79,7 +84,7 @@ impl Letters {
         };
         let read = tokio::task::spawn_blocking(move || {
             let mut index = index.lock();
-            index.refresh()?;
+            index.refresh(patience)?;
             work(&mut index)
         });
         read.await.expect("reading letters cannot panic")
@@ -95,14 +100,14 @@ impl Letters {
             None => 0,
             Some(id) => offset(id).ok_or_else(|| missing(id).with("expected", "a number"))?,
         };
-        let (found, next) = self.with_index(scope, move |index| index.page(from, max)).await?;
+        let (found, next) = self.with_index(scope, PATIENCE, move |index| index.page(from, max)).await?;
         let letters = found.into_iter().map(|found| letter(scope, found).1).collect();
         Ok(DeadLetterPage { letters, next: next.map(|next| DeadLetterId(next.to_string().into())) })
     }
 
     /// How many there are.
     pub(crate) async fn count(&self, scope: &DeadLetterScope) -> Result<u64> {
-        self.with_index(scope, |index| Ok(index.len() as u64)).await
+        self.with_index(scope, PATIENCE, |index| Ok(index.len() as u64)).await
     }
 
     /// Each goes back to its group by the retry topic, confirmed, before it is removed here.
@@ -144,7 +149,7 @@ impl Letters {
     pub(crate) async fn purge(&self, scope: &DeadLetterScope, ids: &[DeadLetterId]) -> Vec<Result<()>> {
         let topic: Arc<str> = names::dead_letters(&scope.source, &scope.group).into();
         let wanted: Vec<Option<i64>> = ids.iter().map(offset).collect();
-        let keys = self.with_index(scope, move |index| {
+        let keys = self.with_index(scope, Duration::ZERO, move |index| {
             Ok(wanted.iter().map(|offset| offset.and_then(|offset| index.key(offset))).collect::<Vec<_>>())
         });
         let keys = match keys.await {
@@ -178,7 +183,7 @@ impl Letters {
 
     async fn find(&self, scope: &DeadLetterScope, ids: &[DeadLetterId]) -> Result<Vec<Option<Found>>> {
         let wanted: Vec<Option<i64>> = ids.iter().map(offset).collect();
-        self.with_index(scope, move |index| index.find(&wanted)).await
+        self.with_index(scope, Duration::ZERO, move |index| index.find(&wanted)).await
     }
 
     async fn topics(&self, scope: &DeadLetterScope) -> Result<OwnTopics> {

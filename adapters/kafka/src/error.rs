@@ -72,7 +72,10 @@ pub(crate) fn kind(code: Code) -> ErrorKind {
         | Code::UnsupportedSASLMechanism
         | Code::IllegalSASLState => ErrorKind::Unauthenticated,
         Code::InvalidTimestamp | Code::InvalidRecord | Code::InvalidMessage => ErrorKind::InvalidMessage,
-        Code::TopicAlreadyExists => ErrorKind::AlreadyExists,
+        // Another process has taken the transactional id of this one.
+        Code::TopicAlreadyExists | Code::Fenced | Code::ProducerFenced | Code::InvalidProducerEpoch => {
+            ErrorKind::AlreadyExists
+        }
         Code::InvalidTopic | Code::InvalidGroupId | Code::InvalidConfig | Code::InvalidReplicationFactor => {
             ErrorKind::ConfigInvalid
         }
@@ -91,6 +94,8 @@ pub(crate) fn kind(code: Code) -> ErrorKind {
         | Code::NetworkException
         | Code::CoordinatorLoadInProgress
         | Code::CoordinatorNotAvailable
+        | Code::ConcurrentTransactions
+        | Code::TransactionCoordinatorFenced
         | Code::NotCoordinator
         | Code::NotController
         | Code::NotEnoughReplicas

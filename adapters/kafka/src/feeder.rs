@@ -77,6 +77,7 @@ impl Feeder {
             // Nobody wants it any more.
             self.shared.close();
         }
+        self.shared.joining.reads(self.number, &consumer);
         let mut fetching =
             Fetching { consumer: &consumer, is_paused: false, full_since: None, queues: BTreeMap::new() };
         let mut last_commit = Instant::now();
@@ -118,9 +119,11 @@ impl Feeder {
         let member = Member {
             shared: Arc::clone(&self.shared),
             number: self.number,
+            group: self.group.clone(),
             topic: self.topic.clone(),
             own: self.own.clone(),
             revoke_wait: self.settings.revoke_wait,
+            patience: self.settings.transaction_timeout,
             has_joined: AtomicBool::new(false),
             has_changed: AtomicBool::new(false),
             retries: parking_lot::Mutex::default(),
@@ -165,6 +168,12 @@ impl Feeder {
             let topic = if log == Log::Main { &self.topic } else { &*self.own.retries };
             let chunk = filling.finish(self.destination.clone(), format!("{topic}/{partition}"));
             self.shared.add(self.number, log, partition, &Arc::new(chunk));
+        }
+    }
+
+    fn add_all(&self, collected: Option<Collecting>) {
+        if let Some(Collecting { log, handle: (_, partition), filling }) = collected {
+            self.add(log, partition, filling);
         }
     }
 
@@ -219,10 +228,13 @@ impl Fetching<'_> {
             std::thread::park_timeout(POLL);
         } else {
             self.pause(feeder, true);
-            // Only for rebalances and errors. What comes in spite of the pause is kept: dropping it would be a gap.
+            // Only for rebalances and errors. What comes in spite of the pause, of a partition that the same poll assigned, is
+            // kept: dropping it would be a gap.
+            let mut filling = None;
             if let Some(result) = self.consumer.poll(POLL) {
-                take(feeder, self.consumer, result, &mut None);
+                take(feeder, self.consumer, result, &mut filling);
             }
+            feeder.add_all(filling);
         }
         if shared.is_degraded() {
             self.probe(feeder);
@@ -256,9 +268,7 @@ impl Fetching<'_> {
                     None => break,
                 }
             }
-            if let Some(((log, partition), filling)) = filling {
-                feeder.add(log, partition, filling);
-            }
+            feeder.add_all(filling);
         }
     }
 
@@ -273,9 +283,7 @@ impl Fetching<'_> {
             }
             wait = Duration::ZERO;
         }
-        if let Some(((log, partition), filling)) = filling {
-            feeder.add(log, partition, filling);
-        }
+        feeder.add_all(filling);
     }
 
     /// Whether the broker answers again; there is no event for it.
@@ -306,24 +314,36 @@ impl Fetching<'_> {
 }
 
 /// Records of one partition on their way into a chunk.
-type Collected = Option<((Log, i32), Filling)>;
+struct Collecting {
+    /// The client's handle of the topic, only to be compared, and the partition.
+    handle: (*const (), i32),
+    log: Log,
+    filling: Filling,
+}
 
-fn take(feeder: &Feeder, consumer: &Client, result: KafkaResult<BorrowedMessage<'_>>, filling: &mut Collected) {
+fn take(
+    feeder: &Feeder,
+    consumer: &Client,
+    result: KafkaResult<BorrowedMessage<'_>>,
+    filling: &mut Option<Collecting>,
+) {
     let record = match result {
         Ok(record) => record,
         Err(error) => return trouble(feeder, consumer, &error),
     };
-    let place = (feeder.log(&record), record.partition());
-    let is_other = filling
-        .as_ref()
-        .is_some_and(|(other, filling)| *other != place || filling.bytes() + record.payload_len() > CHUNK_BYTES);
-    if is_other && let Some(((log, partition), filled)) = filling.take() {
-        feeder.add(log, partition, filled);
+    // Looking at the name for each record costs more than copying it.
+    let handle = (record.topic_ptr().cast_const().cast(), record.partition());
+    let is_full = |filling: &Filling| filling.bytes() + record.payload_len() > CHUNK_BYTES;
+    if let Some(collected) = filling.take_if(|one| one.handle != handle || is_full(&one.filling)) {
+        feeder.add_all(Some(collected));
     }
-    let size = || CHUNK_BYTES.min((record.payload_len() + 256) * 64).max(record.payload_len() + 256);
-    let fresh = || (place, Filling::with_capacity(size(), 64, place.0 == Log::Retry));
-    filling.get_or_insert_with(fresh).1.push(&record);
-    feeder.shared.degraded(None);
+    let fresh = || {
+        feeder.shared.degraded(None);
+        let log = feeder.log(&record);
+        let bytes = CHUNK_BYTES.min((record.payload_len() + 256) * 64).max(record.payload_len() + 256);
+        Collecting { handle, log, filling: Filling::with_capacity(bytes, 64, log == Log::Retry) }
+    };
+    filling.get_or_insert_with(fresh).filling.push(&record);
 }
 
 fn trouble(feeder: &Feeder, consumer: &Client, error: &KafkaError) {
@@ -361,11 +381,16 @@ fn is_gone(consumer: &Client, topic: &str) -> bool {
 
 /// One commit for the list.
 pub(crate) fn commit_list(consumer: &Client, commits: &[(&str, i32, i64, &str)], mode: CommitMode) -> KafkaResult<()> {
+    consumer.commit(&offsets(commits)?, mode)
+}
+
+/// Offsets of topics' partitions, with their metadata.
+pub(crate) fn offsets(commits: &[(&str, i32, i64, &str)]) -> KafkaResult<TopicPartitionList> {
     let mut list = TopicPartitionList::with_capacity(commits.len());
     for (topic, partition, offset, metadata) in commits {
         let mut element = list.add_partition(topic, *partition);
         element.set_offset(Offset::Offset(*offset))?;
         element.set_metadata(metadata);
     }
-    consumer.commit(&list, mode)
+    Ok(list)
 }

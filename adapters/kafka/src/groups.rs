@@ -83,6 +83,23 @@ pub(crate) fn progress_of<C: ConsumerContext>(
         .collect())
 }
 
+/// The same as the cluster has it, asked once.
+pub(crate) fn found<C: ConsumerContext>(
+    consumer: &BaseConsumer<C>,
+    partitions: &TopicPartitionList,
+    timeout: Duration,
+) -> KafkaResult<Vec<Option<(i64, String)>>> {
+    let offsets = consumer.committed_offsets(partitions.clone(), timeout)?;
+    let told = |asked: TopicPartitionListElem<'_>| {
+        let found = offsets.find_partition(asked.topic(), asked.partition())?;
+        match found.offset() {
+            Offset::Offset(offset) => Some((offset, metadata(&found))),
+            _ => None,
+        }
+    };
+    Ok(partitions.elements().into_iter().map(told).collect())
+}
+
 /// rdkafka panics on metadata that is not UTF-8, which another program may have committed.
 fn metadata(element: &TopicPartitionListElem<'_>) -> String {
     std::panic::catch_unwind(AssertUnwindSafe(|| element.metadata().to_owned())).unwrap_or_default()

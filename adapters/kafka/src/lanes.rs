@@ -29,6 +29,8 @@ pub(crate) enum Stage {
     Ready,
     /// With the application, or its retry or dead letter is on its way.
     Out,
+    /// Settled in that open transaction: done when it commits, and back when it does not.
+    Joined(u32),
     /// Held back until its delay ends, or behind a failed one of its key.
     Held,
     /// Acked, dead-lettered, or copied to the retry topic.
@@ -71,8 +73,11 @@ pub(crate) struct Track {
     /// Where the group was when the lane was assigned, and what it had settled above that.
     start: Option<i64>,
     restored: VecDeque<(i64, i64)>,
-    /// What was last committed.
+    /// What was last committed, and whether the broker is known to have it.
     committed: Option<Commit>,
+    is_confirmed: bool,
+    /// What a transaction commits that has no outcome yet.
+    in_transaction: Option<Commit>,
 }
 
 impl Track {
@@ -109,13 +114,23 @@ impl Track {
 
     /// The unsettled record at `offset`.
     pub(crate) fn find(&mut self, offset: i64) -> Option<&mut Entry> {
-        let place = self.entries.binary_search_by_key(&offset, |entry| entry.offset).ok()?;
+        // Nearly always nothing is missing between the first one and this one.
+        let likely = usize::try_from(offset - self.entries.front()?.offset).ok()?;
+        let place = match self.entries.get(likely) {
+            Some(entry) if entry.offset == offset => likely,
+            _ => self.entries.binary_search_by_key(&offset, |entry| entry.offset).ok()?,
+        };
         self.entries.get_mut(place).filter(|entry| entry.stage != Stage::Settled)
     }
 
     /// The record at `offset` is done.
     pub(crate) fn settle(&mut self, offset: i64) {
-        let Some(entry) = self.find(offset) else { return };
+        self.settle_if(offset, |_| true);
+    }
+
+    /// The record at `offset` is done if it is unsettled and in such a stage; tells whether it was.
+    pub(crate) fn settle_if(&mut self, offset: i64, is_right: impl FnOnce(Stage) -> bool) -> bool {
+        let Some(entry) = self.find(offset).filter(|entry| is_right(entry.stage)) else { return false };
         (entry.stage, entry.chunk) = (Stage::Settled, None);
         self.settled_inside += 1;
         while self.entries.front().is_some_and(|entry| entry.stage == Stage::Settled) {
@@ -127,6 +142,7 @@ impl Track {
             self.entries.retain(|entry| entry.stage != Stage::Settled);
             self.settled_inside = 0;
         }
+        true
     }
 
     /// Up to where (exclusive) everything is settled; `None` when nothing is known.
@@ -147,14 +163,51 @@ impl Track {
         Some(Commit::new(prefix, out, self.count(Stage::Held), unsettled, read, self.restored.iter().copied()))
     }
 
-    /// What there is to commit, where it differs from what was.
-    pub(crate) fn uncommitted(&self) -> Option<Commit> {
-        self.commit(false).filter(|commit| self.committed.as_ref() != Some(commit))
+    /// What there would be to commit if those offsets were settled too. `None`: one of them is above a hole, and the metadata
+    /// of a commit does not hold it, so it would come again although it was committed.
+    pub(crate) fn commit_with(&self, joined: &[i64]) -> Option<Commit> {
+        let is_joined = |entry: &&Entry| joined.binary_search(&entry.offset).is_ok();
+        let unsettled = || self.entries.iter().filter(|entry| entry.stage != Stage::Settled && !is_joined(entry));
+        let prefix = unsettled().next().map(|entry| entry.offset).or(self.next)?;
+        let out = unsettled().filter(|entry| matches!(entry.stage, Stage::Out | Stage::Joined(_))).count();
+        let (read, offsets) = (self.next.unwrap_or(prefix), unsettled().map(|entry| entry.offset));
+        let commit = Commit::new(prefix, out, self.count(Stage::Held), offsets, read, self.restored.iter().copied());
+        let told = Progress::read(commit.offset, &commit.metadata);
+        joined.iter().all(|offset| told.holds(*offset)).then_some(commit)
+    }
+
+    /// What there is to commit, where it differs from what was. With `settled` only what is settled counts, not what is out.
+    pub(crate) fn uncommitted(&self, settled: bool) -> Option<Commit> {
+        let is_same = |commit: &Commit| {
+            self.committed.as_ref().is_some_and(|last| last == commit || settled && last.settles_the_same(commit))
+        };
+        self.commit(false).filter(|commit| !is_same(commit))
     }
 
     /// It was committed; `None`: or was not, after all.
     pub(crate) fn committed(&mut self, commit: Option<Commit>) {
-        self.committed = commit;
+        (self.committed, self.is_confirmed) = (commit, false);
+    }
+
+    /// What was committed and may still be on its way.
+    pub(crate) fn unconfirmed(&self) -> Option<&Commit> {
+        self.committed.as_ref().filter(|_| !self.is_confirmed)
+    }
+
+    /// The broker has it.
+    pub(crate) fn confirmed(&mut self) {
+        self.is_confirmed = true;
+    }
+
+    pub(crate) fn transacted(&mut self, commit: Commit) {
+        self.in_transaction = Some(commit);
+    }
+
+    /// A transaction has ended.
+    pub(crate) fn end_transaction(&mut self, is_committed: bool) {
+        if let Some(commit) = self.in_transaction.take().filter(|_| is_committed) {
+            (self.committed, self.is_confirmed) = (Some(commit), true);
+        }
     }
 }
 
@@ -168,6 +221,8 @@ pub(crate) struct Partition {
     pub(crate) is_owned: bool,
     /// It is being taken away: nothing of it is handed out any more.
     pub(crate) is_leaving: bool,
+    /// That transaction commits offsets of it, and has no outcome yet: a commit beside it could undo what it says.
+    pub(crate) frozen_by: Option<u32>,
     main: Track,
     retry: Track,
 }
@@ -189,6 +244,7 @@ impl Partition {
             partition,
             is_owned: false,
             is_leaving: false,
+            frozen_by: None,
             main: Track::default(),
             retry: Track::default(),
         }
@@ -197,19 +253,19 @@ impl Partition {
     /// It belongs to this member now.
     pub(crate) fn assign(&mut self, main: Option<Progress>, retry: Option<Progress>) {
         self.lane.epoch += 1;
-        (self.is_owned, self.is_leaving) = (true, false);
+        (self.is_owned, self.is_leaving, self.frozen_by) = (true, false, None);
         self.main.assign(main);
         self.retry.assign(retry);
     }
 
     /// It belongs to somebody else.
     pub(crate) fn lose(&mut self) -> Held {
-        (self.is_owned, self.is_leaving) = (false, false);
+        (self.is_owned, self.is_leaving, self.frozen_by) = (false, false, None);
         let mut lost = Held::default();
         for track in [&mut self.main, &mut self.retry] {
             for entry in &track.entries {
                 match entry.stage {
-                    Stage::Ready | Stage::Out => lost.unsettled += 1,
+                    Stage::Ready | Stage::Out | Stage::Joined(_) => lost.unsettled += 1,
                     Stage::Held => {
                         lost.held += 1;
                         lost.held_bytes += entry.weight();
@@ -230,6 +286,7 @@ impl Partition {
     }
 
     pub(crate) fn has_out(&self) -> bool {
-        [&self.main, &self.retry].into_iter().any(|track| track.entries.iter().any(|entry| entry.stage == Stage::Out))
+        let is_out = |entry: &Entry| matches!(entry.stage, Stage::Out | Stage::Joined(_));
+        [&self.main, &self.retry].into_iter().any(|track| track.entries.iter().any(is_out))
     }
 }

@@ -8,7 +8,7 @@ use rdkafka::config::FromClientConfig;
 use rdkafka::consumer::{BaseConsumer, Consumer};
 use rdkafka::error::KafkaError;
 use rdkafka::message::{BorrowedMessage, Message as _};
-use rdkafka::{Offset, TopicPartitionList};
+use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
 use crate::codec::Filling;
 use crate::config::Settings;
@@ -20,6 +20,8 @@ use crate::note::{self, Letter};
 const OPERATION: &str = "dead letters";
 /// How long reading may go on without a record.
 const SILENCE: Duration = Duration::from_secs(10);
+/// How often it is looked whether a transaction has ended.
+const LOOK: Duration = Duration::from_millis(10);
 
 /// A letter as it is stored.
 pub(crate) struct Found {
@@ -61,10 +63,21 @@ impl Index {
         self.live.get(&offset).cloned()
     }
 
-    /// Reads what came since the last time.
-    pub(crate) fn refresh(&mut self) -> Result<()> {
-        let consumer = self.consumer()?;
-        let (low, high) = groups::watermarks(&consumer, &self.topic, 0, OPERATION)?;
+    /// Reads what came since the last time. For what is there in a transaction its end is waited for, `patience` at most: Kafka
+    /// answers a commit before readers see what it committed (the markers are written after the answer, KIP-98).
+    pub(crate) fn refresh(&mut self, patience: Duration) -> Result<()> {
+        let (committed, all) = (self.settings.reader(&self.group()), self.settings.reader_of_all(&self.group()));
+        let (consumer, all) = (client(&committed)?, client(&all)?);
+        let (_, end) = groups::watermarks(&all, &self.topic, 0, OPERATION)?;
+        let deadline = Instant::now() + patience;
+        let (low, high) = loop {
+            // Of a reader of what is committed: up to the first open transaction.
+            let (low, high) = groups::watermarks(&consumer, &self.topic, 0, OPERATION)?;
+            if high >= end || Instant::now() >= deadline {
+                break (low, high);
+            }
+            std::thread::sleep(LOOK);
+        };
         if high < self.next {
             // It was deleted, and is another one.
             (self.next, self.live, self.by_key) = Default::default();
@@ -83,6 +96,15 @@ impl Index {
             }
         })?;
         self.next = self.next.max(high);
+        if high < end {
+            // Removals are in no transaction. Unseen behind an open one, they would let a letter be put back twice.
+            self.scan(&all, high, end, |index, record| {
+                if let (None, Some(key)) = (record.payload(), record.key()) {
+                    let offset = index.by_key.get(&*String::from_utf8_lossy(key)).copied();
+                    offset.into_iter().for_each(|offset| index.remove(offset));
+                }
+            })?;
+        }
         Ok(())
     }
 
@@ -112,7 +134,7 @@ impl Index {
         let (Some(first), Some(last)) = (places.keys().min().copied(), places.keys().max().copied()) else {
             return Ok(found);
         };
-        let consumer = self.consumer()?;
+        let consumer = client(&self.settings.reader(&self.group()))?;
         self.scan(&consumer, first, last + 1, |index, record| {
             let Some(place) = places.get(&record.offset()) else { return };
             let chunk = Filling::one(record, true).finish(index.scope.source.clone(), format!("{}/0", index.topic));
@@ -126,10 +148,8 @@ impl Index {
         Ok(found)
     }
 
-    fn consumer(&self) -> Result<BaseConsumer> {
-        let topic = names::topic(&self.scope.source);
-        BaseConsumer::from_config(&self.settings.reader(&names::group(&topic, &self.scope.group)))
-            .map_err(|error| failed(OPERATION, &error))
+    fn group(&self) -> String {
+        names::group(&names::topic(&self.scope.source), &self.scope.group)
     }
 
     /// Reads from `from` up to (exclusive) `end`. Compaction leaves gaps, the last of which only the end of the
@@ -177,4 +197,8 @@ impl Index {
         }
         consumer.unassign().map_err(|error| failed(OPERATION, &error))
     }
+}
+
+fn client(config: &ClientConfig) -> Result<BaseConsumer> {
+    BaseConsumer::from_config(config).map_err(|error| failed(OPERATION, &error))
 }

@@ -13,6 +13,7 @@ mod describe;
 mod error;
 mod feeder;
 mod groups;
+mod joined;
 mod lag;
 mod lanes;
 mod letters;
@@ -26,6 +27,8 @@ mod settle;
 mod state;
 mod subscription;
 mod topology;
+mod transaction;
+mod transactions;
 mod trim;
 
 use std::sync::Arc;

@@ -29,6 +29,8 @@ pub(crate) struct Line {
 /// nothing any more, and is replaced.
 struct Current {
     config: ClientConfig,
+    /// One with a transaction is not replaced: what it held of the transaction is gone with it.
+    is_replaced: bool,
     board: Arc<Board>,
     faults: Arc<Faults>,
     client: RwLock<Arc<Client>>,
@@ -43,11 +45,12 @@ struct Faults {
 
 impl Line {
     pub(crate) fn new(config: ClientConfig, board: &Arc<Board>) -> Result<Self> {
+        let is_replaced = config.get("transactional.id").is_none();
         let (board, faults) = (Arc::clone(board), Arc::new(Faults::default()));
         let context = Reports { board: Arc::clone(&board), faults: Arc::clone(&faults) };
         let client = Client::from_config_and_context(&config, context).map_err(|error| failed("connect", &error))?;
         let client = RwLock::new(Arc::new(client));
-        let current = Arc::new(Current { config, board, faults, client });
+        let current = Arc::new(Current { config, is_replaced, board, faults, client });
         let stopping = Arc::new(AtomicBool::new(false));
         let reporter = {
             let (current, stopping) = (Arc::clone(&current), Arc::clone(&stopping));
@@ -67,6 +70,11 @@ impl Line {
     /// The client, which is not replaced while the guard is held.
     pub(crate) fn client(&self) -> RwLockReadGuard<'_, Arc<Client>> {
         self.current.client.read()
+    }
+
+    /// After a fatal error there is a fresh client a moment later.
+    pub(crate) fn is_replaced(&self) -> bool {
+        self.current.is_replaced
     }
 
     /// The client has said that it takes nothing any more.
@@ -103,7 +111,7 @@ impl Current {
     fn serve(&self) {
         let client = Arc::clone(&self.client.read());
         client.poll(Duration::from_millis(50));
-        if !self.faults.is_fatal.swap(false, Ordering::AcqRel) {
+        if !self.is_replaced || !self.faults.is_fatal.swap(false, Ordering::AcqRel) {
             return;
         }
         let Some((code, reason)) = client.client().fatal_error() else { return };

@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anybroker_core::Result;
+use anybroker_core::{Error, ErrorKind, Result};
 use parking_lot::Mutex;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer, ConsumerContext};
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
@@ -16,6 +16,7 @@ use crate::error::failed;
 use crate::feeder::commit_list;
 use crate::groups;
 use crate::lanes::Log;
+use crate::progress::{Commit, Progress};
 use crate::settle::OwnTopics;
 use crate::state::{Scope, Shared};
 
@@ -24,9 +25,12 @@ use crate::state::{Scope, Shared};
 pub(crate) struct Member {
     pub(crate) shared: Arc<Shared>,
     pub(crate) number: usize,
+    pub(crate) group: String,
     pub(crate) topic: String,
     pub(crate) own: OwnTopics,
     pub(crate) revoke_wait: Duration,
+    /// How long the group's offsets are waited for.
+    pub(crate) patience: Duration,
     pub(crate) has_joined: AtomicBool,
     /// The assignment is another one than the feeder knows.
     pub(crate) has_changed: AtomicBool,
@@ -37,17 +41,23 @@ pub(crate) struct Member {
 impl Member {
     /// Commits the prefix of each lane, and what is settled above it. Answers how far the retry partitions are settled.
     pub(crate) fn commit(&self, consumer: &BaseConsumer<Self>, scope: &Scope<'_>) -> Result<Vec<(i32, i64)>> {
+        // While a transaction makes sure that nothing is on its way, nobody waits for it but who commits for the last time.
+        let patience = if *scope == Scope::Changed { Duration::ZERO } else { self.revoke_wait };
+        let Some(_turn) = self.shared.joining.turn(patience) else {
+            let text = "a transaction of the same group took too long";
+            let late = || Error::new(ErrorKind::Unavailable, "commit", text);
+            return if *scope == Scope::Changed { Ok(Vec::new()) } else { Err(late()) };
+        };
+        self.commit_in_turn(consumer, scope)
+    }
+
+    /// The same for who has the turn.
+    pub(crate) fn commit_in_turn(&self, consumer: &BaseConsumer<Self>, scope: &Scope<'_>) -> Result<Vec<(i32, i64)>> {
         let commits = self.shared.to_commit(self.number, scope);
         if commits.is_empty() {
             return Ok(Vec::new());
         }
-        let list: Vec<(&str, i32, i64, &str)> = commits
-            .iter()
-            .map(|(log, partition, commit)| {
-                let topic = if *log == Log::Main { &*self.topic } else { &*self.own.retries };
-                (topic, *partition, commit.offset, &*commit.metadata)
-            })
-            .collect();
+        let list = self.named(&commits);
         let mode = if *scope == Scope::Changed { CommitMode::Async } else { CommitMode::Sync };
         match commit_list(consumer, &list, mode) {
             Ok(()) => {
@@ -61,6 +71,15 @@ impl Member {
                 Err(failed("commit", &error))
             }
         }
+    }
+
+    /// Commits with the topics that they are of.
+    pub(crate) fn named<'c>(&'c self, commits: &'c [(Log, i32, Commit)]) -> Vec<(&'c str, i32, i64, &'c str)> {
+        let named = |(log, partition, commit): &'c (Log, i32, Commit)| {
+            let topic = if *log == Log::Main { &*self.topic } else { &*self.own.retries };
+            (topic, *partition, commit.offset, &*commit.metadata)
+        };
+        commits.iter().map(named).collect()
     }
 
     /// The partitions of the retry topic that go with those of the destination.
@@ -81,11 +100,7 @@ impl Member {
         }
         let mut progress = Vec::new();
         if !partitions.is_empty() {
-            // Without it, what was settled above a prefix comes again: allowed, and better than not to go on.
-            progress = groups::progress_of(consumer, &both, "receive").unwrap_or_else(|error| {
-                tracing::warn!(%error, topic = self.topic, "what was settled out of order could not be read");
-                Vec::new()
-            });
+            progress = self.progress(consumer, &both);
         }
         progress.resize(partitions.len() + companions.len(), None);
         for (index, partition) in partitions.iter().enumerate() {
@@ -102,6 +117,26 @@ impl Member {
         // (rdkafka_assignment.c takes back the library's), and what was resumed meanwhile did not name it.
         if let Err(error) = consumer.resume(&both) {
             tracing::warn!(%error, topic = self.topic, "an assignment could not be resumed");
+        }
+    }
+
+    /// Where the group is. The offsets of a transaction that has not ended are not told before it has (KIP-447): those of a process
+    /// that died in it are waited for as long as the broker does.
+    fn progress(&self, consumer: &BaseConsumer<Self>, partitions: &TopicPartitionList) -> Vec<Option<Progress>> {
+        let deadline = Instant::now() + self.patience;
+        loop {
+            match groups::progress_of(consumer, partitions, "receive") {
+                Ok(progress) => return progress,
+                Err(error) => {
+                    let is_transient = matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Timeout);
+                    let is_over = self.shared.is_closing.load(Ordering::Acquire) || consumer.assignment_lost();
+                    if !is_transient || is_over || Instant::now() >= deadline {
+                        // What was settled above a prefix comes again: better than not to go on.
+                        tracing::warn!(%error, topic = self.topic, "what was settled out of order could not be read");
+                        return Vec::new();
+                    }
+                }
+            }
         }
     }
 

@@ -75,9 +75,25 @@ impl Commit {
     }
 }
 
+impl Commit {
+    /// Whether the same is settled; what is out and held back may differ.
+    fn settled(&self) -> (i64, &str) {
+        (self.offset, self.metadata.splitn(5, ' ').nth(4).unwrap_or_default())
+    }
+
+    pub(crate) fn settles_the_same(&self, other: &Self) -> bool {
+        self.settled() == other.settled()
+    }
+}
+
 impl Progress {
     pub(crate) fn read(offset: i64, metadata: &str) -> Self {
         Self::parse(offset, metadata).unwrap_or(Self { offset, ..Self::default() })
+    }
+
+    /// Whether what stands at `offset` is settled.
+    pub(crate) fn holds(&self, offset: i64) -> bool {
+        offset < self.offset || self.settled.iter().any(|(begin, end)| (*begin..*end).contains(&offset))
     }
 
     fn parse(offset: i64, metadata: &str) -> Option<Self> {

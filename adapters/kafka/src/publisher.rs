@@ -25,6 +25,8 @@ use crate::line::{Client, Line, is_of_topic};
 
 /// librdkafka makes batches of up to so many bytes, unless it is told less (`batch.size`).
 const BATCH: usize = 1_000_000;
+/// In a transaction one client publishes to all topics: its batches are small enough for almost every one.
+pub(crate) const TRANSACTION_BATCH: usize = 16_384;
 
 /// The producers of an endpoint, shared by everything that publishes on it.
 pub(crate) struct Publisher {
@@ -82,14 +84,20 @@ impl Publisher {
         Ok(line)
     }
 
+    /// A client for transactions.
+    pub(crate) fn transactional(&self, id: &str) -> Result<Line> {
+        Line::new(self.settings.transactional(id), &self.board)
+    }
+
     /// Hands a batch over, in order; waits only while librdkafka's buffers are full. `routes` answers where each
-    /// destination's messages go, or why they cannot.
+    /// destination's messages go, or why they cannot. In a transaction its client takes them all.
     pub(crate) async fn publish(
         &self,
         batch: &[Message],
         terms: &PublishTerms,
         routes: &Routes,
         deadline: Instant,
+        transaction: Option<&Line>,
     ) -> Confirms {
         let mut answers = self.board.open(batch.len());
         answers.of_topics(routes.0.iter().filter_map(|(_, route)| Some(Arc::clone(&route.as_ref().ok()?.topic))));
@@ -108,10 +116,15 @@ impl Publisher {
                     if let Err(error) = route.check(message, &headers) {
                         break Err(error);
                     }
+                    if transaction.is_some() && route.largest < TRANSACTION_BATCH {
+                        let text = "the topic takes smaller batches than a transaction's (max.message.bytes)";
+                        break Err(Error::unsupported("publish", text).with("smallest", TRANSACTION_BATCH));
+                    }
+                    let line = transaction.unwrap_or(&route.line);
                     let (key, payload) = (message.key(), message.payload());
                     let record = Outgoing { topic: &route.topic, partition: None, key, payload, headers, timestamp };
                     let seen = keys.as_ref().map(|keys| keys.seen);
-                    match self.enqueue(&route.line, record, &mut answers, index, seen, deadline).await {
+                    match self.enqueue(line, record, &mut answers, index, seen, deadline).await {
                         Ok(()) => break Ok(()),
                         Err(Unsent::Setback) => {}
                         Err(Unsent::Refused(error)) => break Err(error),
@@ -143,7 +156,7 @@ impl Publisher {
                 Ok(()) => return Ok(()),
                 Err((Refusal::Setback, _)) => return Err(Unsent::Setback),
                 Err((Refusal::Client(error), back)) => {
-                    if !is_for_later(&error) {
+                    if !is_for_later(line, &error) {
                         return Err(Unsent::Refused(unpublished(&error).with_effect(Effect::NotDone)));
                     }
                     record = back;
@@ -165,22 +178,32 @@ impl Publisher {
         records: Vec<OwnRecord>,
         deadline: Instant,
     ) -> impl Future<Output = Vec<PublishOutcome>> + Send + 'static {
+        self.store_by(&self.main, records, deadline)
+    }
+
+    /// The same by another client: a transaction's.
+    pub(crate) fn store_by(
+        self: &Arc<Self>,
+        line: &Arc<Line>,
+        records: Vec<OwnRecord>,
+        deadline: Instant,
+    ) -> impl Future<Output = Vec<PublishOutcome>> + Send + 'static {
         let mut answers = self.board.open(records.len());
         let mut waiting = Vec::new();
         for (index, record) in records.into_iter().enumerate() {
-            match self.send(&self.main, record.outgoing(), &mut answers, index, None) {
+            match self.send(line, record.outgoing(), &mut answers, index, None) {
                 Ok(()) => {}
-                Err((Refusal::Client(error), _)) if !is_for_later(&error) => {
+                Err((Refusal::Client(error), _)) if !is_for_later(line, &error) => {
                     answers.refuse(index, unpublished(&error).with_effect(Effect::NotDone));
                 }
                 Err(_) => waiting.push((index, record)),
             }
         }
-        let publisher = Arc::clone(self);
+        let (publisher, line) = (Arc::clone(self), Arc::clone(line));
         async move {
             for (index, record) in waiting {
                 let record = record.outgoing();
-                let sent = publisher.enqueue(&publisher.main, record, &mut answers, index, None, deadline).await;
+                let sent = publisher.enqueue(&line, record, &mut answers, index, None, deadline).await;
                 if let Err(Unsent::Refused(error)) = sent {
                     answers.refuse(index, error);
                 }
@@ -382,8 +405,12 @@ impl OwnRecord {
 }
 
 /// Whether the client takes the record a moment later: its buffers are full, or it is about to be replaced.
-fn is_for_later(error: &KafkaError) -> bool {
-    matches!(error.rdkafka_error_code(), Some(RDKafkaErrorCode::QueueFull | RDKafkaErrorCode::Fatal))
+fn is_for_later(line: &Line, error: &KafkaError) -> bool {
+    match error.rdkafka_error_code() {
+        Some(RDKafkaErrorCode::QueueFull) => true,
+        Some(RDKafkaErrorCode::Fatal) => line.is_replaced(),
+        _ => false,
+    }
 }
 
 fn held_back() -> Error {

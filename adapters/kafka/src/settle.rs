@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anybroker_core::{
     AckLevel, Delivery, Effect, Error, ErrorKind, Lane, Nack, Result, SettleError, SettleOutcome, Settlement, Settler,
-    Settling, Token, Verdict,
+    Settling, Token, Transaction, Verdict,
 };
 use async_trait::async_trait;
 use rdkafka::message::{Header, OwnedHeaders};
@@ -17,7 +17,9 @@ use crate::codec;
 use crate::dead_letter;
 use crate::note::{self, Origin, Retry};
 use crate::publisher::{OwnRecord, Publisher};
-use crate::state::Shared;
+use crate::state::{Place, Shared};
+use crate::transaction::KafkaTransaction;
+use crate::transactions::Transactions;
 
 /// Why a failure that is held in place has no delay: it would not survive its member.
 pub(crate) const NO_DELAY: &str = "a delay that is kept in memory ends with its member; nack=retry_topic keeps it";
@@ -36,6 +38,7 @@ pub(crate) struct OwnTopics {
 pub(crate) struct KafkaSettler {
     pub(crate) shared: Arc<Shared>,
     pub(crate) publisher: Arc<Publisher>,
+    pub(crate) transactions: Arc<Transactions>,
     pub(crate) runtime: Handle,
     /// By destination, in the order of the subscription.
     pub(crate) topics: Vec<(anybroker_core::Destination, OwnTopics)>,
@@ -49,9 +52,22 @@ enum Hop {
     Letter(Box<Verdict>),
 }
 
+/// What is about to be settled in a transaction by a record of it.
+struct Joining {
+    index: usize,
+    delivery: Delivery,
+    hop: Hop,
+    origin: Origin,
+    place: Place,
+}
+
 #[async_trait]
 impl Settler for KafkaSettler {
     fn settle(&self, batch: Vec<(Delivery, Settlement)>) -> Settling {
+        // Nearly every batch.
+        if batch.iter().all(|(_, settlement)| matches!(settlement, Settlement::Ack)) {
+            return Settling::ready(self.ack(batch));
+        }
         let mut outcomes: Vec<Option<SettleOutcome>> = Vec::with_capacity(batch.len());
         let mut hops = Vec::new();
         let mut state = self.shared.lock();
@@ -100,6 +116,97 @@ impl Settler for KafkaSettler {
         self.hop(outcomes, hops)
     }
 
+    fn settle_in(&self, transaction: &Arc<dyn Transaction>, batch: Vec<(Delivery, Settlement)>) -> Settling {
+        let open = KafkaTransaction::of(transaction, &self.transactions);
+        let (busy, line, open) = match open.and_then(|open| open.busy("settle").map(|(busy, line)| (busy, line, open)))
+        {
+            Ok(found) => found,
+            Err(error) => {
+                let refuse = |(delivery, _)| Err(SettleError::new(delivery, error.duplicate()));
+                return Settling::ready(batch.into_iter().map(refuse).collect());
+            }
+        };
+        let mut outcomes: Vec<Option<SettleOutcome>> = Vec::with_capacity(batch.len());
+        let (mut acked, mut hops): (Vec<Place>, Vec<Joining>) = (Vec::new(), Vec::new());
+        let mut state = self.shared.lock();
+        for (index, (delivery, settlement)) in batch.into_iter().enumerate() {
+            let hop = match settlement {
+                Settlement::Ack => None,
+                Settlement::Nack(nack) if !self.in_place => Some(Hop::Retry(nack)),
+                Settlement::DeadLetter(verdict) => Some(Hop::Letter(verdict)),
+                Settlement::Nack(_) => {
+                    let text = "what is held in its member's memory is in no transaction; nack=retry_topic writes it";
+                    outcomes.push(Some(Err(SettleError::new(delivery, Error::unsupported("settle", text)))));
+                    continue;
+                }
+                Settlement::Release => {
+                    let text = "giving back is the same without a transaction";
+                    outcomes.push(Some(Err(SettleError::new(delivery, Error::unsupported("settle", text)))));
+                    continue;
+                }
+            };
+            let (lane, token) = (delivery.lane(), delivery.token());
+            let joined = self.shared.with_entry_locked(&mut state, lane, token, |state, place| {
+                let origin = state.origin(place)?;
+                state.join(open.id, place);
+                Some((place, origin))
+            });
+            outcomes.push(match (joined.flatten(), hop) {
+                (None, _) => Some(Err(stale(delivery))),
+                (Some((place, _)), None) => {
+                    acked.push(place);
+                    Some(Ok(AckLevel::Recorded))
+                }
+                (Some((place, origin)), Some(hop)) => {
+                    hops.push(Joining { index, delivery, hop, origin, place });
+                    None
+                }
+            });
+        }
+        drop(state);
+        open.settles(&self.shared, acked);
+        if hops.is_empty() {
+            return Settling::ready(outcomes.into_iter().flatten().collect());
+        }
+        // The transaction does not end before these are in it, or have failed.
+        let mut sources = Vec::with_capacity(hops.len());
+        let mut records = Vec::with_capacity(hops.len());
+        for Joining { index, delivery, hop, origin, place } in hops {
+            match self.record(&delivery, &hop, origin) {
+                Ok(record) => {
+                    records.push(record);
+                    sources.push((index, delivery, place));
+                }
+                Err(error) => {
+                    self.shared.leave_transaction(open.id, place);
+                    outcomes[index] = Some(Err(SettleError::new(delivery, error)));
+                }
+            }
+        }
+        let stored = self.publisher.store_by(&line, records, Instant::now() + STORE);
+        let shared = Arc::clone(&self.shared);
+        let work = self.runtime.spawn(async move {
+            for ((index, delivery, place), stored) in sources.into_iter().zip(stored.await) {
+                outcomes[index] = Some(match stored {
+                    Ok(_) => {
+                        open.settles(&shared, vec![place]);
+                        Ok(AckLevel::Recorded)
+                    }
+                    Err(error) => {
+                        if error.effect() != Effect::NotDone {
+                            open.doubts(&error);
+                        }
+                        shared.leave_transaction(open.id, place);
+                        Err(SettleError::new(delivery, unstored(&error)))
+                    }
+                });
+            }
+            drop(busy);
+            outcomes.into_iter().flatten().collect()
+        });
+        Settling::waiting(async move { work.await.expect("storing cannot panic, and nobody aborts it") })
+    }
+
     async fn extend(&self, deliveries: &[&Delivery], _lease: Duration) -> Vec<Result<()>> {
         let refusal =
             || Error::unsupported("extend", "Kafka leases nothing: a partition is its member's while it lives");
@@ -113,6 +220,16 @@ impl Settler for KafkaSettler {
 }
 
 impl KafkaSettler {
+    fn ack(&self, batch: Vec<(Delivery, Settlement)>) -> Vec<SettleOutcome> {
+        let mut state = self.shared.lock();
+        let acked: Vec<bool> = batch.iter().map(|(delivery, _)| state.ack(delivery.lane(), delivery.token())).collect();
+        self.shared.has_settled(&mut state);
+        // The messages are dropped without the lock.
+        drop(state);
+        let outcome = |((delivery, _), acked): ((Delivery, _), bool)| recorded(delivery, acked.then_some(()));
+        batch.into_iter().zip(acked).map(outcome).collect()
+    }
+
     /// Hands retries and dead letters to the client in this call; each source is settled when its record is confirmed,
     /// whether or not somebody waits for the answer.
     fn hop(&self, mut outcomes: Vec<Option<SettleOutcome>>, hops: Vec<(usize, Delivery, Hop, Origin)>) -> Settling {

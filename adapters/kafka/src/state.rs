@@ -15,6 +15,7 @@ use tokio::sync::Notify;
 
 use crate::blocks::Blocks;
 use crate::codec::Chunk;
+use crate::joined::Joining;
 use crate::lanes::{Log, Partition, Stage};
 use crate::note::{self, Origin, Retry};
 use crate::progress::{Commit, Progress};
@@ -31,6 +32,7 @@ pub(crate) struct Shared {
     settled: Condvar,
     pub(crate) is_closing: AtomicBool,
     pub(crate) is_paused: AtomicBool,
+    is_degraded: AtomicBool,
     /// Ready and out together never exceed it.
     max_in_flight: usize,
     /// Bounds of what is held back.
@@ -38,6 +40,8 @@ pub(crate) struct Shared {
     held_bytes: usize,
     /// The threads that fetch, to be woken when there is room again.
     feeders: Mutex<Vec<std::thread::Thread>>,
+    /// What transactions need of the subscription.
+    pub(crate) joining: Joining,
 }
 
 /// A record in a subscription.
@@ -67,7 +71,6 @@ pub(crate) struct State {
     held_count: usize,
     held_bytes: usize,
     is_revoking: bool,
-    is_degraded: bool,
     is_starving: bool,
     is_retry_next: bool,
 }
@@ -80,10 +83,12 @@ impl Shared {
             settled: Condvar::new(),
             is_closing: AtomicBool::new(false),
             is_paused: AtomicBool::new(false),
+            is_degraded: AtomicBool::new(false),
             max_in_flight,
             held_retries,
             held_bytes,
             feeders: Mutex::default(),
+            joining: Joining::default(),
         }
     }
 
@@ -167,18 +172,21 @@ impl Shared {
 
     /// The broker does not serve (or serves again).
     pub(crate) fn degraded(&self, cause: Option<String>) {
-        let mut state = self.lock();
-        if state.is_degraded == cause.is_some() {
+        // Asked with each chunk, so not under the lock; only the feeders' threads say it.
+        if self.is_degraded() == cause.is_some() {
             return;
         }
-        state.is_degraded = cause.is_some();
+        let mut state = self.lock();
+        if self.is_degraded.swap(cause.is_some(), Ordering::AcqRel) == cause.is_some() {
+            return;
+        }
         let event = cause.map_or(SubscriptionEvent::Recovered, |cause| SubscriptionEvent::Degraded { cause });
         state.events.push_back(event);
         self.arrived.notify_one();
     }
 
     pub(crate) fn is_degraded(&self) -> bool {
-        self.lock().is_degraded
+        self.is_degraded.load(Ordering::Acquire)
     }
 
     /// This member owns the partition now, and goes on where the group was in both of its logs.
@@ -253,7 +261,11 @@ impl Shared {
     pub(crate) fn to_commit(&self, feeder: usize, scope: &Scope<'_>) -> Vec<(Log, i32, Commit)> {
         let mut state = self.lock();
         let mut commits = Vec::new();
-        for owned in state.partitions.iter_mut().filter(|owned| owned.feeder == feeder && owned.is_owned) {
+        for owned in state
+            .partitions
+            .iter_mut()
+            .filter(|owned| owned.feeder == feeder && owned.is_owned && owned.frozen_by.is_none())
+        {
             if let Scope::Leaving(only) = scope
                 && !only.contains(&owned.partition)
             {
@@ -262,7 +274,11 @@ impl Shared {
             for log in Log::BOTH {
                 let partition = owned.partition;
                 let track = owned.track(log);
-                let commit = if *scope == Scope::Changed { track.uncommitted() } else { track.commit(true) };
+                let commit = if *scope == Scope::Changed {
+                    track.uncommitted(self.joining.is_used())
+                } else {
+                    track.commit(true)
+                };
                 commits.extend(commit.map(|commit| (log, partition, commit)));
             }
         }
@@ -289,23 +305,18 @@ impl Shared {
     /// What there is to hand out now, at most `max`; or until when to wait for something held back.
     pub(crate) fn take(&self, max: usize, context: &Arc<DeliveryContext>) -> Result<Received, Taken> {
         let mut state = self.lock();
-        if !state.events.is_empty() {
-            let events = state.events.drain(..).collect();
-            let deliveries =
-                if self.is_paused.load(Ordering::Acquire) { Vec::new() } else { state.hand_out(max, context) };
-            return Ok(Received { deliveries, events });
-        }
-        if let Some(error) = &state.failure {
+        let events: Vec<SubscriptionEvent> = state.events.drain(..).collect();
+        let is_paused = self.is_paused.load(Ordering::Acquire);
+        if let Some(error) = state.failure.as_ref().filter(|_| events.is_empty()) {
             return Err(Taken::Failed(error.duplicate()));
         }
-        if self.is_paused.load(Ordering::Acquire) {
-            return Err(Taken::Nothing(None));
+        let picked = if is_paused { Picked::default() } else { state.hand_out(max) };
+        if events.is_empty() && picked.places.is_empty() {
+            return Err(Taken::Nothing(state.next_due().filter(|_| !is_paused)));
         }
-        let deliveries = state.hand_out(max, context);
-        if deliveries.is_empty() {
-            return Err(Taken::Nothing(state.next_due()));
-        }
-        Ok(Received { deliveries, events: Vec::new() })
+        // The messages are made without the lock, which those who fetch need.
+        drop(state);
+        Ok(Received { deliveries: picked.deliveries(context), events })
     }
 
     /// Applies `act` to the record of a delivery, unless it is stale.
@@ -326,15 +337,17 @@ impl Shared {
         token: &Token,
         act: impl FnOnce(&mut State, Place) -> R,
     ) -> Option<R> {
-        let Token::Pair(offset, log) = token else { return None };
-        let log = if *log == 0 { Log::Main } else { Log::Retry };
-        let place = Place { lane, log, offset: i64::try_from(*offset).ok()? };
-        let owned = state.partitions.get_mut(lane.index as usize)?;
-        let is_current = owned.is_owned && owned.lane.epoch == lane.epoch;
-        if !is_current || owned.track(log).find(place.offset)?.stage != Stage::Out {
+        let place = Place::of(lane, token)?;
+        if state.owned(lane)?.track(place.log).find(place.offset)?.stage != Stage::Out {
             return None;
         }
         let result = act(state, place);
+        self.has_settled(state);
+        Some(result)
+    }
+
+    /// Tells those who wait for it that something was settled or came back.
+    pub(crate) fn has_settled(&self, state: &mut State) {
         if state.is_revoking {
             self.settled.notify_all();
         }
@@ -342,7 +355,15 @@ impl Shared {
             state.is_starving = false;
             self.wake_feeders();
         }
-        Some(result)
+    }
+}
+
+impl Place {
+    /// Where the record of a delivery stands.
+    fn of(lane: Lane, token: &Token) -> Option<Self> {
+        let Token::Pair(offset, log) = token else { return None };
+        let log = if *log == 0 { Log::Main } else { Log::Retry };
+        Some(Self { lane, log, offset: i64::try_from(*offset).ok()? })
     }
 }
 
@@ -372,17 +393,18 @@ impl State {
         self.held.peek().map(|Reverse((due, _))| *due)
     }
 
-    fn hand_out(&mut self, max: usize, context: &Arc<DeliveryContext>) -> Vec<Delivery> {
+    fn hand_out(&mut self, max: usize) -> Picked {
         let (now, wall) = (Instant::now(), Timestamp::now().as_millis());
-        let mut deliveries = Vec::with_capacity(max.min(self.returned.len() + self.ready.len() + self.held.len()));
-        while deliveries.len() < max {
+        let available = self.returned.len() + self.ready.len() + self.held.len();
+        let mut picked = Picked { places: Vec::with_capacity(max.min(available)), chunks: Vec::new() };
+        while picked.places.len() < max {
             // What was given back first, which keeps its place in the order.
             let returned = self.returned.pop().map(|Reverse(place)| place);
             let next = returned.or_else(|| self.in_turn(now));
             let Some(place) = next else { break };
-            deliveries.extend(self.deliver(place, wall, context));
+            self.deliver(place, wall, &mut picked);
         }
-        deliveries
+        picked
     }
 
     /// A new record, or one that failed and is due again: in turns, because one that fails again and again must not keep the
@@ -396,7 +418,7 @@ impl State {
         self.ready.pop_front()
     }
 
-    fn deliver(&mut self, place: Place, wall: i64, context: &Arc<DeliveryContext>) -> Option<Delivery> {
+    fn deliver(&mut self, place: Place, wall: i64, picked: &mut Picked) -> Option<()> {
         let Place { lane, log, offset } = place;
         let owned = &mut self.partitions[lane.index as usize];
         if !owned.is_owned || owned.is_leaving || owned.lane.epoch != lane.epoch {
@@ -422,7 +444,7 @@ impl State {
             position: Some(Position::new(position.unsigned_abs())),
             ..DeliveryFacts::new(Token::Pair(offset.unsigned_abs(), u64::from(log == Log::Retry)))
         };
-        let delivery = Delivery::new(chunk.message(index), facts, context);
+        picked.add(facts, chunk, index);
         if entry.stage == Stage::Held {
             self.held_count -= 1;
             self.held_bytes -= weight;
@@ -430,7 +452,7 @@ impl State {
         }
         entry.stage = Stage::Out;
         entry.first_at.get_or_insert(wall);
-        Some(delivery)
+        Some(())
     }
 
     /// Where the record of a delivery comes from, and what it has been through.
@@ -443,6 +465,24 @@ impl State {
         let mut origin = origin(chunk, index, (partition, place.offset, place.log));
         origin.first_at = origin.first_at.or(first_at);
         Some(origin)
+    }
+
+    /// The partition of a lane, while it is that assignment's.
+    fn owned(&mut self, lane: Lane) -> Option<&mut Partition> {
+        let owned = self.partitions.get_mut(lane.index as usize)?;
+        (owned.is_owned && owned.lane.epoch == lane.epoch).then_some(owned)
+    }
+
+    /// The record of a delivery is done, unless the delivery is stale: what nearly every settlement is.
+    pub(crate) fn ack(&mut self, lane: Lane, token: &Token) -> bool {
+        let Some(place) = Place::of(lane, token) else { return false };
+        let Some(owned) = self.owned(lane) else { return false };
+        let was_out = owned.track(place.log).settle_if(place.offset, |stage| stage == Stage::Out);
+        if was_out {
+            self.unsettled -= 1;
+            self.unblock(place);
+        }
+        was_out
     }
 
     /// The record is done.
@@ -479,6 +519,31 @@ impl State {
             self.blocks.fail(place.lane.index, place.offset, key);
             self.held.push(Reverse((Instant::now() + delay, place)));
         }
+    }
+}
+
+/// Records that are handed out, before their messages are made.
+#[derive(Default)]
+struct Picked {
+    /// With the number of the chunk, and the record's place in it.
+    places: Vec<(DeliveryFacts, usize, usize)>,
+    chunks: Vec<Arc<Chunk>>,
+}
+
+impl Picked {
+    fn add(&mut self, facts: DeliveryFacts, chunk: &Arc<Chunk>, index: usize) {
+        // Neighbours mostly stand in the same one.
+        if self.chunks.last().is_none_or(|last| !Arc::ptr_eq(last, chunk)) {
+            self.chunks.push(Arc::clone(chunk));
+        }
+        self.places.push((facts, self.chunks.len() - 1, index));
+    }
+
+    fn deliveries(self, context: &Arc<DeliveryContext>) -> Vec<Delivery> {
+        let Self { places, chunks } = self;
+        let made =
+            |(facts, chunk, index): (_, usize, usize)| Delivery::new(chunks[chunk].message(index), facts, context);
+        places.into_iter().map(made).collect()
     }
 }
 

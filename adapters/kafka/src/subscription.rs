@@ -19,6 +19,7 @@ use crate::names;
 use crate::settle::{KafkaSettler, OwnTopics};
 use crate::state::{Shared, Taken};
 use crate::topology::{Shape, Topology};
+use crate::transactions::Transactions;
 use crate::trim::Trim;
 
 pub(crate) struct KafkaSubscription {
@@ -32,7 +33,12 @@ pub(crate) struct KafkaSubscription {
 const LEAVE: Duration = Duration::from_secs(3);
 
 impl KafkaSubscription {
-    pub(crate) async fn open(spec: &SubscribeSpec, settings: &Settings, topology: &Topology) -> Result<Self> {
+    pub(crate) async fn open(
+        spec: &SubscribeSpec,
+        settings: &Settings,
+        topology: &Topology,
+        transactions: &Arc<Transactions>,
+    ) -> Result<Self> {
         let blocks = spec.on_failure == OnFailure::Block;
         let (count, bytes) = (settings.held_retries, settings.held_bytes);
         let shared = Arc::new(Shared::new(spec.max_in_flight, count, bytes, blocks));
@@ -43,6 +49,7 @@ impl KafkaSubscription {
         let settler = KafkaSettler {
             shared: Arc::clone(&shared),
             publisher: Arc::clone(topology.publisher()),
+            transactions: Arc::clone(transactions),
             runtime: Handle::current(),
             topics: prepared.iter().map(|ready| (ready.destination.clone(), ready.own.clone())).collect(),
             in_place: settings.nack_in_place,

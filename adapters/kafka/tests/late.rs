@@ -5,6 +5,7 @@
 mod common;
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::{Bus, Config, Effect, ErrorKind, Message, PublishOptions, PublishOutcome, Registry, ack};
@@ -33,6 +34,15 @@ async fn topic(url: &str, name: &str, setting: (&str, &str)) -> String {
     let created = admin(url).create_topics([&new], &AdminOptions::new()).await.unwrap();
     created.into_iter().for_each(|created| assert!(created.is_ok(), "{created:?}"));
     name
+}
+
+/// From now on a topic takes less.
+async fn limit(url: &str, topic: &str) {
+    let (specifier, limit) = (ResourceSpecifier::Topic(topic), LIMIT.to_string());
+    let changed = AlterConfig { specifier, entries: HashMap::from([("max.message.bytes", limit.as_str())]) };
+    admin(url).alter_configs([&changed], &AdminOptions::new()).await.unwrap().into_iter().for_each(|changed| {
+        changed.unwrap();
+    });
 }
 
 /// What compression does not make smaller.
@@ -195,13 +205,7 @@ async fn a_limit_that_is_lowered_is_learned_from_the_first_refusal() {
         vec![message(noise(100_000)), message(b"x".to_vec())]
     };
     publish(&bus, batch()).await;
-    let changed = AlterConfig {
-        specifier: ResourceSpecifier::Topic(&name),
-        entries: HashMap::from([("max.message.bytes", "50000")]),
-    };
-    admin(&url).alter_configs([&changed], &AdminOptions::new()).await.unwrap().into_iter().for_each(|changed| {
-        changed.unwrap();
-    });
+    limit(&url, &name).await;
     // The broker's own threads see the new limit a moment later.
     let deadline = Instant::now() + LONG;
     loop {
@@ -282,4 +286,43 @@ async fn when_a_client_is_replaced_in_the_middle_of_a_batch_the_rest_of_its_keys
 async fn mock(cluster: &MockCluster<'_, DefaultProducerContext>) -> Bus {
     let url = format!("kafka://{}?create_destinations=false", cluster.bootstrap_servers());
     Registry::new().with(KafkaDriver).connect(Config::from_url(url)).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_message_that_fails_at_the_broker_keeps_its_transaction_from_committing() {
+    let Some(url) = url() else { return };
+    let bus = connect(&url, "partitions=1").await;
+    let (good, strict) = (unique("fails-good"), unique("fails-strict"));
+    let mut subscriber = bus.subscribe(bus.subscription(good.as_str(), "g")).await.unwrap();
+    let large = || Message::new(strict.as_str(), noise(100_000));
+    publish(&bus, vec![large()]).await;
+    limit(&url, &strict).await;
+    // The broker's own threads see the new limit a moment later.
+    let deadline = Instant::now() + LONG;
+    loop {
+        let transaction = bus.begin().await.unwrap();
+        let options = PublishOptions::default().with_transaction(Arc::clone(&transaction));
+        let batch = vec![Message::new(good.as_str(), "7"), large()];
+        let outcomes = bus.submit(batch, &options).await.await;
+        if outcomes[1].is_ok() {
+            assert!(Instant::now() < deadline, "the topic still takes it");
+            transaction.abort().await.unwrap();
+            continue;
+        }
+        let error = transaction.commit().await.unwrap_err();
+        assert_eq!(error.effect(), Effect::NotDone, "{error:?}");
+        break;
+    }
+    let transaction = bus.begin().await.unwrap();
+    let options = PublishOptions::default().with_transaction(Arc::clone(&transaction));
+    bus.submit(vec![Message::new(good.as_str(), "8")], &options).await.await.remove(0).unwrap();
+    transaction.commit().await.unwrap();
+    let delivery = receive(&mut subscriber, 1).await.remove(0);
+    assert_eq!(number(&delivery), 8);
+    delivery.ack().await.unwrap();
+    subscriber.close(LONG).await.unwrap();
+    for destination in [good, strict] {
+        bus.delete(destination.as_str(), None).await.unwrap();
+    }
+    bus.close(LONG).await.unwrap();
 }

@@ -19,6 +19,7 @@ mod settle;
 mod shapes;
 mod time;
 mod topology;
+mod transactions;
 
 use std::sync::LazyLock;
 
@@ -41,6 +42,7 @@ const THEMES: &[&[Case]] = &[
     publish::CASES,
     topology::CASES,
     native::CASES,
+    transactions::CASES,
     random::CASES,
     faults::CASES,
 ];

@@ -12,7 +12,7 @@ use bytestring::ByteString;
 use tokio::sync::Notify;
 
 use crate::settle::{Rules, extend, settle};
-use crate::{Error, Group, Message, Reason, Result, Settling, Timestamp};
+use crate::{Error, Group, Message, Reason, Result, Settling, Timestamp, Transaction};
 
 /// A place in a lane: one or two numbers that grow (offset, sequence, ledger and entry). Text form `7` or `7:3`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -210,6 +210,16 @@ pub trait Settler: Send + Sync + 'static {
     ///   [`StaleDelivery`](crate::ErrorKind::StaleDelivery) wherever that can be known, and harms no other entry.
     /// - The core has already turned a nack of the last attempt into a dead letter.
     fn settle(&self, batch: Vec<(Delivery, Settlement)>) -> Settling;
+
+    /// Makes settlements part of a transaction that this connection began. They take effect with its commit; an entry that
+    /// cannot be part of it is given back, with nothing done. Unless the adapter says otherwise, none can.
+    fn settle_in(&self, transaction: &Arc<dyn Transaction>, batch: Vec<(Delivery, Settlement)>) -> Settling {
+        let _ = transaction;
+        let refuse = |(delivery, _)| {
+            Err(SettleError::new(delivery, Error::unsupported("settle", "this adapter settles in no transaction")))
+        };
+        Settling::ready(batch.into_iter().map(refuse).collect())
+    }
 
     /// Keeps the leases for `lease` from now. One outcome per delivery. Needs
     /// [`lease_extension`](crate::Capabilities::lease_extension).

@@ -50,7 +50,7 @@ pub use lag::{Figure, Lag, Precision};
 pub use message::{Destination, Group, Message, MessageId};
 pub use publish::{Confirms, PublishOptions, PublishOrder, PublishOutcome, Receipt, Settling, Transaction, held_back};
 pub use registry::{Driver, Registry};
-pub use settle::{ack, extend, settle, settle_unchecked};
+pub use settle::{ack, extend, settle, settle_in, settle_unchecked};
 pub use subscribe::{OnFailure, Order, Received, Start, SubscribeSpec, SubscriptionEvent, TopologyMode};
 pub use subscriber::Subscriber;
 pub use time::{Clock, ManualClock, SystemClock, Timestamp};

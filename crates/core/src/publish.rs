@@ -1,5 +1,6 @@
 //! What publishing takes and answers.
 
+use std::any::Any;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
@@ -81,19 +82,33 @@ pub enum PublishOrder {
     None,
 }
 
-/// Messages that are committed together, where the broker has it.
+/// What is published and settled together, where the broker has it: started by [`Bus::begin`](crate::Bus::begin), published in
+/// by [`PublishOptions::transaction`], settled in by [`settle_in`](crate::settle_in).
+///
+/// # Behavior
+/// - Until the commit nobody sees anything of it; after it, everybody sees all of it. An `Ok` of a publish or a settle in it
+///   says that it will be part of the commit.
+/// - A commit that has answered is decided, and lasts. A subscription may see it a moment later; looking for dead letters waits
+///   for that moment.
+/// - What is refused before it is sent is no part of it, and harms it not. What fails at the broker lets the commit fail.
+/// - Without a commit nothing of it becomes visible, and what was settled in it comes back as if it had been released:
+///   after an abort, a failed commit, a drop, a close, a crash.
+/// - Dropped without an end, it is aborted.
+/// - Both ends happen at most once; later calls answer `Closed`. A dropped future of one loses only the answer.
 #[async_trait]
-pub trait Transaction: Send + Sync {
+pub trait Transaction: Any + Send + Sync {
     /// Makes everything published and settled in it visible at once.
     ///
     /// # Errors
-    /// With effect *unknown* when the answer is missing.
+    /// With effect *not done* when all of it was taken back, *unknown* when the answer is missing. `StaleDelivery` when what
+    /// was settled in it belongs to somebody else by now, `AlreadyExists` when another process has taken its place
+    /// (fencing), `Timeout`, `Unavailable`, `Closed`.
     async fn commit(&self) -> Result<()>;
 
     /// Takes everything back.
     ///
     /// # Errors
-    /// As [`commit`](Self::commit).
+    /// When the broker does not confirm it. Nothing of it becomes visible all the same.
     async fn abort(&self) -> Result<()>;
 }
 

@@ -6,18 +6,31 @@ use std::time::Duration;
 use crate::capability::millis;
 use crate::{
     Capabilities, Delivery, DeliveryContext, Error, ErrorKind, Reason, Result, SettleError, SettleOutcome, Settlement,
-    Settling, Support, Verdict,
+    Settling, Support, Transaction, Verdict,
 };
 
 /// Settles deliveries together: the primitive behind [`Delivery::ack`] and its siblings. One outcome per entry,
 /// in order; entries of several subscriptions may be mixed. The work is handed over in the call.
-pub fn settle(mut batch: Batch) -> Settling {
+pub fn settle(batch: Batch) -> Settling {
+    settle_with(None, batch)
+}
+
+/// Settles deliveries as part of a transaction: they are settled when it commits, and come back when it does not. As
+/// [`settle`] otherwise.
+///
+/// What an endpoint cannot put into a transaction (its adapter says what) answers
+/// [`Unsupported`](crate::ErrorKind::Unsupported), and gives the delivery back to be settled otherwise.
+pub fn settle_in(transaction: &Arc<dyn Transaction>, batch: Batch) -> Settling {
+    settle_with(Some(transaction), batch)
+}
+
+fn settle_with(transaction: Option<&Arc<dyn Transaction>>, mut batch: Batch) -> Settling {
     let Some((first, _)) = batch.first() else {
         return Settling::ready(Vec::new());
     };
     let context = Arc::clone(&first.context);
     if batch.iter().all(|(delivery, _)| Arc::ptr_eq(&delivery.context, &context)) {
-        return settle_one_context(&context, batch);
+        return settle_one_context(&context, transaction, batch);
     }
     // Rare: several subscriptions. Settle each share, then put the outcomes back in order.
     let mut order: Vec<usize> = (0..batch.len()).collect();
@@ -38,7 +51,7 @@ pub fn settle(mut batch: Batch) -> Settling {
         .into_iter()
         .map(|(indices, share)| {
             let context = Arc::clone(&share[0].0.context);
-            (indices, settle_one_context(&context, share))
+            (indices, settle_one_context(&context, transaction, share))
         })
         .collect();
     Settling::waiting(async move {
@@ -57,7 +70,7 @@ type Batch = Vec<(Delivery, Settlement)>;
 /// a service has no use for it.
 pub async fn settle_unchecked(delivery: Delivery, settlement: Settlement) -> SettleOutcome {
     let context = Arc::clone(&delivery.context);
-    hand_over(&context, vec![(delivery, settlement)]).await.pop().expect("one outcome per entry")
+    hand_over(&context, None, vec![(delivery, settlement)]).await.pop().expect("one outcome per entry")
 }
 
 /// Acks deliveries together. See [`settle`].
@@ -65,7 +78,11 @@ pub fn ack(deliveries: Vec<Delivery>) -> Settling {
     settle(deliveries.into_iter().map(|delivery| (delivery, Settlement::Ack)).collect())
 }
 
-fn settle_one_context(context: &Arc<DeliveryContext>, mut batch: Batch) -> Settling {
+fn settle_one_context(
+    context: &Arc<DeliveryContext>,
+    transaction: Option<&Arc<dyn Transaction>>,
+    mut batch: Batch,
+) -> Settling {
     if context.is_closed() {
         return Settling::ready(batch.into_iter().map(|(delivery, _)| Err(stale_after_close(delivery))).collect());
     }
@@ -79,13 +96,18 @@ fn settle_one_context(context: &Arc<DeliveryContext>, mut batch: Batch) -> Settl
         }
     }
     match context.rules().get().filter(|rules| batch.iter().any(|(_, settlement)| rules.refuse(settlement).is_some())) {
-        None => hand_over(context, batch),
-        Some(rules) => hand_over_allowed(context, rules, batch),
+        None => hand_over(context, transaction, batch),
+        Some(rules) => hand_over_allowed(context, transaction, rules, batch),
     }
 }
 
 /// Rare: some settlements are refused by the record. Those never reach the adapter.
-fn hand_over_allowed(context: &Arc<DeliveryContext>, rules: &Rules, batch: Batch) -> Settling {
+fn hand_over_allowed(
+    context: &Arc<DeliveryContext>,
+    transaction: Option<&Arc<dyn Transaction>>,
+    rules: &Rules,
+    batch: Batch,
+) -> Settling {
     let mut outcomes: Vec<Option<SettleOutcome>> = Vec::with_capacity(batch.len());
     let mut allowed = Vec::with_capacity(batch.len());
     for (delivery, settlement) in batch {
@@ -100,7 +122,7 @@ fn hand_over_allowed(context: &Arc<DeliveryContext>, rules: &Rules, batch: Batch
             }
         }
     }
-    let settling = hand_over(context, allowed);
+    let settling = hand_over(context, transaction, allowed);
     let merge = |outcomes: Vec<Option<SettleOutcome>>, allowed: Vec<SettleOutcome>| {
         let mut allowed = allowed.into_iter();
         let next = |outcome: Option<SettleOutcome>| outcome.or_else(|| allowed.next());
@@ -112,12 +134,16 @@ fn hand_over_allowed(context: &Arc<DeliveryContext>, rules: &Rules, batch: Batch
     }
 }
 
-fn hand_over(context: &Arc<DeliveryContext>, mut batch: Batch) -> Settling {
+fn hand_over(context: &Arc<DeliveryContext>, transaction: Option<&Arc<dyn Transaction>>, mut batch: Batch) -> Settling {
     batch.iter_mut().for_each(|(delivery, _)| delivery.lend());
     // The entries count as in flight until the outcome is known, or nobody waits for it any more. Those that
     // fail are counted anew by `SettleError::new`.
     let counted = Counted { context: Arc::clone(context), count: batch.len() };
-    match context.settler().settle(batch).try_ready() {
+    let settling = match transaction {
+        None => context.settler().settle(batch),
+        Some(transaction) => context.settler().settle_in(transaction, batch),
+    };
+    match settling.try_ready() {
         Ok(outcomes) => {
             drop(counted);
             Settling::ready(outcomes)
