@@ -80,19 +80,22 @@ impl State {
                 return None;
             }
             let slots = &self.slots;
+            // Without order nothing overtakes what came before it and still looks its record up: else what comes again would come
+            // behind everything that is new, however much that is.
+            let first = if own.keeps_order { None } else { own.first_looking(now) };
             let is_free = |(sequence, slot): &(&u64, &u32)| {
                 let entry = slots[**slot as usize].entry.as_ref().expect("what is ready is an entry");
-                !own.is_held_back(&entry.message, **sequence)
+                first.is_none_or(|first| entry.arrival < first) && !own.is_held_back(&entry.message, **sequence)
             };
             let (sequence, slot) = own.ready.iter().find(is_free).map(|(sequence, slot)| (*sequence, *slot))?;
             // Under order nothing overtakes what still looks its record up.
-            if own.keeps_order && own.looking.first().is_some_and(|looking| *looking < sequence) {
+            if own.keeps_order && own.looking.first_key_value().is_some_and(|(looking, _)| *looking < sequence) {
                 return None;
             }
             own.ready.remove(&sequence);
             let keeps_order = own.keeps_order;
             let entry = self.slots[slot as usize].entry.as_ref().expect("what is ready is an entry");
-            // Kept waiting for so long that the server has given it to somebody else.
+            // Here for so long that the server may have given it to somebody else.
             if !keeps_order && entry.server_until <= now {
                 self.remove(slot);
                 continue;
