@@ -115,6 +115,7 @@ impl Feed {
         let (first, last) = (info.ack_floor.stream_seq + 1, info.delivered.stream_seq);
         self.last = Some(info.delivered.consumer_seq);
         (self.is_missing, self.gathering) = (false, None);
+        self.desk.shared.sent_up_to(self.index, last);
         if last >= first + MOST_CALLED {
             self.wait_for_lost();
             return Ok(());

@@ -254,6 +254,7 @@ impl State {
                 // A restarted server has forgotten that it is here: from now on it is acked as this delivery.
                 (entry.ack, entry.server_until) = (arrival.ack, server_until.max(entry.server_until));
                 entry.delivered = entry.delivered.max(arrival.delivered);
+                self.unknown -= usize::from(!std::mem::replace(&mut entry.is_known, true));
                 return None;
             }
             self.remove(slot);
@@ -282,6 +283,7 @@ impl State {
             was_out: false,
             arrival: self.arrivals,
             server_until,
+            is_known: true,
             asked_at: None,
             phase: Phase::Looking,
         };

@@ -152,6 +152,8 @@ pub(crate) struct Entry {
     pub(super) arrival: u64,
     /// Until then the server has certainly given it to nobody else.
     pub(super) server_until: Instant,
+    /// Whether the server knows that it is here, as far as this member knows.
+    pub(super) is_known: bool,
     /// When the server was asked for more time.
     pub(super) asked_at: Option<Instant>,
     pub(super) phase: Phase,

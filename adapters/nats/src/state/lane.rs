@@ -17,7 +17,8 @@ impl Shared {
         }
         let mut state = self.lock();
         let asked: usize = state.feeds.iter().map(|feed| feed.asked).sum();
-        let free = self.max_in_flight.saturating_sub(state.count + asked);
+        // What the server does not know to be here comes again, and takes no room of its own. It cannot be acked before.
+        let free = self.max_in_flight.saturating_sub(state.count - state.unknown + asked);
         let share = self.max_in_flight.div_ceil(state.feeds.len()).max(1);
         let is_stopped = state.is_closing || state.failure.is_some();
         let own = &mut state.feeds[feed as usize];
@@ -114,6 +115,16 @@ impl Shared {
             ack: entry.ack,
         };
         entries.into_iter().map(surrendered).collect()
+    }
+
+    /// The server has sent nothing behind that place, as far as it knows: a killed one may have forgotten that it has.
+    pub(crate) fn sent_up_to(&self, feed: u32, place: u64) {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let entries = state.slots.iter_mut().filter_map(|slot| slot.entry.as_mut());
+        for entry in entries.filter(|entry| entry.feed == feed && entry.sequence > place) {
+            state.unknown += usize::from(std::mem::replace(&mut entry.is_known, false));
+        }
     }
 
     /// What is prefetched is not here any more: the server may not know that it is.

@@ -60,6 +60,8 @@ pub(crate) struct State {
     slots: Vec<Slot>,
     free: Vec<u32>,
     count: usize,
+    /// How many of them the server does not know to be here.
+    unknown: usize,
     places: HashMap<(u32, u64), u32, Numbers>,
     pub(crate) feeds: Vec<FeedState>,
     pub(crate) events: VecDeque<SubscriptionEvent>,

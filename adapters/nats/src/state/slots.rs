@@ -17,7 +17,7 @@ pub(super) struct Slot {
 
 impl State {
     pub(super) fn insert(&mut self, entry: Entry) -> Key {
-        let place = (entry.feed, entry.sequence);
+        let (place, is_known) = ((entry.feed, entry.sequence), entry.is_known);
         let slot = self.free.pop().unwrap_or_else(|| {
             self.slots.push(Slot::default());
             u32::try_from(self.slots.len() - 1).expect("memory ends before 2^32 entries")
@@ -28,6 +28,7 @@ impl State {
         let generation = own.generation;
         self.places.insert(place, slot);
         self.count += 1;
+        self.unknown += usize::from(!is_known);
         (slot, generation)
     }
 
@@ -40,6 +41,7 @@ impl State {
         let entry = self.slots[slot as usize].entry.take()?;
         self.free.push(slot);
         self.count -= 1;
+        self.unknown -= usize::from(!entry.is_known);
         let place = (entry.feed, entry.sequence);
         if let hash_map::Entry::Occupied(own) = self.places.entry(place)
             && *own.get() == slot
