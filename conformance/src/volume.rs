@@ -14,6 +14,7 @@ use anybroker_core::{
 };
 use futures_util::future::try_join_all;
 use parking_lot::Mutex;
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::Harness;
@@ -123,7 +124,8 @@ impl fmt::Display for VolumeReport {
 }
 
 /// Publishes and consumes all of it. The server is killed and started again after a third, where the harness has it in its
-/// hands, and every connection is cut after two thirds.
+/// hands, and every connection is cut after two thirds. Before each of them something is kept back: how soon it goes on shows in
+/// messages that are published afterwards.
 ///
 /// # Errors
 /// What connecting, subscribing and deleting say; `Timeout` when nothing goes on for the harness's patience, three times over.
@@ -163,18 +165,20 @@ pub async fn volume(harness: &dyn Harness, volume: &Volume) -> Result<VolumeRepo
     let disturbing = async {
         let mut recoveries = Vec::new();
         if let Some(server) = harness.server() {
+            scene.allow(volume.messages / 2);
             scene.reached(&scene.confirmed, volume.messages / 3).await?;
             let wrong = |text| Error::new(ErrorKind::Unexpected, "volume", text);
             let killed = Instant::now();
             server.kill().await.map_err(wrong)?;
             server.restart().await.map_err(wrong)?;
-            recoveries.push(scene.recovery("killed", killed).await?);
+            recoveries.push(scene.recovery("killed", killed, volume.messages / 8 * 5).await?);
         }
+        scene.allow(volume.messages / 8 * 7);
         scene.reached(&scene.confirmed, volume.messages / 3 * 2).await?;
         let cut = Instant::now();
         let count = proxies.iter().map(Proxy::open).sum();
         proxies.iter().for_each(|proxy| proxy.end(End::Reset));
-        recoveries.push(scene.recovery("every connection cut", cut).await?);
+        recoveries.push(scene.recovery("every connection cut", cut, volume.messages).await?);
         Ok((recoveries, count))
     };
     let (_, (recoveries, cut)) = tokio::try_join!(try_join_all(publishing), disturbing)?;
@@ -224,6 +228,8 @@ struct Scene {
     volume: Volume,
     name: String,
     patience: Duration,
+    /// How many may be published by now, in all.
+    allowed: watch::Sender<u32>,
     confirmed: AtomicU32,
     distinct: AtomicU32,
     /// What was unknown once.
@@ -260,6 +266,7 @@ impl Scene {
             volume: volume.clone(),
             name,
             patience,
+            allowed: watch::Sender::new(0),
             confirmed: AtomicU32::new(0),
             distinct: AtomicU32::new(0),
             unknown: Mutex::default(),
@@ -274,6 +281,11 @@ impl Scene {
     fn key(&self, number: u32) -> u32 {
         let each = self.volume.messages / self.volume.publishers;
         number / each * self.volume.keys + number % self.volume.keys
+    }
+
+    /// So many may be published from here on.
+    fn allow(&self, count: u32) {
+        self.allowed.send_replace(count);
     }
 
     /// Waits until so many are counted; given up when none is for the time of the patience.
@@ -295,10 +307,11 @@ impl Scene {
         }
     }
 
-    /// How it goes on after what began then is over, which is now.
-    async fn recovery(&self, what: &'static str, began: Instant) -> Result<Recovery> {
+    /// How it goes on after what began then is over, which is now: with what may be published from now on, `allowed` in all.
+    async fn recovery(&self, what: &'static str, began: Instant, allowed: u32) -> Result<Recovery> {
         let over = Instant::now();
         *self.since.lock() = Since { moment: Some(over), ..Since::default() };
+        self.allow(allowed);
         let (mut last, mut moved) = ((0, 0), over);
         loop {
             let counts = (self.confirmed.load(Ordering::Acquire), self.distinct.load(Ordering::Acquire));
@@ -363,7 +376,13 @@ async fn publish(scene: Arc<Scene>, bus: Bus, publisher: u32, is_ordered: bool) 
         options = options.with_order(PublishOrder::Key);
     }
     let (mut next, end) = (publisher * each, (publisher + 1) * each);
+    let mut allowed = scene.allowed.subscribe();
     while next < end {
+        // Its share of what all may publish. There is no end of waiting without one of the scene.
+        let begun = next - publisher * each;
+        if allowed.wait_for(|allowed| begun < allowed / scene.volume.publishers).await.is_err() {
+            return Ok(());
+        }
         let until = end.min(next + scene.volume.batch);
         let message =
             |number: u32| Message::new(scene.name.as_str(), number.to_string()).with_key(scene.key(number).to_string());

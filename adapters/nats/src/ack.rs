@@ -38,6 +38,17 @@ pub(crate) fn parse(ack: &str) -> Option<Ack> {
     })
 }
 
+/// What the acks of a consumer's deliveries begin with.
+pub(crate) fn prefix_of(ack: &str) -> Option<&str> {
+    let mut dots = ack.match_indices('.').map(|(at, _)| at);
+    let end = match dots.clone().count() + 1 {
+        9 => dots.nth(3),
+        11.. => dots.nth(5),
+        _ => None,
+    };
+    ack.get(..end?)
+}
+
 /// The stream sequence in an ack subject.
 pub(crate) fn sequence_of(ack: &str) -> Option<u64> {
     parse(ack).map(|ack| ack.sequence)
@@ -54,5 +65,8 @@ mod tests {
         assert_eq!(parse("$JS.ACK.domain.hash.s.c.2.17.5.1700000000000000000.3.random"), Some(expected));
         assert_eq!(parse("$JS.ACK.s.c.2"), None);
         assert_eq!(parse("other"), None);
+        assert_eq!(prefix_of("$JS.ACK.s.c.2.17.5.1700000000000000000.3"), Some("$JS.ACK.s.c"));
+        assert_eq!(prefix_of("$JS.ACK.domain.hash.s.c.2.17.5.17.3.random"), Some("$JS.ACK.domain.hash.s.c"));
+        assert_eq!(prefix_of("other"), None);
     }
 }

@@ -195,6 +195,18 @@ impl Desk {
         let _ = self.link.client.publish(subject, body.into()).await;
     }
 
+    /// Writes down, of what goes back, which deliveries reached no handler.
+    pub(crate) async fn spare(&self, feed: u32, entries: &[Surrendered], deadline: Instant) -> Result<()> {
+        let spared = entries.iter().filter_map(|entry| Some((entry.sequence, entry.spared.as_ref()?)));
+        let writings: Vec<Writing> = spared.map(|(sequence, record)| self.record_of(feed, sequence, record)).collect();
+        if !writings.is_empty() {
+            for outcome in self.write(writings, deadline).await {
+                outcome?;
+            }
+        }
+        Ok(())
+    }
+
     /// Gives everything of a feed back to the server, in order, without counting a failure; it comes again after `delay`.
     pub(crate) async fn give_back(
         &self,
@@ -203,13 +215,7 @@ impl Desk {
         delay: Duration,
         deadline: Instant,
     ) -> Result<()> {
-        let spared = entries.iter().filter_map(|entry| Some((entry.sequence, entry.spared.as_ref()?)));
-        let writings: Vec<Writing> = spared.map(|(sequence, record)| self.record_of(feed, sequence, record)).collect();
-        if !writings.is_empty() {
-            for outcome in self.write(writings, deadline).await {
-                outcome?;
-            }
-        }
+        self.spare(feed, &entries, deadline).await?;
         let mut tellings: Vec<Telling> =
             entries.into_iter().map(|entry| Telling { feed, key: None, ack: entry.ack, payload: nak(delay) }).collect();
         self.tell(&mut tellings, deadline).await.into_iter().collect()

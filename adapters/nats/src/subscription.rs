@@ -15,13 +15,15 @@ use tokio::time::Instant;
 use crate::config::Settings;
 use crate::desk::{Desk, Scope};
 use crate::feed::Feed;
-use crate::link::Link;
+use crate::link::{Link, by};
 use crate::names::Names;
 use crate::owner::Owner;
 use crate::settle::{self, NatsSettler};
-use crate::state::{FeedState, Shared, Tasks};
+use crate::state::{FeedState, Renewal, Shared, Tasks};
 use crate::topology::Topology;
 
+/// Renewals that are told together.
+const AT_ONCE: usize = 256;
 /// How long a subscription that is dropped takes to give back what it holds.
 const DROPPED: Duration = Duration::from_secs(10);
 
@@ -101,14 +103,17 @@ impl NatsSubscription {
 
 /// Renews leases, and settles what has expired, until the subscription is gone.
 async fn keep(desk: Arc<Desk>, Tasks { mut renewed, mut expired }: Tasks) {
-    let (shared, link) = (Arc::clone(&desk.shared), Arc::clone(&desk.link));
+    let shared = Arc::clone(&desk.shared);
     let mut next = Instant::now();
     loop {
         tokio::select! {
-            ack = renewed.recv() => {
-                let Some(ack) = ack else { return };
-                // In progress. Not confirmed: one that is lost brings the message back, and its settle is told so.
-                let _ = link.client.publish(ack, Bytes::from_static(b"+WPI")).await;
+            first = renewed.recv() => {
+                let Some(first) = first else { return };
+                let mut all = vec![first];
+                while all.len() < AT_ONCE && let Ok(more) = renewed.try_recv() {
+                    all.push(more);
+                }
+                renew(&desk, all).await;
             }
             first = expired.recv() => {
                 let Some(first) = first else { return };
@@ -122,6 +127,28 @@ async fn keep(desk: Arc<Desk>, Tasks { mut renewed, mut expired }: Tasks) {
             () = tokio::time::sleep_until(next) => next = Instant::now() + shared.keep_leases(),
         }
     }
+}
+
+/// Says that deliveries are in progress. What the server does not confirm counts as not kept.
+async fn renew(desk: &Arc<Desk>, renewals: Vec<Renewal>) {
+    let begun = Instant::now();
+    let limit = begun + desk.shared.renewal_limit();
+    let answers = desk.link.board.open(renewals.len(), limit);
+    answers.expect(0, renewals.iter().map(|renewal| &renewal.ack));
+    for (place, renewal) in renewals.iter().enumerate() {
+        let (ack, reply) = (renewal.ack.clone(), answers.place(place));
+        let sending = desk.link.client.publish_with_reply(ack, reply, Bytes::from_static(b"+WPI"));
+        if !matches!(by(limit, sending).await, Some(Ok(()))) {
+            answers.skip(place);
+        }
+    }
+    let desk = Arc::clone(desk);
+    tokio::spawn(async move {
+        answers.wait(limit).await;
+        let confirmed = renewals.iter().zip(answers.take_all());
+        let confirmed = confirmed.filter(|(_, reply)| reply.as_ref().is_some_and(|reply| !reply.is_unserved));
+        desk.shared.renewed(begun, confirmed.map(|(renewal, _)| renewal.key));
+    });
 }
 
 /// As long as it lives, somebody waits for messages.

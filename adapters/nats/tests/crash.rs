@@ -13,7 +13,7 @@ use anybroker_core::{
     Bus, Effect, ErrorKind, Message, Order, PublishOptions, Settlement, SubscriptionEvent, ack, settle,
 };
 use async_trait::async_trait;
-use common::{LONG, connect, number, numbered, publish, receive, try_connect, unique, url};
+use common::{LONG, connect, number, numbered, publish, receive, seed, try_connect, unique, url};
 use tokio::time::Instant;
 
 const CRASHER: &str = "ANYBROKER_NATS_TEST_CRASHER";
@@ -90,8 +90,9 @@ impl ServerControl for Server {
     }
 }
 
-/// The suite's cases about the server's process, on a server of this test's own.
-#[ignore = "long, and not shown to pass on every seed: cargo xtask faults nats runs it"]
+/// The suite's case about a frozen server, on a server of this test's own. With `ANYBROKER_TEST_SEED`, as `cargo xtask faults nats`
+/// sets it, also the one about a killed server: JetStream forgets acks that it has confirmed shortly before a kill (its consumers'
+/// state is written ten times a second, nats-server 2.15, `consumerFileStore.flushLoop`), which the case does not allow.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_and_a_frozen_server_break_no_promise() {
     let Some(server) = Server::start("suite") else { return };
@@ -103,10 +104,9 @@ async fn a_killed_and_a_frozen_server_break_no_promise() {
     .with_server(Arc::new(server))
     .with_lease(Duration::from_secs(1))
     .with_quiet(Duration::from_secs(1));
-    let mut options = Options::default().with_level(Level::Reliability).with_filter("faults/a-server-*");
-    if let Ok(seed) = std::env::var("ANYBROKER_TEST_SEED") {
-        options = options.with_seed(seed.parse().unwrap());
-    }
+    let cases = if seed().is_some() { "faults/a-server-*" } else { "faults/a-server-that-is-frozen-*" };
+    let options = Options::default().with_level(Level::Reliability).with_filter(cases);
+    let options = options.with_seed(seed().unwrap_or(1));
     let report = run(Arc::new(harness), options).await.unwrap();
     println!("{}", report.text());
     if let Some(directory) = std::env::var_os("ANYBROKER_TEST_REPORT") {
@@ -115,10 +115,9 @@ async fn a_killed_and_a_frozen_server_break_no_promise() {
     assert!(report.is_green() && report.totals.not_run == 0, "{}", report.summary());
 }
 
-/// `cargo xtask brokers up nats` builds the server; `ANYBROKER_XTASK` is the path of that command.
-#[ignore = "young, not shown to pass yet, and takes minutes: cargo test -p anybroker-nats --test crash a_hundred -- --ignored --nocapture"]
+/// Twenty thousand and the cut alone; with `ANYBROKER_TEST_VOLUME=1` a hundred thousand, and the kill before it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_hundred_thousand_messages_survive_a_kill_and_a_cut_and_keep_the_order_of_their_keys() {
+async fn many_messages_survive_a_cut_and_a_kill_and_keep_the_order_of_their_keys() {
     let Some(server) = Server::start("volume") else { return };
     let (url, through) = (server.url.clone(), server.url.clone());
     let routes = routes_of(&url).unwrap();
@@ -129,9 +128,12 @@ async fn a_hundred_thousand_messages_survive_a_kill_and_a_cut_and_keep_the_order
     .with_proxies(routes, move |addresses| {
         let url = url_through(&through, &addresses);
         Box::pin(async move { try_connect(&url, "").await })
-    })
-    .with_server(Arc::new(server));
-    let report = volume(&harness, &Volume::default()).await.unwrap();
+    });
+    let report = if std::env::var("ANYBROKER_TEST_VOLUME").is_ok_and(|value| value == "1") {
+        volume(&harness.with_server(Arc::new(server)), &Volume::default()).await.unwrap()
+    } else {
+        volume(&harness, &Volume { messages: 20_000, ..Volume::default() }).await.unwrap()
+    };
     println!("{report}");
     assert!(report.is_green(), "{report:?}");
     assert!(report.cut >= 12, "connections went past the proxy: {}", report.cut);

@@ -358,3 +358,107 @@ async fn a_nack_whose_confirmation_is_late_takes_the_message_from_nobody_else() 
     bus.delete(name.as_str(), None).await.unwrap();
     bus.close(LONG).await.unwrap();
 }
+
+/// What is delivered again looks its record up, and what is new does not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_comes_again_is_not_overtaken_by_what_is_new() {
+    let Some(url) = url() else { return };
+    let line = Line::to(&url).await;
+    let (bus, slow) = (connect(&url, "").await, connect(&line.url, "").await);
+    let name = unique("again");
+    let mut first = bus.subscribe(bus.subscription(name.as_str(), "g")).await.unwrap();
+    publish(&bus, numbered(&name, 0..20)).await;
+    for delivery in receive(&mut first, 20).await {
+        delivery.nack(Duration::ZERO).await.unwrap();
+    }
+    first.close(LONG).await.unwrap();
+    publish(&bus, numbered(&name, 20..21)).await;
+    // All of them come together; that the records come later than that is what the line is for.
+    line.answer_late(Duration::from_millis(200));
+    let mut second = slow.subscribe(slow.subscription(name.as_str(), "g")).await.unwrap();
+    let mut came: Vec<u32> = Vec::new();
+    while came.len() < 21 {
+        let delivery = receive(&mut second, 1).await.remove(0);
+        came.push(number(&delivery));
+        assert_eq!(delivery.attempt(), if number(&delivery) == 20 { 1 } else { 2 });
+        delivery.ack().await.unwrap();
+    }
+    assert_eq!(came.last(), Some(&20), "{came:?}");
+    second.close(LONG).await.unwrap();
+    bus.delete(name.as_str(), None).await.unwrap();
+    bus.close(LONG).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_lay_in_a_connection_for_longer_than_its_lease_is_not_handed_out() {
+    let Some(url) = url() else { return };
+    let line = Line::to(&url).await;
+    let (silent, bus) = (connect(&line.url, "").await, connect(&url, "").await);
+    let name = unique("too-late");
+    let lease = Duration::from_secs(1);
+    let spec = bus.subscription(name.as_str(), "g").with_lease(lease);
+    let mut first = silent.subscribe(spec.clone()).await.unwrap();
+    publish(&bus, numbered(&name, 0..1)).await;
+    receive(&mut first, 1).await.remove(0).ack().await.unwrap();
+    line.stand_still();
+    // One that does not receive gives back what it has.
+    let receiving = tokio::spawn(async move {
+        let came = receive(&mut first, 1).await;
+        (first, came)
+    });
+    publish(&bus, numbered(&name, 1..11)).await;
+    // They are sent into the line, and to the other member when the server has waited long enough.
+    let mut second = bus.subscribe(spec).await.unwrap();
+    let mut acked = std::collections::BTreeSet::new();
+    while acked.len() < 10 {
+        for delivery in receive(&mut second, 1).await {
+            let number = number(&delivery);
+            // On a machine that stands still for the lease it comes again.
+            if delivery.ack().await.is_ok() {
+                acked.insert(number);
+            }
+        }
+    }
+    second.close(LONG).await.unwrap();
+    line.go_on();
+    publish(&bus, numbered(&name, 11..12)).await;
+    let (mut first, mut came) = receiving.await.unwrap();
+    assert_eq!(number(&came[0]), 11, "what is acked was handed out");
+    came.remove(0).ack().await.unwrap();
+    nothing(&mut first).await;
+    first.close(LONG).await.unwrap();
+    bus.delete(name.as_str(), None).await.unwrap();
+    bus.close(LONG).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_in_a_connection_that_is_cut_is_called_back_in_its_order_before_its_lease_ends() {
+    let Some(url) = url() else { return };
+    let line = Line::to(&url).await;
+    let (cut, bus) = (connect(&line.url, "").await, connect(&url, "").await);
+    let name = unique("called-back");
+    // Longer than anything here waits.
+    let spec = bus.subscription(name.as_str(), "g").with_order(Order::Key).with_lease(LONG * 10);
+    let mut subscriber = cut.subscribe(spec).await.unwrap();
+    publish(&bus, numbered(&name, 0..5)).await;
+    let mut held = receive(&mut subscriber, 5).await;
+    held.remove(0).ack().await.unwrap();
+    line.stand_still();
+    publish(&bus, numbered(&name, 5..25)).await;
+    let in_flight = || async { bus.lag(name.as_str(), "g").await.unwrap().in_flight };
+    while in_flight().await.is_none_or(|(count, _)| count < 24) {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    line.cut();
+    publish(&bus, numbered(&name, 25..30)).await;
+    let came = receive(&mut subscriber, 25).await;
+    assert_eq!(came.iter().map(number).collect::<Vec<_>>(), (5..30).collect::<Vec<_>>());
+    // What was held all the time is held still.
+    for outcome in ack(held.into_iter().chain(came).collect()).await {
+        outcome.unwrap();
+    }
+    nothing(&mut subscriber).await;
+    subscriber.close(LONG).await.unwrap();
+    bus.delete(name.as_str(), None).await.unwrap();
+    bus.close(LONG).await.unwrap();
+}

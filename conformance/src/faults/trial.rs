@@ -61,7 +61,8 @@ struct Progress {
     made: [AtomicUsize; PUBLISHERS],
     publishing: [AtomicBool; PUBLISHERS],
     holding: [AtomicUsize; MEMBERS],
-    confirmed: Mutex<HashSet<MessageId>>,
+    /// Confirmed, or delivered: what is known to be stored.
+    stored: Mutex<HashSet<MessageId>>,
     /// Acked, or asked for with an unknown effect.
     accounted: Mutex<HashSet<MessageId>>,
     /// The last fault is over.
@@ -100,7 +101,7 @@ impl Progress {
 
     fn lacks(&self) -> usize {
         let accounted = self.accounted.lock();
-        self.confirmed.lock().iter().filter(|id| !accounted.contains(*id)).count()
+        self.stored.lock().iter().filter(|id| !accounted.contains(*id)).count()
     }
 }
 
@@ -145,7 +146,7 @@ impl<'e> Trial<'e> {
         let came = drained.len();
         ensure!(
             missing == 0,
-            "{missing} confirmed messages did not come to the members after the last fault; a fresh client got {came}"
+            "{missing} stored messages did not come to the members after the last fault; a fresh client got {came}"
         );
         for client in publishers.iter().chain(&members) {
             client.close().await?;
@@ -184,7 +185,7 @@ impl<'e> Trial<'e> {
         Ok(())
     }
 
-    /// Whatever was confirmed arrives by itself; how much did not.
+    /// Whatever is stored arrives by itself, and what was given back again; how much did not.
     async fn settle_down(&self) -> Proof<usize> {
         let limit = self.env.patience() + self.spec.lease * 2;
         self.progress.until(limit, |progress| progress.lacks() == 0).await;
@@ -231,7 +232,7 @@ impl<'e> Trial<'e> {
             for (message, outcome) in left.into_iter().zip(outcomes) {
                 match outcome {
                     Ok(_) => {
-                        progress.confirmed.lock().insert(message.id().clone());
+                        progress.stored.lock().insert(message.id().clone());
                     }
                     Err(error) => {
                         let passes = matches!(error.retry(), Retry::Later(_)) || error.effect() == Effect::Unknown;
@@ -265,6 +266,8 @@ impl<'e> Trial<'e> {
         loop {
             let came = consumer.receive(40, Duration::from_millis(200)).await?;
             let came_something = !came.is_empty();
+            // Nobody knows when something comes again that a member gave back: at the end that is waited for.
+            progress.stored.lock().extend(came.iter().map(|held| held.message().id().clone()));
             held.extend(came);
             progress.holding[number].store(held.len(), Ordering::Relaxed);
             progress.tell();

@@ -3,6 +3,7 @@
 //! It speaks the pull protocol itself. The client's own stream of messages does not end when its consumer is deleted
 //! while disconnected (nats.rs #1584), fetches ahead on its own (#1418), and cannot be told how much room there is.
 
+mod fresh;
 mod turn;
 
 use std::sync::Arc;
@@ -22,6 +23,7 @@ use crate::link;
 use crate::lookup::{apply, look_up};
 use crate::owner::Owner;
 use crate::state::{Arrival, Looking};
+use fresh::Fresh;
 
 /// How long a pull waits at the server.
 const EXPIRES: Duration = Duration::from_secs(30);
@@ -39,8 +41,11 @@ pub(crate) struct Feed {
     owner: Option<Owner>,
     link: watch::Receiver<link::State>,
     epoch: u64,
+    /// The server's process.
+    server: String,
     is_degraded: bool,
     inbox: Inbox,
+    fresh: Fresh,
     /// When the server was last heard of.
     heard: Instant,
     /// Messages up to here may have records that a restarted server's count does not show.
@@ -53,10 +58,23 @@ pub(crate) struct Feed {
     is_missing: bool,
     /// Until when they come back.
     held_until: Option<Instant>,
-    /// They come: how many there must be here before anything is handed out, and until when that is waited for.
-    gathering: Option<(u64, Instant)>,
+    /// They come: what must be here before anything is handed out.
+    gathering: Option<Gathering>,
+    /// On a new connection of the member whose turn it is: what is lost is not called back yet.
+    is_uncalled: bool,
+    /// What the server's names of deliveries begin with.
+    ack_prefix: Option<String>,
     /// What was read and has not arrived: many at once.
     arrivals: Vec<Arrival>,
+}
+
+/// What is waited for under order.
+#[derive(Debug, Clone, Copy)]
+struct Gathering {
+    /// How many messages, of those up to that place, there must be here.
+    pending: u64,
+    up_to: u64,
+    until: Instant,
 }
 
 impl Feed {
@@ -68,6 +86,8 @@ impl Feed {
     ) -> Result<Self> {
         let link = desk.link.state.clone();
         let epoch = link.borrow().epoch;
+        let server = desk.link.client.server_info().server_id;
+        let fresh = Fresh::new(Instant::now(), None);
         let inbox = Inbox::open(&desk.link.client).await?;
         let (is_degraded, heard, look_below, is_ready, is_resting) = (false, Instant::now(), 0, false, false);
         Ok(Self {
@@ -77,8 +97,10 @@ impl Feed {
             owner,
             link,
             epoch,
+            server,
             is_degraded,
             inbox,
+            fresh,
             heard,
             look_below,
             is_ready,
@@ -87,6 +109,8 @@ impl Feed {
             is_missing: false,
             held_until: None,
             gathering: None,
+            is_uncalled: false,
+            ack_prefix: None,
             arrivals: Vec::new(),
         })
     }
@@ -114,6 +138,7 @@ impl Feed {
                 break;
             }
             let watchdog = self.heard + HEARTBEAT * 3;
+            let echo = self.echo_due();
             let rest = shared.rests_at().filter(|_| !self.is_resting);
             tokio::select! {
                 biased;
@@ -124,7 +149,6 @@ impl Feed {
                 }
                 message = self.inbox.next() => {
                     if let Some(message) = message {
-                        self.heard = Instant::now();
                         if let Err(error) = self.receive(message).await {
                             shared.fail(error);
                             break;
@@ -138,9 +162,11 @@ impl Feed {
                 () = room => {}
                 () = tokio::time::sleep_until(rest.unwrap_or(watchdog)), if rest.is_some() => {}
                 () = tokio::time::sleep_until(self.held_until.unwrap_or(watchdog)), if self.held_until.is_some() => {}
-                () = tokio::time::sleep_until(self.gathering.map_or(watchdog, |(_, until)| until)),
+                () = tokio::time::sleep_until(self.gathering.map_or(watchdog, |gathering| gathering.until)),
                     if self.gathering.is_some() => {}
                 () = tokio::time::sleep_until(look), if self.owner.is_some() => {}
+                // Sent before the next pull is.
+                () = tokio::time::sleep_until(echo.unwrap_or(watchdog)), if echo.is_some() => {}
                 () = tokio::time::sleep_until(watchdog) => self.on_silence().await,
             }
         }
@@ -162,7 +188,14 @@ impl Feed {
         }
         if !self.is_ready {
             match self.get_ready().await {
-                Ok(()) => self.is_ready = true,
+                Ok(()) => {
+                    self.is_ready = true;
+                    self.is_uncalled =
+                        self.owner.is_some() && self.desk.shared.lock().feeds[self.index as usize].is_active;
+                    if self.is_uncalled {
+                        *look = Instant::now();
+                    }
+                }
                 Err(error) if is_final(&error) => return Err(error),
                 Err(error) => {
                     tracing::debug!(%error, "not ready to pull");
@@ -177,8 +210,12 @@ impl Feed {
             self.desk.shared.room.notify_waiters();
             return Ok(());
         }
+        if self.is_uncalled {
+            // It is not known yet whether it is still this member's turn.
+            return Ok(());
+        }
         if self.is_missing {
-            self.wait_for_missing().await?;
+            self.call_missing().await?;
         }
         if let Some(until) = self.held_until
             && (Instant::now() < until || !self.gather().await?)
@@ -191,6 +228,7 @@ impl Feed {
             self.rest().await?;
         }
         self.is_resting = rests;
+        self.echo().await;
         loop {
             let batch = self.desk.shared.reserve(self.index);
             if batch == 0 {
@@ -217,9 +255,6 @@ impl Feed {
         let subjects = self.desk.topology.api.subjects("receive", &scope.records, &filter).await?;
         let sequence = |subject: &String| subject.rsplit('.').next().and_then(|last| last.parse::<u64>().ok());
         self.look_below = subjects.iter().filter_map(sequence).max().unwrap_or(0);
-        if self.owner.is_some() && self.desk.shared.lock().feeds[self.index as usize].is_active {
-            self.count_lost().await?;
-        }
         Ok(())
     }
 
@@ -268,6 +303,10 @@ impl Feed {
     async fn receive(&mut self, first: Message) -> Result<()> {
         let mut next = Some(first);
         while let Some(message) = next {
+            // An echo says nothing about the pull.
+            if message.status.is_some() || message.reply.is_some() {
+                self.heard = Instant::now();
+            }
             match message.status {
                 Some(status) => {
                     self.arrive();
@@ -284,8 +323,11 @@ impl Feed {
 
     /// Reads a message; it arrives with those behind it.
     fn read(&mut self, message: Message) {
-        let Some(ack) = message.reply else { return };
+        let Some(ack) = message.reply else { return self.fresh.came(&message.payload) };
         let Some(Ack { delivered, sequence, count, nanos }) = ack::parse(&ack) else { return };
+        if self.owner.is_some() && self.ack_prefix.is_none() {
+            self.ack_prefix = ack::prefix_of(&ack).map(str::to_owned);
+        }
         let is_next = self.last.replace(count).is_none_or(|last| count == last + 1);
         if self.owner.is_some() && !is_next {
             self.desk.shared.hold(self.index, true);
@@ -303,6 +345,7 @@ impl Feed {
             message: Arc::new(decoded),
             delivered,
             redrives: found.redrives,
+            since: self.fresh.since(Instant::now()),
             expires: found.expires,
             must_look: sequence <= self.look_below,
         });
@@ -375,6 +418,10 @@ impl Feed {
             self.take_buffered();
             self.epoch = state.epoch;
             self.is_ready = false;
+            if self.owner.is_none() {
+                // Not handed out before it is known whether the server still knows that it is here.
+                self.desk.shared.hold(self.index, true);
+            }
             if !std::mem::replace(&mut self.is_degraded, true) {
                 let cause = "the connection is lost; it is made anew".to_owned();
                 self.desk.shared.tell(SubscriptionEvent::Degraded { cause });
@@ -384,9 +431,27 @@ impl Feed {
             // A new inbox: a pull that the server still knows must not fill beside the new one.
             if self.renew_inbox().await.is_ok() {
                 self.is_degraded = false;
+                if self.owner.is_none() {
+                    self.look_at_server().await;
+                }
                 self.desk.shared.tell(SubscriptionEvent::Recovered);
             }
         }
+    }
+
+    /// A killed server may have forgotten what it sent, and give it to others at once. Under order there are none, and what is
+    /// here keeps its place.
+    async fn look_at_server(&mut self) {
+        let client = &self.desk.link.client;
+        // The client says that it is connected before it says to which server (async-nats 0.51, `connector.rs`); what it is told
+        // to do comes after both.
+        let is_told = tokio::time::timeout(LAST, client.flush()).await.is_ok_and(|flushed| flushed.is_ok());
+        let server = client.server_info().server_id;
+        if !is_told || server != self.server {
+            self.desk.shared.forget_prefetched(self.index);
+        }
+        self.server = server;
+        self.desk.shared.hold(self.index, false);
     }
 
     /// What came before the connection was lost.
@@ -400,6 +465,7 @@ impl Feed {
     }
 
     async fn renew_inbox(&mut self) -> Result<()> {
+        self.fresh = Fresh::new(Instant::now(), Some(&self.fresh));
         self.inbox = Inbox::open(&self.desk.link.client).await?;
         self.desk.shared.unasked(self.index, None);
         Ok(())
@@ -420,6 +486,7 @@ impl Feed {
             }
             let is_all_here = self.is_ready
                 && !self.is_missing
+                && !self.is_uncalled
                 && self.held_until.is_none()
                 && self.gathering.is_none()
                 && self.link.borrow().epoch == self.epoch;

@@ -5,7 +5,8 @@ use std::time::Duration;
 use anybroker_core::Result;
 use tokio::time::Instant;
 
-use super::{Feed, HEARTBEAT, is_final};
+use super::{Feed, Gathering, HEARTBEAT, is_final};
+use crate::desk::{Telling, nak};
 use crate::owner::{Change, Owner};
 
 /// How long settles are waited for before lost deliveries are counted: they are told again after a second and a half.
@@ -17,6 +18,10 @@ const GATHERED: Duration = Duration::from_secs(2);
 /// How soon a claim is looked after again that could not be.
 const AT_ONCE: Duration = Duration::from_millis(200);
 
+/// So many deliveries are called back one by one. Where there may be more, because something from long ago is still open, they
+/// are waited for.
+const MOST_CALLED: u64 = 20_000;
+
 impl Feed {
     pub(super) async fn look_after_turn(&mut self, look: &mut Instant) -> Result<()> {
         let Some(owner) = self.owner.as_mut().filter(|_| Instant::now() >= *look) else { return Ok(()) };
@@ -24,21 +29,37 @@ impl Feed {
         match owner.look().await {
             Ok(Change::Gained) => {
                 shared.gain(self.index, self.destination.to_string(), owner.fence());
+                self.is_uncalled = false;
                 self.note_count().await;
             }
             Ok(Change::TakenOver) => {
                 shared.gain(self.index, self.destination.to_string(), owner.fence());
                 // The server goes on sending to a connection that it does not know to be dead, long after the last
                 // renewal. So what was sent by now is counted, instead of how long ago that was.
+                self.is_uncalled = false;
                 match self.count_lost().await {
                     Err(error) if is_final(&error) => return Err(error),
                     // Counted again before anything is asked for.
                     counted => self.is_ready &= counted.is_ok(),
                 }
             }
-            Ok(Change::Renewed) => shared.keep_fence(self.index, owner.fence()),
+            Ok(Change::Renewed) => {
+                shared.keep_fence(self.index, owner.fence());
+                if self.is_uncalled {
+                    match self.call_back().await {
+                        Err(error) if is_final(&error) => return Err(error),
+                        Err(error) => {
+                            tracing::debug!(%error, "what was lost could not be called back yet");
+                            *look = Instant::now() + AT_ONCE;
+                            return Ok(());
+                        }
+                        Ok(()) => self.is_uncalled = false,
+                    }
+                }
+            }
             Ok(Change::Lost) => {
                 shared.lose(self.index);
+                self.is_uncalled = false;
                 (self.last, self.is_missing, self.held_until, self.gathering) = (None, false, None, None);
                 self.renew_inbox().await?;
             }
@@ -55,34 +76,69 @@ impl Feed {
         Ok(())
     }
 
-    /// Under order, before anything is asked for on a new connection: what the server has sent and what is not here was
-    /// lost with the old one. It comes back first, once the server's patience has ended.
-    pub(super) async fn count_lost(&mut self) -> Result<()> {
-        let deadline = Instant::now() + SETTLED;
-        let (pending, here) = loop {
-            // What is being settled is pending at the server or not: it has to be told first.
-            while self.desk.shared.is_settling(self.index) && Instant::now() < deadline {
-                tokio::time::sleep(Duration::from_millis(10)).await;
-            }
-            let scope = &self.desk.scopes[self.index as usize];
-            let Some(info) = self.desk.topology.api.consumer("receive", &scope.stream, &scope.consumer).await? else {
-                return self.check_consumer().await;
-            };
-            self.last = Some(info.delivered.consumer_seq);
-            let here = self.desk.shared.accounted_for(self.index);
-            let is_sure = !self.desk.shared.is_settling(self.index) || Instant::now() >= deadline;
-            if is_sure || info.num_ack_pending <= here {
-                break (info.num_ack_pending, here);
-            }
+    /// After a member that was silent: what the server has sent to it and to others comes back first, once the server's
+    /// patience has ended, because its deliveries may be in somebody's hands until then.
+    async fn count_lost(&mut self) -> Result<()> {
+        let scope = &self.desk.scopes[self.index as usize];
+        let Some(info) = self.desk.topology.api.consumer("receive", &scope.stream, &scope.consumer).await? else {
+            return self.check_consumer().await;
         };
-        let was_gathering = self.gathering.take().is_some();
-        if pending <= here && was_gathering && !self.is_missing {
-            self.desk.shared.hold(self.index, false);
+        self.last = Some(info.delivered.consumer_seq);
+        self.gathering = None;
+        self.desk.shared.hold(self.index, false);
+        if info.num_ack_pending > self.desk.shared.accounted_for(self.index, info.delivered.stream_seq) {
+            self.wait_for_lost();
         }
-        if pending > here {
-            let ack_wait = self.desk.shared.lock().feeds[self.index as usize].ack_wait;
-            tracing::debug!(destination = %self.destination, ?ack_wait, "deliveries were lost; waiting for them");
-            self.held_until = Some(Instant::now() + ack_wait + Duration::from_millis(300));
+        Ok(())
+    }
+
+    fn wait_for_lost(&mut self) {
+        let ack_wait = self.desk.shared.lock().feeds[self.index as usize].ack_wait;
+        tracing::debug!(destination = %self.destination, ?ack_wait, "deliveries were lost; waiting for them");
+        self.held_until = Some(Instant::now() + ack_wait + Duration::from_millis(300));
+    }
+
+    /// Under order, before anything is asked for on a new connection: what the server has sent and what is not here was lost
+    /// with the old one. It has been this member's turn all the time, so nobody has it. It is given back in its name, and comes
+    /// again in its order: the server looks at the message that a nak names, and at whether the delivery's number can be
+    /// (nats-server 2.15, `processNak`). What is acked by then stays so.
+    async fn call_back(&mut self) -> Result<()> {
+        let deadline = Instant::now() + SETTLED;
+        // What is being settled is pending at the server or not: it has to be told first.
+        while self.desk.shared.is_settling(self.index) && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let scope = &self.desk.scopes[self.index as usize];
+        let Some(info) = self.desk.topology.api.consumer("receive", &scope.stream, &scope.consumer).await? else {
+            return self.check_consumer().await;
+        };
+        let (first, last) = (info.ack_floor.stream_seq + 1, info.delivered.stream_seq);
+        self.last = Some(info.delivered.consumer_seq);
+        (self.is_missing, self.gathering) = (false, None);
+        self.desk.shared.sent_up_to(self.index, last);
+        if last >= first + MOST_CALLED {
+            self.wait_for_lost();
+            return Ok(());
+        }
+        let prefix = self.ack_prefix.clone().unwrap_or_else(|| format!("$JS.ACK.{}.{}", scope.stream, scope.consumer));
+        let here = self.desk.shared.all_held(self.index);
+        let lost = (first..=last).filter(|sequence| info.num_ack_pending > 0 && !here.contains(sequence));
+        let call = |sequence| Telling {
+            feed: self.index,
+            key: None,
+            ack: format!("{prefix}.1.{sequence}.{}.0.0", info.delivered.consumer_seq).into(),
+            payload: nak(Duration::ZERO),
+        };
+        let mut calls: Vec<Telling> = lost.map(call).collect();
+        tracing::debug!(destination = %self.destination, from = first, to = last, calls = calls.len(), "called back");
+        let called = self.desk.tell(&mut calls, Instant::now() + self.desk.settle_timeout).await;
+        match called.into_iter().collect::<Result<()>>() {
+            // It is due.
+            Ok(()) => self.held_until = Some(Instant::now()),
+            Err(error) => {
+                tracing::debug!(%error, "not everything could be called back");
+                self.wait_for_lost();
+            }
         }
         Ok(())
     }
@@ -94,23 +150,26 @@ impl Feed {
         self.last = info.ok().flatten().map(|info| info.delivered.consumer_seq);
     }
 
-    /// Messages were sent to a connection that was lost, and come back when the server's patience ends. Under order
-    /// everything behind them goes back too, to come after them.
-    pub(super) async fn wait_for_missing(&mut self) -> Result<()> {
-        let ack_wait = self.desk.shared.lock().feeds[self.index as usize].ack_wait;
-        tracing::debug!(destination = %self.destination, ?ack_wait, "waiting for deliveries that were lost");
+    /// Messages were sent to a connection that was lost. Under order everything behind them goes back with them.
+    pub(super) async fn call_missing(&mut self) -> Result<()> {
+        tracing::debug!(destination = %self.destination, "deliveries were lost; calling them back");
         self.take_in().await;
         self.renew_inbox().await?;
         let entries = self.desk.shared.surrender(self.index, false);
         let deadline = Instant::now() + self.desk.settle_timeout;
-        let behind = ack_wait + Duration::from_millis(500);
-        if let Err(error) = self.desk.give_back(self.index, entries, behind, deadline).await {
-            tracing::debug!(%error, "not everything could be given back");
+        if let Err(error) = self.desk.spare(self.index, &entries, deadline).await {
+            tracing::debug!(%error, "prefetched messages will count as handed over");
         }
-        self.held_until = Some(Instant::now() + behind + Duration::from_millis(300));
-        (self.is_missing, self.last, self.gathering) = (false, None, None);
-        self.note_count().await;
-        Ok(())
+        match self.call_back().await {
+            Err(error) if is_final(&error) => Err(error),
+            Err(error) => {
+                tracing::debug!(%error, "what was lost could not be called back");
+                (self.is_missing, self.last, self.gathering) = (false, None, None);
+                self.wait_for_lost();
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+        }
     }
 
     /// What was lost is due by now, and may be asked for; false while more was lost meanwhile.
@@ -132,21 +191,29 @@ impl Feed {
         let shared = &self.desk.shared;
         let sent = info.delivered.consumer_seq;
         if self.last.replace(sent).is_some_and(|last| last != sent) {
-            // Nothing was asked for here: the server still sends to the connection that is lost.
-            let ack_wait = shared.lock().feeds[self.index as usize].ack_wait;
-            self.held_until = Some(Instant::now() + ack_wait + Duration::from_millis(300));
-            return Ok(false);
+            // Nothing was asked for here: the server still sends to the connection that is lost, until it has sent there what
+            // was asked for. Who is there hands nothing out any more.
+            return match self.call_back().await {
+                Err(error) if is_final(&error) => Err(error),
+                called => {
+                    tracing::debug!(?called, "the server still sends elsewhere");
+                    self.held_until = self.held_until.max(Some(Instant::now() + AT_ONCE));
+                    Ok(false)
+                }
+            };
         }
         shared.hold(self.index, true);
-        (self.held_until, self.gathering) = (None, Some((info.num_ack_pending, Instant::now() + GATHERED)));
+        let (pending, up_to) = (info.num_ack_pending, info.delivered.stream_seq);
+        (self.held_until, self.gathering) =
+            (None, Some(Gathering { pending, up_to, until: Instant::now() + GATHERED }));
         Ok(true)
     }
 
     /// Hands out again, once all is here that had to come back, or as much of it as there is room for.
     pub(super) fn gathered(&mut self) {
-        let Some((pending, until)) = self.gathering else { return };
+        let Some(Gathering { pending, up_to, until }) = self.gathering else { return };
         let shared = &self.desk.shared;
-        let here = shared.held(self.index);
+        let here = shared.held(self.index, up_to);
         if !self.is_missing && (here >= pending.min(shared.max_in_flight as u64) || Instant::now() >= until) {
             self.gathering = None;
             shared.hold(self.index, false);

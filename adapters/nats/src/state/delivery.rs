@@ -6,7 +6,7 @@ use anybroker_core::{Delivery, DeliveryContext, Error, Lane, Received, Timestamp
 use async_nats::Subject;
 use tokio::time::Instant;
 
-use super::entry::{Acking, Arrival, Entry, Key, Looking, Phase, Taken};
+use super::entry::{Acking, Arrival, Entry, Key, Looking, Phase, Renewal, Taken};
 use super::{REMEMBERED, Shared, State};
 use crate::desk::Telling;
 use crate::record::Record;
@@ -88,8 +88,8 @@ impl Shared {
         let feed = &state.feeds[entry.feed as usize];
         let until = now + self.lease;
         if entry.server_until < until {
-            let _ = self.renewals.send(entry.ack.clone());
-            entry.server_until = now + feed.ack_wait;
+            entry.asked_at = Some(now);
+            let _ = self.renewals.send(Renewal { key: (slot, generation), ack: entry.ack.clone() });
         }
         if entry.was_out {
             entry.again += 1;
@@ -245,22 +245,29 @@ impl State {
     ) -> Option<std::result::Result<Key, Looking>> {
         let feed = &mut self.feeds[arrival.feed as usize];
         feed.asked = feed.asked.saturating_sub(1);
-        let server_until = now + feed.ack_wait;
+        let (server_until, keeps_order) = (feed.kept_until(arrival.since), feed.keeps_order);
         let place = (arrival.feed, arrival.sequence);
         if let Some(slot) = self.places.get(&place).copied() {
             let entry = self.slots[slot as usize].entry.as_mut().expect("a place names an entry");
             let is_over = matches!(entry.phase, Phase::Out { until } if until <= now);
             if !is_over {
                 // A restarted server has forgotten that it is here: from now on it is acked as this delivery.
-                (entry.ack, entry.server_until) = (arrival.ack, server_until);
+                (entry.ack, entry.server_until) = (arrival.ack, server_until.max(entry.server_until));
                 entry.delivered = entry.delivered.max(arrival.delivered);
+                self.unknown -= usize::from(!std::mem::replace(&mut entry.is_known, true));
                 return None;
             }
             self.remove(slot);
         }
+        // It lay in a connection that stood still, and may be with somebody else by now. Under order there is nobody else.
+        if server_until <= now && !keeps_order {
+            tracing::debug!(sequence = arrival.sequence, "came too late to be handed out");
+            return None;
+        }
         let remembered = if self.remembered.is_empty() { None } else { self.remembered.remove(&place) };
         let must_look = arrival.delivered > 1 || arrival.must_look;
         let looked_up = must_look.then(|| arrival.ack.clone());
+        self.arrivals += 1;
         let entry = Entry {
             feed: arrival.feed,
             sequence: arrival.sequence,
@@ -274,12 +281,15 @@ impl State {
             arrived_at,
             again: 0,
             was_out: false,
+            arrival: self.arrivals,
             server_until,
+            is_known: true,
+            asked_at: None,
             phase: Phase::Looking,
         };
         let key = self.insert(entry);
         let Some(ack) = looked_up else { return Some(Ok(key)) };
-        self.feeds[place.0 as usize].looking.insert(place.1);
+        self.feeds[place.0 as usize].looking.insert(place.1, (self.arrivals, now));
         let known = remembered.filter(|(record, _)| record.delivered + 1 == arrival.delivered);
         Some(Err(Looking { key, ack, known }))
     }

@@ -10,6 +10,9 @@ use tokio::time::Instant;
 
 use crate::record::Record;
 
+/// How long others wait for one that looks its record up.
+const OTHERS_WAIT: Duration = Duration::from_secs(5);
+
 /// One destination of the subscription.
 pub(crate) struct FeedState {
     pub(crate) destination: Destination,
@@ -30,7 +33,8 @@ pub(crate) struct FeedState {
     /// The failed messages of each key (of everything, under total order) that are not settled for good.
     pub(super) blocked: HashMap<Bytes, BTreeSet<u64>>,
     pub(super) ready: BTreeMap<u64, u32>,
-    pub(super) looking: BTreeSet<u64>,
+    /// What looks its record up: which arrival it was, and when.
+    pub(super) looking: BTreeMap<u64, (u64, Instant)>,
 }
 
 impl FeedState {
@@ -58,6 +62,18 @@ impl FeedState {
     pub(crate) fn blocking(mut self, order: Order) -> Self {
         self.blocks = Some(order);
         self
+    }
+
+    /// Until when the server keeps what it cannot have sent before `since`. A little less, because it counts from a moment before
+    /// it sends.
+    pub(super) fn kept_until(&self, since: Instant) -> Instant {
+        since + self.ack_wait - self.ack_wait / 16
+    }
+
+    /// The first arrival that later ones wait for without order, because it still looks its record up. Not for ever: what is
+    /// said of one message may stay away.
+    pub(super) fn first_looking(&self, now: Instant) -> Option<u64> {
+        self.looking.values().filter(|(_, since)| now < *since + OTHERS_WAIT).map(|(arrival, _)| *arrival).min()
     }
 
     /// What waits for a failure of this message: the others of its key, all others, or nothing.
@@ -132,8 +148,14 @@ pub(crate) struct Entry {
     /// Hand-overs by this member beyond the first.
     pub(super) again: u32,
     pub(super) was_out: bool,
-    /// Until when the server waits for an ack, as far as this member knows.
+    /// Which arrival it was.
+    pub(super) arrival: u64,
+    /// Until then the server has certainly given it to nobody else.
     pub(super) server_until: Instant,
+    /// Whether the server knows that it is here, as far as this member knows.
+    pub(super) is_known: bool,
+    /// When the server was asked for more time.
+    pub(super) asked_at: Option<Instant>,
     pub(super) phase: Phase,
 }
 
@@ -173,6 +195,8 @@ pub(crate) struct Arrival {
     pub(crate) message: Arc<Message>,
     pub(crate) delivered: u32,
     pub(crate) redrives: u32,
+    /// The server has not sent it before that.
+    pub(crate) since: Instant,
     /// When its time to live ends, in milliseconds of Unix time.
     pub(crate) expires: Option<i64>,
     /// Its record must be read even if the server says that this is its first delivery.
@@ -202,6 +226,12 @@ pub(crate) struct Acking {
     pub(crate) feed: u32,
     /// Where its record is stored, when it has one.
     pub(crate) record_at: Option<u64>,
+}
+
+/// A delivery that the server is asked to keep for longer.
+pub(crate) struct Renewal {
+    pub(crate) key: Key,
+    pub(crate) ack: Subject,
 }
 
 /// Slot and generation: an entry, and no other that takes its slot later.

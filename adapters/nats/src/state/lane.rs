@@ -1,5 +1,7 @@
 //! One destination of a subscription: how much is asked for, whose it is, what goes back to the server.
 
+use std::collections::HashSet;
+
 use anybroker_core::{Destination, Group, Lane, SubscriptionEvent, Timestamp};
 use tokio::time::Instant;
 
@@ -15,7 +17,8 @@ impl Shared {
         }
         let mut state = self.lock();
         let asked: usize = state.feeds.iter().map(|feed| feed.asked).sum();
-        let free = self.max_in_flight.saturating_sub(state.count + asked);
+        // What the server does not know to be here comes again, and takes no room of its own. It cannot be acked before.
+        let free = self.max_in_flight.saturating_sub(state.count - state.unknown + asked);
         let share = self.max_in_flight.div_ceil(state.feeds.len()).max(1);
         let is_stopped = state.is_closing || state.failure.is_some();
         let own = &mut state.feeds[feed as usize];
@@ -97,6 +100,9 @@ impl Shared {
             .collect();
         let mut entries: Vec<_> = slots.into_iter().filter_map(|slot| state.remove(slot)).collect();
         entries.sort_unstable_by_key(|entry| entry.sequence);
+        let (now, keeps_order) = (Instant::now(), state.feeds[feed as usize].keeps_order);
+        // What may be with somebody else by now is not taken from there.
+        entries.retain(|entry| keeps_order || now < entry.server_until);
         let surrendered = |entry: Entry| Surrendered {
             sequence: entry.sequence,
             // The server counts this delivery, which reached no handler. Of one whose record is not read yet nothing may
@@ -109,6 +115,29 @@ impl Shared {
             ack: entry.ack,
         };
         entries.into_iter().map(surrendered).collect()
+    }
+
+    /// The server has sent nothing behind that place, as far as it knows: a killed one may have forgotten that it has.
+    pub(crate) fn sent_up_to(&self, feed: u32, place: u64) {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let entries = state.slots.iter_mut().filter_map(|slot| slot.entry.as_mut());
+        for entry in entries.filter(|entry| entry.feed == feed && entry.sequence > place) {
+            state.unknown += usize::from(std::mem::replace(&mut entry.is_known, false));
+        }
+    }
+
+    /// What is prefetched is not here any more: the server may not know that it is.
+    pub(crate) fn forget_prefetched(&self, feed: u32) {
+        let mut state = self.lock();
+        let is_prefetched = |entry: &Entry| entry.feed == feed && matches!(entry.phase, Phase::Looking | Phase::Ready);
+        for slot in 0..state.slots.len() {
+            if state.slots[slot].entry.as_ref().is_some_and(is_prefetched) {
+                state.remove(u32::try_from(slot).expect("slots are numbered in 32 bits"));
+            }
+        }
+        drop(state);
+        self.room.notify_waiters();
     }
 
     /// Prefetched and delayed messages of this member that the server counts as in flight.
@@ -124,27 +153,31 @@ impl Shared {
         (entries.filter(is_waiting).count() as u64, (delayed.count() + here) as u64)
     }
 
-    /// How many messages of the feed this member accounts for: those that are here and not being settled, and those that
-    /// it delayed.
-    pub(crate) fn accounted_for(&self, feed: u32) -> u64 {
-        let now = Timestamp::now().as_millis();
-        let state = self.lock();
-        let here = state
-            .slots
-            .iter()
-            .filter_map(|slot| slot.entry.as_ref())
-            .filter(|entry| entry.feed == feed && !matches!(entry.phase, Phase::Settling { .. }));
-        let delayed = state.remembered.iter().filter(|((of, _), (record, _))| *of == feed && record.not_before > now);
-        (here.count() + delayed.count()) as u64
+    /// How many messages of the feed, up to a place, this member accounts for: those that are here and not being settled, and
+    /// those that it delayed.
+    pub(crate) fn accounted_for(&self, feed: u32, up_to: u64) -> u64 {
+        let places = self.places(feed, |phase| !matches!(phase, Phase::Settling { .. }));
+        places.into_iter().filter(|place| *place <= up_to).count() as u64
     }
 
-    /// How many messages of the feed the server counts as being with this member.
-    pub(crate) fn held(&self, feed: u32) -> u64 {
+    /// How many messages of the feed, up to a place, the server counts as being with this member.
+    pub(crate) fn held(&self, feed: u32, up_to: u64) -> u64 {
+        self.all_held(feed).into_iter().filter(|place| *place <= up_to).count() as u64
+    }
+
+    /// The places of messages of the feed that the server counts as being with this member.
+    pub(crate) fn all_held(&self, feed: u32) -> HashSet<u64> {
+        self.places(feed, |_| true)
+    }
+
+    /// The places of messages of the feed that are here in such a phase, or that this member delayed.
+    fn places(&self, feed: u32, counts: impl Fn(Phase) -> bool) -> HashSet<u64> {
         let now = Timestamp::now().as_millis();
         let state = self.lock();
-        let here = state.slots.iter().filter_map(|slot| slot.entry.as_ref()).filter(|entry| entry.feed == feed);
+        let entries = state.slots.iter().filter_map(|slot| slot.entry.as_ref());
+        let here = entries.filter(|entry| entry.feed == feed && counts(entry.phase)).map(|entry| entry.sequence);
         let delayed = state.remembered.iter().filter(|((of, _), (record, _))| *of == feed && record.not_before > now);
-        (here.count() + delayed.count()) as u64
+        here.chain(delayed.map(|((_, place), _)| *place)).collect()
     }
 
     /// Whether anything of the feed is being settled.

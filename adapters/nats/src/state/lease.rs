@@ -5,8 +5,8 @@ use std::time::Duration;
 use anybroker_core::{Lane, Timestamp, Token};
 use tokio::time::Instant;
 
-use super::entry::Phase;
-use super::{REMEMBERED, Shared};
+use super::entry::{FeedState, Phase, Renewal};
+use super::{Key, REMEMBERED, Shared};
 
 impl Shared {
     /// Gives a delivery back to be handed out again by this member, in its place. `counts` tells whether it was a
@@ -30,14 +30,33 @@ impl Shared {
         let now = Instant::now();
         let mut state = self.lock();
         let Some(key) = state.out(token, lane) else { return false };
-        let Some(feed) = state.entry(key).map(|entry| entry.feed) else { return false };
-        let ack_wait = state.feeds[feed as usize].ack_wait;
         let Some(entry) = state.entry(key) else { return false };
         let until = now + lease;
-        entry.phase = Phase::Out { until };
-        let _ = self.renewals.send(entry.ack.clone());
-        entry.server_until = now + ack_wait;
+        (entry.phase, entry.asked_at) = (Phase::Out { until }, Some(now));
+        let _ = self.renewals.send(Renewal { key, ack: entry.ack.clone() });
         true
+    }
+
+    /// The server has answered that it keeps these, as it was asked to at that moment or later.
+    pub(crate) fn renewed(&self, asked_at: Instant, keys: impl Iterator<Item = Key>) {
+        let now = Instant::now();
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        for key in keys {
+            let Some(feed) = state.entry(key).map(|entry| entry.feed) else { continue };
+            let feed = &state.feeds[feed as usize];
+            let (until, keeps_order) = (feed.kept_until(asked_at), feed.keeps_order);
+            let Some(entry) = state.entry(key) else { continue };
+            // Answered too late, it may have been somebody else's before it was kept.
+            if keeps_order || now < entry.server_until {
+                entry.server_until = until.max(entry.server_until);
+            }
+        }
+    }
+
+    /// After that an answer to a renewal is of no use.
+    pub(crate) fn renewal_limit(&self) -> Duration {
+        self.lock().feeds.iter().map(|feed| feed.ack_wait).min().unwrap_or_default() / 4
     }
 
     /// Renews what needs it, forgets what is over; answers when to look again.
@@ -47,21 +66,28 @@ impl Shared {
         let state = &mut *guard;
         let mut next = Duration::from_secs(1);
         let mut over = Vec::new();
-        for (slot, entry) in state.slots.iter_mut().enumerate() {
-            let Some(entry) = entry.entry.as_mut() else { continue };
-            let ack_wait = state.feeds[entry.feed as usize].ack_wait;
+        for (place, slot) in state.slots.iter_mut().enumerate() {
+            let Some(entry) = slot.entry.as_mut() else { continue };
+            let FeedState { ack_wait, keeps_order, .. } = state.feeds[entry.feed as usize];
             next = next.min(ack_wait / 5);
             match entry.phase {
                 Phase::Out { until } if until <= now => {
-                    over.push(u32::try_from(slot).expect("slots are numbered in 32 bits"));
+                    over.push(u32::try_from(place).expect("slots are numbered in 32 bits"));
                     continue;
                 }
                 Phase::Out { until } if until <= entry.server_until => continue,
+                // Not handed out any more: it may be with somebody else.
+                Phase::Ready | Phase::Looking if entry.server_until <= now && !keeps_order => {
+                    over.push(u32::try_from(place).expect("slots are numbered in 32 bits"));
+                    continue;
+                }
                 _ => {}
             }
-            if entry.server_until < now + ack_wait / 2 {
-                let _ = self.renewals.send(entry.ack.clone());
-                entry.server_until = now + ack_wait;
+            let was_asked = entry.asked_at.is_some_and(|asked| now < asked + ack_wait / 8);
+            if entry.server_until < now + ack_wait / 2 && !was_asked {
+                entry.asked_at = Some(now);
+                let key = (u32::try_from(place).expect("slots are numbered in 32 bits"), slot.generation);
+                let _ = self.renewals.send(Renewal { key, ack: entry.ack.clone() });
             }
         }
         if state.remembered.len() > REMEMBERED / 2 {
@@ -75,10 +101,11 @@ impl Shared {
             let feed = &state.feeds[entry.feed as usize];
             if feed.blocks.is_some() && entry.record.failures > 0 {
                 // Later ones wait for it: it stays, as a new delivery, and keeps its place at the server.
-                let _ = self.renewals.send(entry.ack.clone());
+                let ack = entry.ack.clone();
                 entry.server_until = now + feed.ack_wait;
                 entry.phase = Phase::Looking;
                 let key = state.insert(entry);
+                let _ = self.renewals.send(Renewal { key, ack });
                 state.make_ready(key);
             }
         }

@@ -13,12 +13,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::{Error, Message, SubscriptionEvent};
-use async_nats::Subject;
 use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 
-pub(crate) use entry::{Arrival, FeedState, Key, Looking, Surrendered, Taken};
+pub(crate) use entry::{Arrival, FeedState, Key, Looking, Renewal, Surrendered, Taken};
 use slots::Slot;
 
 use crate::numbers::Numbers;
@@ -32,8 +31,8 @@ pub(crate) type Expired = (Taken, Arc<Message>);
 
 /// What a subscription does beside receiving and settling.
 pub(crate) struct Tasks {
-    /// Acks of deliveries whose lease is to be renewed.
-    pub(crate) renewed: mpsc::UnboundedReceiver<Subject>,
+    /// Deliveries whose lease is to be renewed.
+    pub(crate) renewed: mpsc::UnboundedReceiver<Renewal>,
     pub(crate) expired: mpsc::UnboundedReceiver<Expired>,
 }
 
@@ -47,7 +46,7 @@ pub(crate) struct Shared {
     /// There is room for more, or something about pulling changed.
     pub(crate) room: Notify,
     /// Where leases are renewed.
-    renewals: mpsc::UnboundedSender<Subject>,
+    renewals: mpsc::UnboundedSender<Renewal>,
     /// Where messages go whose time to live has ended.
     expiries: mpsc::UnboundedSender<Expired>,
     /// Set when the subscription closes: until when it may take.
@@ -61,6 +60,8 @@ pub(crate) struct State {
     slots: Vec<Slot>,
     free: Vec<u32>,
     count: usize,
+    /// How many of them the server does not know to be here.
+    unknown: usize,
     places: HashMap<(u32, u64), u32, Numbers>,
     pub(crate) feeds: Vec<FeedState>,
     pub(crate) events: VecDeque<SubscriptionEvent>,
@@ -71,6 +72,8 @@ pub(crate) struct State {
     received: Option<Instant>,
     remembered: HashMap<(u32, u64), (Record, u64), Numbers>,
     next_feed: usize,
+    /// How many have arrived.
+    arrivals: u64,
 }
 
 impl Shared {

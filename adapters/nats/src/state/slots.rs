@@ -17,7 +17,7 @@ pub(super) struct Slot {
 
 impl State {
     pub(super) fn insert(&mut self, entry: Entry) -> Key {
-        let place = (entry.feed, entry.sequence);
+        let (place, is_known) = ((entry.feed, entry.sequence), entry.is_known);
         let slot = self.free.pop().unwrap_or_else(|| {
             self.slots.push(Slot::default());
             u32::try_from(self.slots.len() - 1).expect("memory ends before 2^32 entries")
@@ -28,6 +28,7 @@ impl State {
         let generation = own.generation;
         self.places.insert(place, slot);
         self.count += 1;
+        self.unknown += usize::from(!is_known);
         (slot, generation)
     }
 
@@ -40,6 +41,7 @@ impl State {
         let entry = self.slots[slot as usize].entry.take()?;
         self.free.push(slot);
         self.count -= 1;
+        self.unknown -= usize::from(!entry.is_known);
         let place = (entry.feed, entry.sequence);
         if let hash_map::Entry::Occupied(own) = self.places.entry(place)
             && *own.get() == slot
@@ -80,19 +82,22 @@ impl State {
                 return None;
             }
             let slots = &self.slots;
+            // Without order nothing overtakes what came before it and still looks its record up: else what comes again would come
+            // behind everything that is new, however much that is.
+            let first = if own.keeps_order { None } else { own.first_looking(now) };
             let is_free = |(sequence, slot): &(&u64, &u32)| {
                 let entry = slots[**slot as usize].entry.as_ref().expect("what is ready is an entry");
-                !own.is_held_back(&entry.message, **sequence)
+                first.is_none_or(|first| entry.arrival < first) && !own.is_held_back(&entry.message, **sequence)
             };
             let (sequence, slot) = own.ready.iter().find(is_free).map(|(sequence, slot)| (*sequence, *slot))?;
             // Under order nothing overtakes what still looks its record up.
-            if own.keeps_order && own.looking.first().is_some_and(|looking| *looking < sequence) {
+            if own.keeps_order && own.looking.first_key_value().is_some_and(|(looking, _)| *looking < sequence) {
                 return None;
             }
             own.ready.remove(&sequence);
             let keeps_order = own.keeps_order;
             let entry = self.slots[slot as usize].entry.as_ref().expect("what is ready is an entry");
-            // Kept waiting for so long that the server has given it to somebody else.
+            // Here for so long that the server may have given it to somebody else.
             if !keeps_order && entry.server_until <= now {
                 self.remove(slot);
                 continue;

@@ -1,4 +1,4 @@
-//! A connection to the server that can stand still, or be slow.
+//! A connection to the server that can stand still, be slow, or be cut.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +14,7 @@ pub(crate) struct Line {
     pub(crate) url: String,
     stands: Arc<watch::Sender<bool>>,
     late: Arc<watch::Sender<Duration>>,
+    cuts: Arc<watch::Sender<u32>>,
 }
 
 impl Line {
@@ -23,17 +24,27 @@ impl Line {
         let url = url_through(url, &[listener.local_addr().unwrap()]);
         let stands = Arc::new(watch::Sender::new(false));
         let late = Arc::new(watch::Sender::new(Duration::ZERO));
-        let (told, lateness) = (Arc::clone(&stands), Arc::clone(&late));
+        let cuts = Arc::new(watch::Sender::new(0));
+        let (told, lateness, cut) = (Arc::clone(&stands), Arc::clone(&late), Arc::clone(&cuts));
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
                 let server = TcpStream::connect(&upstream).await.unwrap();
                 let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), server.into_split());
                 let prompt = watch::Sender::new(Duration::ZERO).subscribe();
-                tokio::spawn(pass(from_client, to_server, told.subscribe(), prompt));
-                tokio::spawn(pass(from_server, to_client, told.subscribe(), lateness.subscribe()));
+                for passing in [
+                    tokio::spawn(pass(from_client, to_server, told.subscribe(), prompt)),
+                    tokio::spawn(pass(from_server, to_client, told.subscribe(), lateness.subscribe())),
+                ] {
+                    let mut cut = cut.subscribe();
+                    tokio::spawn(async move {
+                        if cut.changed().await.is_ok() {
+                            passing.abort();
+                        }
+                    });
+                }
             }
         });
-        Self { url, stands, late }
+        Self { url, stands, late, cuts }
     }
 
     /// Each piece that the server says is late by that from now on.
@@ -43,6 +54,16 @@ impl Line {
 
     pub(crate) fn stand_still(&self) {
         self.stands.send_replace(true);
+    }
+
+    pub(crate) fn go_on(&self) {
+        self.stands.send_replace(false);
+    }
+
+    /// Ends all connections, with what is in them; new ones are passed on.
+    pub(crate) fn cut(&self) {
+        self.cuts.send_modify(|cuts| *cuts += 1);
+        self.go_on();
     }
 }
 
