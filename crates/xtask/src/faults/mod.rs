@@ -20,7 +20,9 @@ const BUILD_LIMIT: Duration = Duration::from_secs(40 * 60);
 const SEED_LIMIT: Duration = Duration::from_secs(15 * 60);
 
 /// The brokers whose tests have fault cases.
-const BROKERS: &[&str] = &["nats", "rabbitmq"];
+const BROKERS: &[&str] = &["nats", "rabbitmq", "sqs"];
+/// Those whose server forgets what it has when it is killed.
+const FORGETFUL: &[&str] = &["sqs"];
 
 /// Tests that take a seed and write a report: program, and name.
 const OF_CONNECTIONS: (&str, &str) = ("conformance", "faults_of_connections_break_no_promise");
@@ -35,7 +37,7 @@ const PROCESSES: u64 = 3;
 /// --resume.
 #[derive(Debug, Args)]
 pub(crate) struct Faults {
-    /// nats or rabbitmq
+    /// nats, rabbitmq or sqs
     broker: String,
     /// How many runs that count
     #[arg(long, default_value_t = 200)]
@@ -71,8 +73,8 @@ impl Faults {
         while tally.counted() < self.runs {
             let seed = tally.next_seed();
             let mut reports = vec![(&programs.conformance, OF_CONNECTIONS.1)];
-            if seed % PROCESSES == 0 {
-                reports.push((&programs.crash, OF_PROCESSES.1));
+            if let Some(crash) = programs.crash.as_ref().filter(|_| seed % PROCESSES == 0) {
+                reports.push((crash, OF_PROCESSES.1));
             }
             let mut found = Vec::new();
             for (program, test) in reports {
@@ -111,7 +113,8 @@ impl Faults {
 /// The built tests.
 struct Programs {
     conformance: PathBuf,
-    crash: PathBuf,
+    /// Where a server that is killed keeps what it has.
+    crash: Option<PathBuf>,
 }
 
 /// A line of `cargo test --message-format=json`, as far as it is of interest.
@@ -131,10 +134,15 @@ impl Programs {
         let package = format!("anybroker-{broker}");
         let mut command =
             cargo(["test", "--no-run", "--package", &package, "--message-format=json-render-diagnostics"]);
-        command.args(["--test", OF_CONNECTIONS.0, "--test", OF_PROCESSES.0]);
+        command.args(["--test", OF_CONNECTIONS.0]);
+        let keeps = !FORGETFUL.contains(&broker);
+        if keeps {
+            command.args(["--test", OF_PROCESSES.0]);
+        }
         println!("building the tests of {package}");
         let text = built(&mut command)?;
-        Ok(Self { conformance: executable(&text, OF_CONNECTIONS.0)?, crash: executable(&text, OF_PROCESSES.0)? })
+        let crash = keeps.then(|| executable(&text, OF_PROCESSES.0)).transpose()?;
+        Ok(Self { conformance: executable(&text, OF_CONNECTIONS.0)?, crash })
     }
 }
 
