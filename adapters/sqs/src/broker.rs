@@ -119,6 +119,7 @@ impl SqsBroker {
             lane: u32::try_from(lane).expect("few destinations"),
             lease: spec.lease,
             is_total: self.settings.is_total,
+            polls: self.settings.polls,
             leases: Mutex::default(),
             forgiven: Arc::clone(&self.forgiven),
             delays: Arc::clone(&self.delays),

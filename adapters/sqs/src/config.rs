@@ -12,6 +12,15 @@ use crate::names::Names;
 /// proxies with bounds of their own, and its messages are leased to nobody.
 pub(crate) const LONGEST_POLL: Duration = Duration::from_secs(15);
 
+/// Who waits while a queue has nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Polls {
+    /// SQS holds the request.
+    Long,
+    /// This library, between requests.
+    Short,
+}
+
 /// The settings of section `sqs`.
 pub(crate) const FIELDS: &[Field] = &[
     Field::text("region", "The region. Default: the environment's."),
@@ -52,6 +61,12 @@ pub(crate) const FIELDS: &[Field] = &[
     ),
     Field::integer("requests", "Requests that are on their way at most.", 1, 1000, "32"),
     Field::integer("receivers", "Receive requests that one subscription has open at most.", 1, 100, "4"),
+    Field::choice(
+        "long_polls",
+        "Whether the server waits for messages, or is asked ten times a second; auto: it waits, unless it is a FIFO queue at an endpoint of its own.",
+        &["auto", "on", "off"],
+        "auto",
+    ),
 ];
 
 /// The settings after reading.
@@ -66,6 +81,7 @@ pub(crate) struct Settings {
     pub(crate) message_max_bytes: usize,
     pub(crate) requests: usize,
     pub(crate) receivers: usize,
+    pub(crate) polls: Polls,
     /// `http://host:port`, where the URL names a host.
     pub(crate) endpoint: Option<String>,
     /// The same for SNS.
@@ -100,6 +116,16 @@ impl Settings {
             message_max_bytes: size("message_max_bytes"),
             requests: size("requests"),
             receivers: size("receivers"),
+            // While a request waits at a FIFO queue of which a message group is locked, ElasticMQ (1.6.16) looks through the
+            // whole queue without a pause: it schedules the next look for when the first message of any group is due, and the
+            // locked ones are due already (QueueActorWaitForMessagesOps.scala, `scheduleTryReplyWhenAvailable`).
+            polls: match section.text("long_polls") {
+                "on" => Polls::Long,
+                "off" => Polls::Short,
+                // ElasticMQ has no topics, and LocalStack waits without this.
+                _ if names.is_fifo && endpoint.is_some() && !names.has_topics => Polls::Short,
+                _ => Polls::Long,
+            },
             region: text("region"),
             profile: text("profile"),
             credentials: credentials(url, section),

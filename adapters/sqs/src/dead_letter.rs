@@ -81,6 +81,8 @@ impl Letters {
             }
         };
         let mut page = DeadLetterPage::default();
+        // What was given back since the page before comes once more, perhaps ahead of what is new: it is leased again, and passed over.
+        let mut again: HashSet<String> = HashSet::new();
         let mut is_end = false;
         while page.letters.len() < max && !is_end {
             let wanted = max - page.letters.len();
@@ -91,13 +93,16 @@ impl Letters {
                     return Err(error);
                 }
             };
-            // Also when all of it was seen: then leases have ended meanwhile, and it begins anew.
+            // Also when all of it came in this call already: then leases have ended meanwhile, and it begins anew.
             is_end = true;
             for letter in found {
                 reading.leased.push(letter.handle.clone());
                 if reading.seen.insert(letter.id.clone()) {
                     is_end = false;
+                    again.insert(letter.id.clone());
                     page.letters.push(described(scope, letter));
+                } else if again.insert(letter.id) {
+                    is_end = false;
                 }
             }
         }

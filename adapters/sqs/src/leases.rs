@@ -70,6 +70,11 @@ impl Leases {
         }
     }
 
+    /// Whether anything is out.
+    pub(crate) fn has_any_out(&self) -> bool {
+        !self.out.is_empty()
+    }
+
     /// Whether something of a message group is out.
     pub(crate) fn has_out(&self, group: &str) -> bool {
         self.groups.contains_key(group)

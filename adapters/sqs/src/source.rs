@@ -16,7 +16,7 @@ use tokio::time::Instant;
 
 use crate::clients::Clients;
 use crate::codec::{self, Raw};
-use crate::config::LONGEST_POLL;
+use crate::config::{LONGEST_POLL, Polls};
 use crate::error::failed;
 use crate::inbox::{Arrival, Inbox};
 use crate::leases::{Delays, Forgiven, Lease, Leases};
@@ -27,8 +27,12 @@ use crate::topology::Prepared;
 
 /// How long an answer is taken to travel, at most.
 const TRAVEL: Duration = Duration::from_millis(250);
-/// How long a message waits for somebody to take it.
+/// How long a message waits for somebody to take it, where the member holds nothing.
 const UNTAKEN: Duration = Duration::from_secs(1);
+/// The same in parts of the lease, where the member works on others and will come for it.
+const UNTAKEN_SHARE: u32 = 4;
+/// Between two requests where the server does not wait.
+const PAUSE: Duration = Duration::from_millis(100);
 /// The longest that SQS keeps a message invisible.
 const LONGEST_LEASE: Duration = Duration::from_secs(12 * 3600);
 
@@ -41,6 +45,7 @@ pub(crate) struct Source {
     pub(crate) lane: u32,
     pub(crate) lease: Duration,
     pub(crate) is_total: bool,
+    pub(crate) polls: Polls,
     pub(crate) leases: Mutex<Leases>,
     pub(crate) forgiven: Arc<Mutex<Forgiven>>,
     pub(crate) delays: Arc<Mutex<Delays>>,
@@ -89,19 +94,30 @@ impl Source {
 
     /// Receives once, into the inbox. Answers how many messages came.
     async fn receive(&self, count: usize, wait: Duration) -> usize {
-        let wait = requests::seconds(wait.min(LONGEST_POLL));
-        let since = Instant::now();
-        let mut request = receiving(&self.clients.queues, &self.queues.queue, count, wait, self.lease);
-        if self.is_fifo() {
-            // The client's own retry of a lost answer then brings the same messages, instead of waiting for their lease.
-            request = request.receive_request_attempt_id(uuid::Uuid::new_v4().simple().to_string());
-        }
-        let messages = match request.send().await {
-            Ok(answer) => answer.messages.unwrap_or_default(),
-            Err(error) => {
-                self.trouble(failed("receive", &error)).await;
-                return 0;
+        let wait = wait.min(LONGEST_POLL);
+        // The client's own retry of a lost answer then brings the same messages, instead of waiting for their lease.
+        let attempt = self.is_fifo().then(|| uuid::Uuid::new_v4().simple().to_string());
+        let deadline = Instant::now() + wait;
+        let (since, messages) = loop {
+            let since = Instant::now();
+            let held = match self.polls {
+                Polls::Long => requests::seconds(wait),
+                Polls::Short => 0,
+            };
+            let request = receiving(&self.clients.queues, &self.queues.queue, count, held, self.lease);
+            let messages = match request.set_receive_request_attempt_id(attempt.clone()).send().await {
+                Ok(answer) => answer.messages.unwrap_or_default(),
+                Err(error) => {
+                    self.trouble(failed("receive", &error)).await;
+                    return 0;
+                }
+            };
+            let is_over = self.polls == Polls::Long || Instant::now() + PAUSE > deadline || !self.inbox.is_alive();
+            if is_over || !messages.is_empty() {
+                break (since, messages);
             }
+            self.inbox.degraded(None);
+            tokio::time::sleep(PAUSE).await;
         };
         self.inbox.degraded(None);
         // The lease began when SQS answered: after the request was sent, and hardly longer ago than an answer travels.
@@ -169,10 +185,16 @@ impl Source {
         requests::change(&self.clients.queues, &self.queues.queue, entries, operation).await
     }
 
-    /// Gives back what nobody has taken for a while: its caller was cancelled, and other members could have it.
+    /// Gives back what nobody has taken for a while: its caller was cancelled, and other members could have it. Not at once where
+    /// the caller is at work and comes for more: giving back costs requests, and SQS counts the hand-over.
     async fn expect_taker(&self) {
-        tokio::time::sleep(UNTAKEN).await;
-        let arrivals = self.inbox.remove(|arrival| arrival.lane == self.lane && arrival.since.elapsed() >= UNTAKEN);
+        let mut limit = UNTAKEN;
+        tokio::time::sleep(limit).await;
+        if self.leases.lock().has_any_out() {
+            limit = limit.max(self.lease / UNTAKEN_SHARE);
+            tokio::time::sleep(limit - UNTAKEN).await;
+        }
+        let arrivals = self.inbox.remove(|arrival| arrival.lane == self.lane && arrival.since.elapsed() >= limit);
         self.give_back(arrivals).await;
     }
 

@@ -11,7 +11,7 @@ use anybroker_core::{
     TopologyMode, TopologySpec, Verdict, ack, extend, settle,
 };
 use anybroker_sqs::SqsDriver;
-use common::{LONG, connect, nothing, number, numbered, publish, receive, unique, url};
+use common::{LONG, connect, localstack_url, nothing, number, numbered, publish, receive, unique, url};
 use tokio::time::Instant;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -231,6 +231,41 @@ async fn the_last_attempt_leaves_one_dead_letter_and_silence() {
         assert_eq!(rejected.detail.as_deref(), Some("no such product ✗"));
     }
     subscriber.close(LONG).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reader_that_goes_on_late_sees_the_letters_that_it_has_not_seen() {
+    // LocalStack puts what comes back ahead of what came later; ElasticMQ behind it.
+    let Some(url) = localstack_url() else { return };
+    let (bus, other) = (connect(&url, "").await, connect(&url, "").await);
+    let name = unique("pages");
+    let mut subscriber = bus.subscribe(bus.subscription(name.as_str(), "g")).await.unwrap();
+    publish(&bus, numbered(&name, 0..6)).await;
+    for delivery in receive(&mut subscriber, 6).await {
+        delivery.dead_letter(Verdict::new(Reason::Rejected)).await.unwrap();
+    }
+    let letters = bus.dead_letters(name.as_str(), "g").unwrap();
+    let first = letters.page(None, 2).await.unwrap();
+    assert_eq!(first.letters.len(), 2);
+    // What it has read is given back meanwhile: another reader sees all of them.
+    let others = other.dead_letters(name.as_str(), "g").unwrap();
+    let deadline = Instant::now() + LONG;
+    while others.peek(&Default::default(), 10).await.unwrap().len() < 6 {
+        assert!(Instant::now() < deadline, "what a reader holds that does not go on never comes back");
+    }
+    let mut seen: Vec<_> = first.letters.iter().map(|letter| letter.message.id().clone()).collect();
+    let mut next = first.next;
+    while let Some(from) = next {
+        let page = letters.page(Some(from), 2).await.unwrap();
+        seen.extend(page.letters.iter().map(|letter| letter.message.id().clone()));
+        next = page.next;
+    }
+    assert_eq!(seen.len(), 6, "{seen:?}");
+    seen.sort_unstable();
+    seen.dedup();
+    assert_eq!(seen.len(), 6);
+    subscriber.close(LONG).await.unwrap();
+    bus.delete(name.as_str(), None).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -309,10 +309,11 @@ async fn acked_on_the_move(env: &Env) -> Proof {
     let (destination, group) = (env.destination("d"), env.group("g"));
     let (client, other) = (env.client().await?, env.client().await?);
     let mut first = client.subscribe(env.spec(&destination, &group)).await?;
-    for number in 0..12 {
+    let count = env.at_once(12);
+    for number in 0..count {
         client.fill(&destination, format!("key {number}").as_str(), 1).await?;
     }
-    let held = first.take(12).await?;
+    let held = first.take(count).await?;
     // Lanes begin to move while the second member joins. What has no lanes moves nothing.
     let (second, ()) = futures_util::try_join!(other.subscribe(env.spec(&destination, &group)), async {
         let deadline = tokio::time::Instant::now() + if has_lanes(env) { env.patience() } else { env.quiet() };

@@ -38,7 +38,9 @@ const ENDPOINTS: &[Endpoint] = &[
     server("jetstream", cfg!(feature = "nats"), "ANYBROKER_TEST_NATS_URL", ""),
     server("sqs", cfg!(feature = "sqs"), "ANYBROKER_TEST_SQS_URL", ""),
     server("sqs-fifo", cfg!(feature = "sqs"), "ANYBROKER_TEST_SQS_URL", "mode=fifo"),
+    server("sqs-fifo-total", cfg!(feature = "sqs"), "ANYBROKER_TEST_SQS_URL", "mode=fifo&message_group=one"),
     server("sqs-sns", cfg!(feature = "sqs"), "ANYBROKER_TEST_LOCALSTACK_URL", ""),
+    server("sqs-sns-fifo", cfg!(feature = "sqs"), "ANYBROKER_TEST_LOCALSTACK_URL", "mode=fifo"),
     server("pulsar", cfg!(feature = "pulsar"), "ANYBROKER_TEST_PULSAR_URL", ""),
 ];
 
