@@ -21,6 +21,9 @@ impl Checker {
         // Where the broker's own lease gives deliveries to others, a lost connection does not; a server that forgets does.
         let exposed = (!self.rules.by_lease || self.faults.is_forgotten(at))
             && member.exposed.is_some_and(|(_, until)| at <= until);
+        // Until it is told of the loss it hands out what it has from that connection, whoever has got that meanwhile.
+        let untold = |since: &u64| exposed && !member.losses.iter().any(|loss| loss >= since);
+        let untold = member.exposed.map(|(since, _)| since).filter(untold);
         let since = member.since;
         self.faults.meet(member.client);
         let (max_attempts, on_failure) = (member.max_attempts, member.on_failure);
@@ -52,7 +55,9 @@ impl Checker {
         let (rules, number) = (self.rules, self.counts.delivered);
         let moved = self.lanes_moved(&place.0);
         let story = self.story_of(&place, &seen.id);
-        let justified = story.justify(at, with_resent, moved);
+        let has_cause = story.justify(at, with_resent, moved);
+        let is_stale = !has_cause && untold.is_some_and(|since| story.comes_stale(at, seen.subscription, since));
+        let justified = has_cause || is_stale;
         let (again, acked) = (story.deliveries > 0, story.acked > 0);
         let attempts = story.attempts(at, rules.attempts);
         let gone_before = story.outstanding_summary();
@@ -64,8 +69,8 @@ impl Checker {
             at,
             delivery: seen.delivery,
             member: seen.subscription,
-            // On a connection that a fault has hit it may be lost at once.
-            until: if exposed { at } else { lease_end },
+            // On a connection that a fault has hit it may be lost at once; what is another one's already brings nothing.
+            until: if exposed && !is_stale { at } else { lease_end },
             lease_end,
             lane: seen.lane,
             position: seen.position,
@@ -82,7 +87,7 @@ impl Checker {
             let detail = format!("delivered again (attempt {}) without a cause: {gone_before}", seen.attempt);
             self.anomaly(name, &group, &seen.id, detail);
         }
-        if with_resent == 1 && justified && !attempts.contains(&seen.attempt) {
+        if with_resent == 1 && has_cause && !attempts.contains(&seen.attempt) {
             let detail = format!("attempt {}, expected {attempts:?} ({:?})", seen.attempt, rules.attempts);
             self.anomaly("attempt-mismatch", &group, &seen.id, detail);
         }

@@ -112,6 +112,8 @@ pub(super) struct Story {
     too_late: Vec<TooLate>,
     last_scan: Option<(u64, u32)>,
     back_at: u64,
+    /// Members that have handed out what they had from a connection that was lost, and since when it may have been.
+    stale: Vec<(u64, u64)>,
     /// Deliveries whose only cause is that a connection was lost.
     pub(super) claims: Vec<Claim>,
 }

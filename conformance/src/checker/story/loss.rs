@@ -44,6 +44,18 @@ impl Story {
         true
     }
 
+    /// Whether a member that has lost its connection since then, and has not been told, hands out what it had from it, when the
+    /// message has come to another member already; takes that. The other one's settling stands.
+    pub(in crate::checker) fn comes_stale(&mut self, at: u64, member: u64, since: u64) -> bool {
+        if self.stale.contains(&(member, since)) {
+            return false;
+        }
+        self.stale.push((member, since));
+        self.claims.push(Claim { member, since, at });
+        self.returns += 1;
+        true
+    }
+
     /// Whether it comes again although it is being settled, or was, while nobody could know whether that arrived; takes
     /// that. `by_loss`: also where a lost connection is the only reason.
     pub(super) fn comes_in_doubt(&mut self, at: u64, by_loss: bool) -> bool {

@@ -74,6 +74,32 @@ fn a_lost_connection_brings_a_message_back_once() {
 }
 
 #[test]
+fn a_member_that_was_not_told_of_a_loss_hands_out_once_what_another_one_has_settled() {
+    let stale = |before: &dyn Fn(&mut Script), times: u64, after: &dyn Fn(&mut Script)| {
+        let mut script = Script::new();
+        script.lease = 1_000_000_000;
+        script.member().subscribed(2, Order::None, OnFailure::GoPast);
+        script.events.last_mut().unwrap().client = 7;
+        script.published("a", "k", 1).fault(&[0]);
+        before(&mut script);
+        script.delivered_to(2, 1, "a", 1).settled(1, Verb::Ack);
+        for delivery in 2..2 + times {
+            script.delivered(delivery, "a", 1);
+        }
+        after(&mut script);
+        script.names()
+    };
+    let nothing = |_: &mut Script| {};
+    let lost = |script: &mut Script| {
+        script.lost();
+    };
+    assert_eq!(stale(&nothing, 1, &lost), [""; 0]);
+    assert_eq!(stale(&nothing, 2, &lost), ["ack-lost"]);
+    assert_eq!(stale(&nothing, 1, &nothing), ["unjustified-duplicate"], "it never says that its connection was lost");
+    assert_eq!(stale(&lost, 1, &nothing), ["ack-lost"], "it has been told");
+}
+
+#[test]
 fn where_the_broker_keeps_leases_a_fault_brings_nothing_back_before_they_end() {
     let again_after = |micros| {
         let mut script = Script::new();
