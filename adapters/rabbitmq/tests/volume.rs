@@ -18,7 +18,7 @@ async fn a_hundred_thousand_messages_survive_a_kill_and_a_cut_and_keep_the_order
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn classic_queues_lose_nothing_in_a_kill_and_a_cut_and_keep_the_order_of_keys() {
-    disturbed("queue=classic", Volume { messages: 8_000, ..Volume::default() }).await;
+    disturbed("queue=classic", Volume { messages: 24_000, ..Volume::default() }).await;
 }
 
 async fn disturbed(settings: &'static str, much: Volume) {
