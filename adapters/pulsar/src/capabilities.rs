@@ -22,12 +22,12 @@ pub(crate) fn capabilities(settings: &Settings, max_message: u64) -> Capabilitie
     let is_partitioned = settings.partitions > 1;
     Capabilities {
         at_least_once: Support::Native,
-        key_order: match is_partitioned {
+        key_order: match is_partitioned || settings.key_ranges > 1 {
             true => Support::emulated(
-                "members share the partitions out among themselves; who joins waits for its share for about a second",
+                "members share partitions or ranges of keys out among themselves; who joins waits for its share for about a second",
             ),
             false => Support::emulated(
-                "members share 8 ranges of keys out among themselves; who joins waits for its share for about a second",
+                "one member of the group works while order is kept, many keys at once; key_ranges lets several work",
             ),
         },
         total_order: match is_partitioned {

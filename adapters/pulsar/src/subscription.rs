@@ -22,8 +22,6 @@ use crate::settle::{Desk, PulsarSettler, Ways};
 use crate::state::{FeedState, Shared};
 use crate::topology::Topology;
 
-/// How many members may work at once, under order per key, on a topic without partitions. All members have to split it alike.
-const RANGES: i32 = 8;
 /// How long a subscription that is dropped takes to give back what it holds.
 const DROPPED: Duration = Duration::from_secs(10);
 
@@ -65,8 +63,9 @@ impl PulsarSubscription {
             let letters = Producer::new(topology.names.full(&Names::letters(destination, group)), window());
             let (local, local_back) = (Names::topic(destination), Names::back(destination, group));
             let (sources, backs) = (topology.topics(&local, partitions), topology.topics(&local_back, partitions));
-            let ranges: Vec<Option<HashRange>> = match spec.order == Order::Key && sources.len() == 1 {
-                true => HashRange::split(RANGES).map(Some).collect(),
+            let splits = spec.order == Order::Key && sources.len() == 1 && settings.key_ranges > 1;
+            let ranges: Vec<Option<HashRange>> = match splits {
+                true => HashRange::split(settings.key_ranges).map(Some).collect(),
                 false => vec![None],
             };
             let (begin, lanes) = (states.len(), sources.len() * ranges.len());
@@ -82,7 +81,7 @@ impl PulsarSubscription {
                     }
                 }
             }
-            if spec.order == Order::Key {
+            if spec.order == Order::Key && lanes > 1 {
                 let place = if partitions == 0 { local_back } else { format!("{local_back}-partition-0") };
                 let number = |count: usize| u32::try_from(count).expect("a subscription has few topics");
                 shared_out.push((place, number(begin)..number(states.len()), lanes));

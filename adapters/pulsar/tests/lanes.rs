@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 const KEYS: u32 = 40;
+const RANGES: &str = "key_ranges=8";
 
 /// Member, key, round, in the order in which they came.
 type Log = Arc<Mutex<Vec<(usize, u32, u32)>>>;
@@ -109,7 +110,7 @@ async fn come_and_go(settings: &str) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn members_that_come_and_go_share_the_keys_of_a_topic_and_each_key_keeps_its_order() {
-    come_and_go("").await;
+    come_and_go(RANGES).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -120,12 +121,12 @@ async fn members_that_come_and_go_share_partitions_and_each_key_keeps_its_order(
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_key_stays_with_the_member_that_works_on_it_until_that_has_settled() {
     let Some(url) = url() else { return };
-    let bus = connect(&url, "").await;
+    let bus = connect(&url, RANGES).await;
     let name = unique("drained");
     let mut first = member(&bus, &name).await;
     round(&bus, &name, 0).await;
     let held = receive(&mut first, KEYS as usize).await;
-    let mut second = member(&connect(&url, "").await, &name).await;
+    let mut second = member(&connect(&url, RANGES).await, &name).await;
     round(&bus, &name, 1).await;
     // Long enough to be seen several times.
     let early = second.receive(100, Duration::from_secs(4)).await.unwrap();
@@ -144,7 +145,7 @@ async fn a_key_stays_with_the_member_that_works_on_it_until_that_has_settled() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_in_flight_is_one_in_flight_whatever_keys_there_are() {
     let Some(url) = url() else { return };
-    let bus = connect(&url, "").await;
+    let bus = connect(&url, RANGES).await;
     let name = unique("one");
     let spec = bus.subscription(name.as_str(), "g").with_order(Order::Key).with_max_in_flight(1);
     let mut subscriber = bus.subscribe(spec).await.unwrap();

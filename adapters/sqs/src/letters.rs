@@ -7,7 +7,7 @@ use crate::codec::{self, Carried};
 use crate::inbox::Arrival;
 use crate::parcel::{self, Parcel, Route};
 use crate::requests;
-use crate::settle::{Entry, REQUEST, delete};
+use crate::settle::{Entry, REQUEST, delete_copied};
 use crate::source::Source;
 
 /// Detail beyond that is cut: a letter must not be larger than SQS takes. In bytes.
@@ -72,7 +72,7 @@ pub(crate) async fn bury(entries: Vec<(Entry, Box<Verdict>)>, source: &Source) -
             }
         }
     }
-    outcomes.extend(delete(buried, source).await);
+    outcomes.extend(delete_copied(buried, source).await);
     outcomes
 }
 

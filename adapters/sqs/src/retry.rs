@@ -15,7 +15,7 @@ use crate::config::LONGEST_POLL;
 use crate::error::failed;
 use crate::parcel::{self, LONGEST_DELAY, Parcel, Route};
 use crate::requests;
-use crate::settle::{Entry, REQUEST, delete};
+use crate::settle::{Entry, REQUEST, delete_copied};
 use crate::source::{Source, raw, receiving};
 
 /// How long a member may take to put a message back; another one does it after that.
@@ -70,7 +70,7 @@ async fn send_to(
             Err(error) => outcomes.push(entry.outcome(Err(error), source)),
         }
     }
-    outcomes.extend(delete(done, source).await);
+    outcomes.extend(delete_copied(done, source).await);
     outcomes
 }
 

@@ -214,6 +214,16 @@ pub(crate) async fn delete(entries: Vec<Entry>, source: &Source) -> Vec<(usize, 
         .collect()
 }
 
+/// As [`delete`], of messages of which a copy or a dead letter is stored already: something has been done, whatever the answer.
+pub(crate) async fn delete_copied(entries: Vec<Entry>, source: &Source) -> Vec<(usize, SettleOutcome)> {
+    let told = |error: SettleError| {
+        let (delivery, error) = error.into_parts();
+        SettleError::new(delivery, error.with_effect(Effect::Unknown))
+    };
+    let deleted = delete(entries, source).await.into_iter();
+    deleted.map(|(place, outcome)| (place, outcome.map_err(told))).collect()
+}
+
 async fn give_back(entries: Vec<Entry>, source: &Source) -> Vec<(usize, SettleOutcome)> {
     let changes: Vec<_> = entries.iter().map(|entry| (entry.handle.clone(), Duration::ZERO)).collect();
     let answers = source.change(&changes, "settle").await;

@@ -185,10 +185,14 @@ impl<'e> Trial<'e> {
         Ok(())
     }
 
-    /// Whatever is stored arrives by itself, and what was given back again; how much did not.
+    /// Whatever is stored arrives by itself, and what was given back again; how much did not. As long as something arrives, the
+    /// rest is late and not lost.
     async fn settle_down(&self) -> Proof<usize> {
         let limit = self.env.patience() + self.spec.lease * 2;
-        self.progress.until(limit, |progress| progress.lacks() == 0).await;
+        let mut lacks = self.progress.lacks();
+        while lacks > 0 && self.progress.until(limit, |progress| progress.lacks() < lacks).await {
+            lacks = self.progress.lacks();
+        }
         self.progress.over.store(true, Ordering::Relaxed);
         Ok(self.progress.lacks())
     }

@@ -237,7 +237,7 @@ fn a_killed_server_forgets_the_last_acks_once_each_where_the_record_says_so() {
     let again = |forgets: bool, wait: u64, times: u64| {
         let mut script = held("a");
         (script.rules.by_lease, script.rules.forgets) = (true, forgets);
-        script.settled(1, Verb::Ack).wait(wait).killed().wait(LEASE);
+        script.settled(1, Verb::Ack).wait(wait).killed().lost().wait(LEASE);
         for time in 0..times {
             script.delivered(2 + time, "a", 1).settled(2 + time, Verb::Ack).wait(LATER);
         }
