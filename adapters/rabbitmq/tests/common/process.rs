@@ -1,9 +1,13 @@
 //! A server that a test may kill, freeze and start again.
 
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use anybroker_conformance::ServerControl;
 use async_trait::async_trait;
+
+/// Tests of one program run side by side, and must not end each other's servers.
+static STARTED: AtomicU32 = AtomicU32::new(0);
 
 /// A server of this test's own, by the project's own commands; `None` after saying why there is none.
 pub(crate) struct Server {
@@ -20,7 +24,8 @@ impl Server {
             assert!(!is_required, "ANYBROKER_XTASK is not set, and ANYBROKER_TEST_REQUIRE_BROKERS demands it");
             return None;
         };
-        let instance = format!("rabbitmq-{name}-{}", std::process::id());
+        let number = STARTED.fetch_add(1, Ordering::Relaxed);
+        let instance = format!("rabbitmq-{name}-{}-{number}", std::process::id());
         let up = Command::new(xtask)
             .args(["brokers", "--instance", &instance, "up", "rabbitmq", "--how", "native"])
             .output()
