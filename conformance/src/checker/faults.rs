@@ -27,7 +27,7 @@ pub(super) struct Faults {
     /// Those that last, with the clients they hit, and since when.
     active: HashMap<u64, (Vec<u32>, u64)>,
     met: HashSet<u64>,
-    /// Which of them is the end of a server that forgets, and how long members may have what it has forgotten.
+    /// Which of them is the end of a server that forgets, and when the next one was there.
     forgetful: Option<(u64, u64)>,
 }
 
@@ -51,7 +51,7 @@ impl Faults {
 
     /// Whether what members have may be forgotten by the server.
     pub(super) fn is_forgotten(&self, at: u64) -> bool {
-        self.forgetful.is_some_and(|(_, until)| at <= until)
+        self.forgetful.is_some_and(|(_, over)| at <= over.saturating_add(EXPOSED))
     }
 
     /// Since when and until when a member that this client opens now is exposed.
@@ -96,8 +96,8 @@ impl Checker {
     }
 
     pub(super) fn fault_ends(&mut self, at: u64, fault: u64) {
-        if let Some((_, until)) = self.faults.forgetful.as_mut().filter(|(forgetful, _)| *forgetful == fault) {
-            *until = at.saturating_add(EXPOSED);
+        if let Some((_, over)) = self.faults.forgetful.as_mut().filter(|(forgetful, _)| *forgetful == fault) {
+            *over = at;
         }
         let Some((clients, _)) = self.faults.active.remove(&fault) else { return };
         for subscription in self.members_of(&clients) {
@@ -111,12 +111,13 @@ impl Checker {
 
     /// What is told as settled while a fault lasts may not have arrived, where the level does not say that it has.
     pub(super) fn settled_in_a_fault(&mut self, at: u64, delivery: u64) {
-        if let Some((_, until)) = self.faults.forgetful.filter(|(_, until)| at <= *until)
+        if let Some((_, over)) = self.faults.forgetful
+            && self.faults.is_forgotten(at)
             && let Some(story) = self.story(delivery)
         {
             // The event is noted before the server is killed; and of what the old server delivered the new one may know nothing,
             // and confirms an ack of it without effect.
-            return story.server_forgets_what_it_delivered(delivery, until.saturating_sub(EXPOSED));
+            return story.server_forgets_what_it_delivered(delivery, over);
         }
         let Some((_, _, subscription)) = self.deliveries.get(&delivery) else { return };
         let Some(member) = self.members.get(subscription) else { return };
