@@ -344,26 +344,17 @@ impl Letters {
         let inbound = conn.add_consumer(consumer_id);
         let name = uuid::Uuid::now_v7().simple().to_string();
         let is_reader = start.is_some();
-        let subscribe = |request_id| BaseCommand {
-            subscribe: Some(proto::CommandSubscribe {
-                subscription: if is_reader {
-                    format!("anybroker-reader-{name}")
-                } else {
-                    LETTERS_SUBSCRIPTION.to_owned()
-                },
-                sub_type: if is_reader { SubType::Exclusive } else { SubType::Shared } as i32,
-                topic,
-                consumer_id,
-                request_id,
-                consumer_name: Some(name),
-                durable: Some(!is_reader),
-                start_message_id: start,
-                force_topic_creation: Some(false),
-                ..Default::default()
-            }),
-            ..command(Type::Subscribe)
+        let subscribe = proto::CommandSubscribe {
+            subscription: if is_reader { format!("anybroker-reader-{name}") } else { LETTERS_SUBSCRIPTION.to_owned() },
+            sub_type: if is_reader { SubType::Exclusive } else { SubType::Shared } as i32,
+            topic,
+            consumer_id,
+            consumer_name: Some(name),
+            durable: Some(!is_reader),
+            start_message_id: start,
+            ..Default::default()
         };
-        conn.ask(operation, subscribe).await?;
+        conn.subscribe(operation, subscribe).await?;
         Ok((conn, consumer_id, inbound))
     }
 }

@@ -206,28 +206,23 @@ impl Feed {
         let consumer_id = conn.next_id();
         let inbound = conn.add_consumer(consumer_id);
         let kind = self.kind();
-        let subscribe = |request_id| BaseCommand {
-            subscribe: Some(proto::CommandSubscribe {
-                topic: self.topic.clone(),
-                subscription: self.subscription.clone(),
-                sub_type: kind as i32,
-                consumer_id,
-                request_id,
-                consumer_name: Some(uuid::Uuid::now_v7().simple().to_string()),
-                durable: Some(true),
-                initial_position: Some(proto::command_subscribe::InitialPosition::Earliest as i32),
-                force_topic_creation: Some(false),
-                key_shared_meta: self.range.map(|HashRange { from, to }| proto::KeySharedMeta {
-                    key_shared_mode: proto::KeySharedMode::Sticky as i32,
-                    hash_ranges: vec![proto::IntRange { start: from, end: to }],
-                    ..Default::default()
-                }),
+        let subscribe = proto::CommandSubscribe {
+            topic: self.topic.clone(),
+            subscription: self.subscription.clone(),
+            sub_type: kind as i32,
+            consumer_id,
+            consumer_name: Some(uuid::Uuid::now_v7().simple().to_string()),
+            durable: Some(true),
+            initial_position: Some(proto::command_subscribe::InitialPosition::Earliest as i32),
+            key_shared_meta: self.range.map(|HashRange { from, to }| proto::KeySharedMeta {
+                key_shared_mode: proto::KeySharedMode::Sticky as i32,
+                hash_ranges: vec![proto::IntRange { start: from, end: to }],
                 ..Default::default()
             }),
-            ..command(Type::Subscribe)
+            ..Default::default()
         };
         let mut opening = Opening { conn: Arc::clone(&conn), consumer: consumer_id, is_done: false };
-        conn.ask(operation, subscribe).await?;
+        conn.subscribe(operation, subscribe).await?;
         if let Some(hand_overs) = &self.desk.hand_overs[self.index as usize] {
             // Only then is it known what others may have handed out before.
             hand_overs.catch_up().await?;

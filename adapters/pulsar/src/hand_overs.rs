@@ -104,24 +104,19 @@ impl HandOvers {
         let consumer_id = conn.next_id();
         let mut inbound = conn.add_consumer(consumer_id);
         let name = uuid::Uuid::now_v7().simple().to_string();
-        let subscribe = |request_id| BaseCommand {
-            subscribe: Some(proto::CommandSubscribe {
-                topic: self.topic.clone(),
-                subscription: format!("anybroker-reader-{name}"),
-                sub_type: SubType::Exclusive as i32,
-                consumer_id,
-                request_id,
-                consumer_name: Some(name),
-                durable: Some(false),
-                initial_position: Some(proto::command_subscribe::InitialPosition::Earliest as i32),
-                force_topic_creation: Some(false),
-                ..Default::default()
-            }),
-            ..command(Type::Subscribe)
+        let subscribe = proto::CommandSubscribe {
+            topic: self.topic.clone(),
+            subscription: format!("anybroker-reader-{name}"),
+            sub_type: SubType::Exclusive as i32,
+            consumer_id,
+            consumer_name: Some(name),
+            durable: Some(false),
+            initial_position: Some(proto::command_subscribe::InitialPosition::Earliest as i32),
+            ..Default::default()
         };
         // Told before it is there, so that whoever ends this early closes it.
         self.reader.send_replace(Some((Arc::clone(&conn), consumer_id)));
-        conn.ask(operation, subscribe).await?;
+        conn.subscribe(operation, subscribe).await?;
         let mut permits = 0;
         loop {
             if permits < READ_AHEAD / 2 {

@@ -10,14 +10,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::Result;
-use pulsar::proto::{self, BaseCommand, base_command::Type, command_subscribe::SubType};
+use pulsar::proto::{self, command_subscribe::SubType};
 use serde_json::Value;
 use tokio::sync::mpsc;
 
 use crate::admin::Verb;
 use crate::state::Shared;
 use crate::topology::Topology;
-use crate::wire::{Conn, Inbound, command};
+use crate::wire::{Conn, Inbound};
 
 /// The subscription that all members have.
 const SUBSCRIPTION: &str = "anybroker-members";
@@ -111,24 +111,19 @@ impl Members {
         let conn = self.topology.link.serving(operation, &self.topic).await?;
         let consumer = conn.next_id();
         let inbound = conn.add_consumer(consumer);
-        let subscribe = |request_id| BaseCommand {
-            subscribe: Some(proto::CommandSubscribe {
-                topic: self.topic.clone(),
-                subscription: SUBSCRIPTION.to_owned(),
-                sub_type: SubType::Shared as i32,
-                consumer_id: consumer,
-                request_id,
-                consumer_name: Some(self.name.clone()),
-                durable: Some(false),
-                initial_position: Some(proto::command_subscribe::InitialPosition::Latest as i32),
-                force_topic_creation: Some(false),
-                ..Default::default()
-            }),
-            ..command(Type::Subscribe)
+        let subscribe = proto::CommandSubscribe {
+            topic: self.topic.clone(),
+            subscription: SUBSCRIPTION.to_owned(),
+            sub_type: SubType::Shared as i32,
+            consumer_id: consumer,
+            consumer_name: Some(self.name.clone()),
+            durable: Some(false),
+            initial_position: Some(proto::command_subscribe::InitialPosition::Latest as i32),
+            ..Default::default()
         };
         // Given up before it is answered, it is closed.
         let shown = Shown { conn: Arc::clone(&conn), consumer, inbound };
-        conn.ask(operation, subscribe).await.map(|_| shown)
+        conn.subscribe(operation, subscribe).await.map(|_| shown)
     }
 }
 

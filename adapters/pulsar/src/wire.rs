@@ -219,6 +219,15 @@ impl Conn {
         receiver
     }
 
+    /// Subscribes to a topic that must exist. The caller bounds the time.
+    pub(crate) async fn subscribe(&self, operation: &'static str, consumer: proto::CommandSubscribe) -> Result<()> {
+        let subscribe = |request_id| BaseCommand {
+            subscribe: Some(proto::CommandSubscribe { request_id, force_topic_creation: Some(false), ..consumer }),
+            ..command(Type::Subscribe)
+        };
+        self.ask(operation, subscribe).await.map(drop)
+    }
+
     /// Ends a consumer: what it has not acked goes back at once.
     pub(crate) async fn close_consumer(&self, consumer_id: u64) -> Result<()> {
         self.consumers.lock().remove(&consumer_id);
