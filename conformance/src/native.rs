@@ -15,10 +15,10 @@ pub trait NativeChannel: Send + Sync + 'static {
     /// Why not; the case fails.
     async fn put(&self, place: &Place, messages: &[RawMessage]) -> Result<(), String>;
 
-    /// Reads `count` messages as they lie there, in any order.
+    /// Reads `count` messages as they lie there, in any order; fewer when no more come in a reasonable time, which the case sees.
     ///
     /// # Errors
-    /// Why not, also when fewer came in a reasonable time; the case fails.
+    /// Why not; the case fails.
     async fn take(&self, place: &Place, count: usize) -> Result<Vec<RawMessage>, String>;
 }
 

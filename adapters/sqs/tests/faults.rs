@@ -12,22 +12,10 @@ use anybroker_core::{
     Effect, ErrorKind, Message, Order, PublishOptions, PublishOrder, Reason, SubscriptionEvent, TopologyMode, Verdict,
     ack,
 };
-use aws_sdk_sqs::config::{BehaviorVersion, Credentials, Region};
 use aws_sdk_sqs::types::QueueAttributeName as Attribute;
-use common::{LONG, connect, host, localstack_url, number, numbered, publish, receive, unique, url};
+use common::{LONG, bare, connect, host, localstack_url, number, numbered, publish, receive, unique, url};
 use proxy::Proxy;
 use tokio::time::Instant;
-
-/// The bare client.
-fn bare(url: &str) -> aws_sdk_sqs::Client {
-    let config = aws_sdk_sqs::Config::builder()
-        .behavior_version(BehaviorVersion::latest())
-        .endpoint_url(format!("http://{}", host(url)))
-        .region(Region::new("elasticmq"))
-        .credentials_provider(Credentials::new("k", "s", None, None, "test"))
-        .build();
-    aws_sdk_sqs::Client::from_conf(config)
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_that_are_cut_lose_nothing() {

@@ -58,7 +58,7 @@ impl NativeChannel for Native {
     async fn take(&self, place: &Place, count: usize) -> Result<Vec<RawMessage>, String> {
         let (mut config, topic) = (self.config.clone(), place.destination.clone());
         config.set("group.id", "bare").set("enable.auto.commit", "false");
-        let taken = blocking(move || {
+        blocking(move || {
             let consumer: BaseConsumer = config.create()?;
             let metadata = consumer.fetch_metadata(Some(&topic), PATIENCE)?;
             let mut all = TopicPartitionList::new();
@@ -87,8 +87,7 @@ impl NativeChannel for Native {
             }
             Ok(taken)
         })
-        .await?;
-        if taken.len() < count { Err(format!("{} of {count} came", taken.len())) } else { Ok(taken) }
+        .await
     }
 }
 

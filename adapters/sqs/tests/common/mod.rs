@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anybroker_core::{Bus, Config, Delivery, Message, MessageId, Registry, Subscriber};
 use anybroker_sqs::SqsDriver;
+use aws_sdk_sqs::config::{BehaviorVersion, Credentials, Region};
 use tokio::time::Instant;
 
 pub(crate) const LONG: Duration = Duration::from_secs(30);
@@ -35,6 +36,17 @@ fn named(variable: &str, broker: &str) -> Option<String> {
 /// The host and port of a URL.
 pub(crate) fn host(url: &str) -> String {
     url.split_once("://").unwrap().1.split(['?', '/']).next().unwrap().to_owned()
+}
+
+/// The bare client.
+pub(crate) fn bare(url: &str) -> aws_sdk_sqs::Client {
+    let config = aws_sdk_sqs::Config::builder()
+        .behavior_version(BehaviorVersion::latest())
+        .endpoint_url(format!("http://{}", host(url)))
+        .region(Region::new("elasticmq"))
+        .credentials_provider(Credentials::new("k", "s", None, None, "test"))
+        .build();
+    aws_sdk_sqs::Client::from_conf(config)
 }
 
 pub(crate) async fn connect(url: &str, settings: &'static str) -> Bus {

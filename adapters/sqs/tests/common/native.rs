@@ -6,12 +6,11 @@ use std::time::Duration;
 use anybroker_conformance::{Carries, NativeChannel, Place, RawMessage};
 use async_trait::async_trait;
 use aws_sdk_sqs::Client;
-use aws_sdk_sqs::config::{BehaviorVersion, Credentials, Region};
 use aws_sdk_sqs::primitives::Blob;
 use aws_sdk_sqs::types::{MessageAttributeValue, SendMessageBatchRequestEntry};
 use tokio::time::Instant;
 
-use crate::common::host;
+use crate::common::{bare, host};
 
 const CONTENT_TYPE: &str = "content-type";
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -24,13 +23,7 @@ pub(crate) struct Native {
 impl Native {
     /// From the URL that the adapter is given.
     pub(crate) fn new(url: &str) -> Self {
-        let config = aws_sdk_sqs::Config::builder()
-            .behavior_version(BehaviorVersion::latest())
-            .endpoint_url(format!("http://{}", host(url)))
-            .region(Region::new("elasticmq"))
-            .credentials_provider(Credentials::new("k", "s", None, None, "test"))
-            .build();
-        Self { client: Client::from_conf(config), host: host(url) }
+        Self { client: bare(url), host: host(url) }
     }
 
     fn queue(&self, name: &str) -> String {
@@ -82,10 +75,7 @@ impl NativeChannel for Native {
     async fn take(&self, place: &Place, count: usize) -> Result<Vec<RawMessage>, String> {
         let deadline = Instant::now() + PATIENCE;
         let mut taken = Vec::new();
-        while taken.len() < count {
-            if Instant::now() >= deadline {
-                return Err(format!("{} of {count} came", taken.len()));
-            }
+        while taken.len() < count && Instant::now() < deadline {
             let request = self.client.receive_message().queue_url(self.queue(&place.group));
             let request = request.message_attribute_names("All").max_number_of_messages(10).wait_time_seconds(1);
             let answer = request.send().await.map_err(|error| format!("{error:?}"))?;
