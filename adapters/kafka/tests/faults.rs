@@ -7,81 +7,37 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anybroker_conformance::{CaseReport, Level, Options, Outcome, Route, ServerControl, UrlHarness, run, url_through};
+use anybroker_conformance::{CaseReport, Level, Options, Outcome, Route, UrlHarness, run, url_through};
 use anybroker_core::{Delivery, Effect, ErrorKind};
-use async_trait::async_trait;
-use common::{LONG, Server, connect, numbered, publish, receive, try_connect, unique, url, xtask};
+use common::{LONG, Server, connect, numbered, publish, receive, try_connect, unique, url};
 use futures_util::poll;
 use tokio::sync::Mutex;
 
-/// There is one address that a proxy can stand at, and one server to kill.
+const SHARE: [&str; 2] = ["faults/answers-that-are-lost-*", "faults/a-mixed-schedule-keeps-*"];
+
+/// There is one address that a proxy can stand at.
 static ALONE: Mutex<()> = Mutex::const_new(());
 
-/// A share of them on one seed, which fixes what happens, not when. `ANYBROKER_TEST_SEED` asks for all of them on another seed,
-/// with the server killed and frozen, which takes minutes; `ANYBROKER_TEST_CASES` chooses among them.
+/// A share of them on one seed, which fixes what happens, not when; `cargo xtask faults kafka` runs all of them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn faults_break_no_promise() {
-    let share = ["faults/answers-that-are-lost-*", "faults/a-mixed-schedule-keeps-*"].map(ToOwned::to_owned);
-    let Ok(seed) = std::env::var("ANYBROKER_TEST_SEED") else { return suite(1, &share, None).await };
-    let all = std::env::var("ANYBROKER_TEST_CASES").unwrap_or_else(|_| "faults/*".into());
-    suite(seed.parse().unwrap(), &[all], xtask().map(|verb| Process(Arc::new(verb)))).await;
-}
-
-/// The running server itself.
-struct Process(Arc<dyn Fn(&str) + Send + Sync>);
-
-impl Process {
-    async fn does(&self, verb: &'static str) -> Result<(), String> {
-        let work = Arc::clone(&self.0);
-        tokio::task::spawn_blocking(move || work(verb)).await.map_err(|error| format!("{verb}: {error}"))
-    }
-}
-
-#[async_trait]
-impl ServerControl for Process {
-    async fn kill(&self) -> Result<(), String> {
-        self.does("kill").await
-    }
-
-    async fn restart(&self) -> Result<(), String> {
-        self.does("restart").await
-    }
-
-    async fn pause(&self) -> Result<(), String> {
-        self.does("pause").await
-    }
-
-    async fn resume(&self) -> Result<(), String> {
-        self.does("resume").await
-    }
-}
-
-async fn suite(seed: u64, cases: &[String], process: Option<Process>) {
+async fn faults_of_connections_break_no_promise() {
     let (Some(url), Some(server)) = (url(), Server::find()) else { return };
     let _alone = ALONE.lock().await;
     // Clients go to the address that the server advertises, so that the proxy has to listen there: one for all of them.
     let listen = ([127, 0, 0, 1], server.port("advertised.listeners", "PROXIED")).into();
     let route = Route::advertised(listen, format!("127.0.0.1:{}", server.port("listeners", "PROXIED")));
     let direct = url.clone();
-    let mut harness = UrlHarness::new("kafka", move || Box::pin(try_connect(direct.clone(), "")))
+    let harness = UrlHarness::new("kafka", move || Box::pin(try_connect(direct.clone(), "")))
         .with_proxies(vec![route], move |addresses| Box::pin(try_connect(url_through(&url, &addresses), "")))
         .with_lease(Duration::from_secs(2))
         .with_quiet(Duration::from_secs(1))
         .with_patience(Duration::from_secs(60));
-    let has_process = process.is_some();
-    if let Some(process) = process {
-        harness = harness.with_server(Arc::new(process));
-    }
-    let options = Options::default().with_seed(seed).with_level(Level::Reliability);
-    let options = cases.iter().fold(options, |options, case| options.with_filter(case));
+    let options = Options::default().with_level(Level::Reliability).with_seed(1);
+    let options = SHARE.iter().fold(options, |options, case| options.with_filter(*case));
     let report = run(Arc::new(harness), options).await.unwrap();
     println!("{}", report.text());
-    if let Some(directory) = std::env::var_os("ANYBROKER_TEST_REPORT") {
-        report.write_dir(directory.as_ref()).unwrap();
-    }
-    let can_run = |case: &CaseReport| has_process || !case.name.contains("a-server-");
-    let left_out = |case: &&CaseReport| case.outcome == Outcome::NotRun && can_run(case);
-    assert_eq!(report.cases.iter().find(left_out).map(|case| case.name), None, "was not run");
+    let left_out = |case: &&CaseReport| case.outcome == Outcome::NotRun && !case.name.contains("a-server-");
+    assert_eq!(report.cases.iter().find(left_out).map(|case| case.name), None, "a case about connections was not run");
     assert!(report.is_green(), "{}", report.summary());
 }
 

@@ -8,94 +8,26 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use anybroker_conformance::{Level, Options, ServerControl, UrlHarness, Volume, routes_of, run, url_through, volume};
+use anybroker_conformance::{Level, Options, UrlHarness, Volume, routes_of, run, url_through, volume};
 use anybroker_core::{
     Bus, Effect, ErrorKind, Message, Order, PublishOptions, Settlement, SubscriptionEvent, ack, settle,
 };
-use async_trait::async_trait;
-use common::{LONG, connect, number, numbered, publish, receive, seed, try_connect, unique, url};
+use anybroker_testing::OwnServer;
+use common::{LONG, connect, number, numbered, publish, receive, try_connect, unique, url};
 use tokio::time::Instant;
 
 const CRASHER: &str = "ANYBROKER_NATS_TEST_CRASHER";
 
-/// A server of this test's own, by the project's own commands; `None` after saying why there is none.
-struct Server {
-    instance: String,
-    url: String,
+/// A server of this test's own; `None` after saying why there is none.
+fn own_server(name: &str) -> Option<OwnServer> {
+    url()?;
+    OwnServer::start("nats", name)
 }
 
-impl Server {
-    fn start(name: &str) -> Option<Self> {
-        url()?;
-        let Ok(xtask) = std::env::var("ANYBROKER_XTASK") else {
-            println!("not run: ANYBROKER_XTASK is not set (the path of the project's xtask binary)");
-            let is_required = std::env::var("ANYBROKER_TEST_REQUIRE_BROKERS").is_ok_and(|value| value == "1");
-            assert!(!is_required, "ANYBROKER_XTASK is not set, and ANYBROKER_TEST_REQUIRE_BROKERS demands it");
-            return None;
-        };
-        let instance = format!("nats-{name}-{}", std::process::id());
-        let up = Command::new(xtask)
-            .args(["brokers", "--instance", &instance, "up", "nats", "--how", "native"])
-            .output()
-            .unwrap();
-        assert!(up.status.success(), "{}", String::from_utf8_lossy(&up.stderr));
-        let output = String::from_utf8(up.stdout).unwrap();
-        let url = output.split('\'').nth(1).unwrap().to_owned();
-        Some(Self { instance, url })
-    }
-
-    fn run(&self, verb: &str) {
-        let xtask = std::env::var("ANYBROKER_XTASK").unwrap();
-        let done = Command::new(xtask).args(["brokers", "--instance", &self.instance, verb, "nats"]).output().unwrap();
-        assert!(done.status.success(), "{verb}: {}", String::from_utf8_lossy(&done.stderr));
-    }
-
-    async fn does(&self, verb: &'static str) {
-        let server = Self { instance: self.instance.clone(), url: self.url.clone() };
-        tokio::task::spawn_blocking(move || {
-            server.run(verb);
-            std::mem::forget(server);
-        })
-        .await
-        .unwrap();
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.run("down");
-    }
-}
-
-#[async_trait]
-impl ServerControl for Server {
-    async fn kill(&self) -> Result<(), String> {
-        self.does("kill").await;
-        Ok(())
-    }
-
-    async fn restart(&self) -> Result<(), String> {
-        self.does("restart").await;
-        Ok(())
-    }
-
-    async fn pause(&self) -> Result<(), String> {
-        self.does("pause").await;
-        Ok(())
-    }
-
-    async fn resume(&self) -> Result<(), String> {
-        self.does("resume").await;
-        Ok(())
-    }
-}
-
-/// The suite's case about a frozen server, on a server of this test's own. With `ANYBROKER_TEST_SEED`, as `cargo xtask faults nats`
-/// sets it, also the one about a killed server: JetStream forgets acks that it has confirmed shortly before a kill (its consumers'
-/// state is written ten times a second, nats-server 2.15, `consumerFileStore.flushLoop`), which the case does not allow.
+/// The suite's case about a frozen server, on a server of this test's own.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_killed_and_a_frozen_server_break_no_promise() {
-    let Some(server) = Server::start("suite") else { return };
+async fn a_frozen_server_breaks_no_promise() {
+    let Some(server) = own_server("suite") else { return };
     let url = server.url.clone();
     let harness = UrlHarness::new("nats", move || {
         let url = url.clone();
@@ -104,21 +36,17 @@ async fn a_killed_and_a_frozen_server_break_no_promise() {
     .with_server(Arc::new(server))
     .with_lease(Duration::from_secs(1))
     .with_quiet(Duration::from_secs(1));
-    let cases = if seed().is_some() { "faults/a-server-*" } else { "faults/a-server-that-is-frozen-*" };
-    let options = Options::default().with_level(Level::Reliability).with_filter(cases);
-    let options = options.with_seed(seed().unwrap_or(1));
+    let options = Options::default().with_level(Level::Reliability).with_seed(1);
+    let options = options.with_filter("faults/a-server-that-is-frozen-*");
     let report = run(Arc::new(harness), options).await.unwrap();
     println!("{}", report.text());
-    if let Some(directory) = std::env::var_os("ANYBROKER_TEST_REPORT") {
-        report.write_dir(directory.as_ref()).unwrap();
-    }
     assert!(report.is_green() && report.totals.not_run == 0, "{}", report.summary());
 }
 
 /// Twenty thousand and the cut alone; with `ANYBROKER_TEST_VOLUME=1` a hundred thousand, and the kill before it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_messages_survive_a_cut_and_a_kill_and_keep_the_order_of_their_keys() {
-    let Some(server) = Server::start("volume") else { return };
+    let Some(server) = own_server("volume") else { return };
     let (url, through) = (server.url.clone(), server.url.clone());
     let routes = routes_of(&url).unwrap();
     let harness = UrlHarness::new("nats", move || {
@@ -143,7 +71,7 @@ async fn many_messages_survive_a_cut_and_a_kill_and_keep_the_order_of_their_keys
 async fn a_server_that_is_killed_in_the_middle_loses_nothing_that_was_confirmed() {
     const PUBLISHERS: u32 = 4;
     const EACH: u32 = 2_000;
-    let Some(server) = Server::start("kill") else { return };
+    let Some(server) = own_server("kill") else { return };
     let name = unique("killed");
     let bus = connect(&server.url, "publish_timeout=3s").await;
     let mut members = Vec::new();
@@ -238,7 +166,7 @@ async fn publish_until_confirmed(bus: &Bus, mut batch: Vec<Message>) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn attempts_and_delays_survive_a_killed_server() {
-    let Some(server) = Server::start("attempts") else { return };
+    let Some(server) = own_server("attempts") else { return };
     let name = unique("attempts");
     let bus = connect(&server.url, "").await;
     // A server that is killed at once has not written down yet that it was told a delay: then the message comes back when
@@ -275,7 +203,7 @@ async fn attempts_and_delays_survive_a_killed_server() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_frozen_server_leaves_publishes_unknown_at_their_deadline_and_nothing_hangs() {
-    let Some(server) = Server::start("frozen") else { return };
+    let Some(server) = own_server("frozen") else { return };
     let name = unique("frozen");
     let bus = connect(&server.url, "").await;
     let mut subscriber = bus.subscribe(bus.subscription(name.as_str(), "g")).await.unwrap();

@@ -12,17 +12,15 @@ use anybroker_conformance::{Level, Options, UrlHarness, run};
 use anybroker_core::{
     Bus, Effect, ErrorKind, Message, Order, PublishOptions, Settlement, SubscriptionEvent, ack, settle,
 };
-use common::process::Server;
-use common::{LONG, connect, number, numbered, publish, receive, try_connect, unique, url};
+use common::{LONG, connect, number, numbered, own_server, publish, receive, try_connect, unique, url};
 use tokio::time::Instant;
 
 const CRASHER: &str = "ANYBROKER_RABBITMQ_TEST_CRASHER";
 
-/// One of the suite's cases about the server's process, on a server of this test's own; `ANYBROKER_TEST_SEED` runs all of them on
-/// that seed, as `cargo xtask faults rabbitmq` does.
+/// The suite's case about a killed server, on a server of this test's own.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_killed_and_a_frozen_server_break_no_promise() {
-    let Some(server) = Server::start("suite") else { return };
+async fn a_killed_server_breaks_no_promise() {
+    let Some(server) = own_server("suite") else { return };
     let url = server.url.clone();
     let harness = UrlHarness::new("rabbitmq", move || {
         let url = url.clone();
@@ -31,16 +29,10 @@ async fn a_killed_and_a_frozen_server_break_no_promise() {
     .with_server(Arc::new(server))
     .with_lease(Duration::from_secs(1))
     .with_quiet(Duration::from_secs(1));
-    let (seed, cases) = match std::env::var("ANYBROKER_TEST_SEED") {
-        Ok(seed) => (seed.parse().unwrap(), "faults/a-server-*"),
-        Err(_) => (1, "faults/a-server-that-is-killed-*"),
-    };
-    let options = Options::default().with_level(Level::Reliability).with_filter(cases).with_seed(seed);
+    let options = Options::default().with_level(Level::Reliability).with_seed(1);
+    let options = options.with_filter("faults/a-server-that-is-killed-*");
     let report = run(Arc::new(harness), options).await.unwrap();
     println!("{}", report.text());
-    if let Some(directory) = std::env::var_os("ANYBROKER_TEST_REPORT") {
-        report.write_dir(directory.as_ref()).unwrap();
-    }
     assert!(report.is_green() && report.totals.not_run == 0, "{}", report.summary());
 }
 
@@ -48,7 +40,7 @@ async fn a_killed_and_a_frozen_server_break_no_promise() {
 async fn a_server_that_is_killed_in_the_middle_loses_nothing_that_was_confirmed() {
     const PUBLISHERS: u32 = 4;
     const EACH: u32 = 2_000;
-    let Some(server) = Server::start("kill") else { return };
+    let Some(server) = own_server("kill") else { return };
     let name = unique("killed");
     let bus = connect(&server.url, "publish_timeout=3s").await;
     let mut members = Vec::new();
@@ -143,7 +135,7 @@ async fn publish_until_confirmed(bus: &Bus, mut batch: Vec<Message>) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn attempts_and_delays_survive_a_killed_server() {
-    let Some(server) = Server::start("attempts") else { return };
+    let Some(server) = own_server("attempts") else { return };
     let name = unique("attempts");
     let bus = connect(&server.url, "").await;
     let spec = bus.subscription(name.as_str(), "g").with_max_attempts(None).with_lease(Duration::from_secs(5));
@@ -183,7 +175,7 @@ async fn attempts_and_delays_survive_a_killed_server() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_frozen_server_leaves_publishes_unknown_at_their_deadline_and_nothing_hangs() {
-    let Some(server) = Server::start("frozen") else { return };
+    let Some(server) = own_server("frozen") else { return };
     let name = unique("frozen");
     let bus = connect(&server.url, "").await;
     let mut subscriber = bus.subscribe(bus.subscription(name.as_str(), "g")).await.unwrap();

@@ -7,8 +7,7 @@ use std::sync::Arc;
 
 use anybroker_conformance::{UrlHarness, Volume, volume};
 use anybroker_core::{Bus, Result};
-use common::process::Server;
-use common::try_connect;
+use common::{own_server, try_connect};
 use futures_util::future::BoxFuture;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -22,7 +21,7 @@ async fn classic_queues_lose_nothing_in_a_kill_and_a_cut_and_keep_the_order_of_k
 }
 
 async fn disturbed(settings: &'static str, much: Volume) {
-    let Some(server) = Server::start("volume") else { return };
+    let Some(server) = own_server("volume") else { return };
     let url = server.url.clone();
     let connect = move |url: String| -> BoxFuture<'static, Result<Bus>> {
         Box::pin(async move { try_connect(&url, settings).await })

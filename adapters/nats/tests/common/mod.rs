@@ -27,11 +27,6 @@ pub(crate) fn url() -> Option<String> {
     url
 }
 
-/// The seed of a whole run of the suite's fault cases.
-pub(crate) fn seed() -> Option<u64> {
-    std::env::var("ANYBROKER_TEST_SEED").ok().map(|seed| seed.parse().unwrap())
-}
-
 pub(crate) async fn try_connect(url: &str, settings: &str) -> Result<Bus> {
     let separator = if url.contains('?') { '&' } else { '?' };
     let url = if settings.is_empty() { url.to_owned() } else { format!("{url}{separator}{settings}") };

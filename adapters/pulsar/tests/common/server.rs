@@ -1,15 +1,15 @@
 //! A broker of a test's own, by the project's own commands, and a proxy before it.
 
 use std::net::SocketAddr;
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use anybroker_testing::OwnServer;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
 pub(crate) struct Server {
-    instance: String,
+    own: OwnServer,
     proxy: SocketAddr,
     pub(crate) url: String,
 }
@@ -18,35 +18,13 @@ impl Server {
     /// `None` after saying why there is no server.
     pub(crate) fn start(name: &str, proxy: &Proxy) -> Option<Self> {
         super::common::url()?;
-        if std::env::var_os("ANYBROKER_XTASK").is_none() {
-            println!("not run: ANYBROKER_XTASK is not set (the path of the project's xtask binary)");
-            let is_required = std::env::var("ANYBROKER_TEST_REQUIRE_BROKERS").is_ok_and(|value| value == "1");
-            assert!(!is_required, "ANYBROKER_XTASK is not set, and ANYBROKER_TEST_REQUIRE_BROKERS demands it");
-            return None;
-        }
-        let instance = format!("pulsar-{name}-{}", std::process::id());
-        let mut server = Self { instance, proxy: proxy.address, url: String::new() };
-        let output = server.run(&["up", "pulsar", "--how", "native"]);
-        output.split('\'').nth(1).unwrap().clone_into(&mut server.url);
-        Some(server)
-    }
-
-    fn run(&self, arguments: &[&str]) -> String {
-        let xtask = std::env::var("ANYBROKER_XTASK").unwrap();
-        let done =
-            Command::new(xtask).args(["brokers", "--instance", &self.instance]).args(arguments).output().unwrap();
-        assert!(done.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
-        String::from_utf8(done.stdout).unwrap()
+        let own = OwnServer::start("pulsar", name)?;
+        let url = own.url.clone();
+        Some(Self { own, proxy: proxy.address, url })
     }
 
     pub(crate) async fn does(&self, verb: &'static str) {
-        let server = Self { instance: self.instance.clone(), proxy: self.proxy, url: self.url.clone() };
-        tokio::task::spawn_blocking(move || {
-            server.run(&[verb, "pulsar"]);
-            std::mem::forget(server);
-        })
-        .await
-        .unwrap();
+        self.own.does(verb).await;
     }
 
     /// Where clients connect to.
@@ -58,12 +36,6 @@ impl Server {
     /// by, whatever it advertises (`proxy_through_service_url`, TopicLookupBase.java).
     pub(crate) fn proxied_url(&self) -> String {
         self.url.replacen(self.address(), &self.proxy.to_string(), 1)
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.run(&["down", "pulsar"]);
     }
 }
 

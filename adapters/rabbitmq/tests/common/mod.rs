@@ -2,13 +2,13 @@
 #![allow(dead_code, reason = "each test binary uses its share")]
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
-pub(crate) mod process;
 pub(crate) mod server;
 
 use std::time::Duration;
 
 use anybroker_core::{Bus, Config, Delivery, Message, MessageId, Registry, Result, Subscriber};
 use anybroker_rabbitmq::RabbitDriver;
+use anybroker_testing::OwnServer;
 use tokio::io::copy_bidirectional;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::Instant;
@@ -27,6 +27,12 @@ pub(crate) fn url() -> Option<String> {
         assert!(!is_required, "{VARIABLE} is not set, and ANYBROKER_TEST_REQUIRE_BROKERS demands it");
     }
     url
+}
+
+/// A server of this test's own; `None` after saying why there is none.
+pub(crate) fn own_server(name: &str) -> Option<OwnServer> {
+    url()?;
+    OwnServer::start("rabbitmq", name)
 }
 
 pub(crate) async fn try_connect(url: &str, settings: &str) -> Result<Bus> {

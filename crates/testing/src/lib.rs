@@ -1,0 +1,98 @@
+//! What the tests of several adapters share.
+#![allow(clippy::print_stdout, reason = "tests say why they do not run")]
+
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use anybroker_conformance::ServerControl;
+use async_trait::async_trait;
+
+/// The path of the project's `xtask` binary; `cargo xtask test` sets it.
+const XTASK: &str = "ANYBROKER_XTASK";
+
+/// Tests of one program run side by side, and must not end each other's servers.
+static STARTED: AtomicU32 = AtomicU32::new(0);
+
+/// A server of one test's own, by the project's own commands: the test may kill, freeze and restart it. It ends with the value.
+pub struct OwnServer {
+    running: Arc<Running>,
+    /// Where its clients connect to.
+    pub url: String,
+}
+
+struct Running {
+    broker: &'static str,
+    instance: String,
+}
+
+impl OwnServer {
+    /// Starts `broker`, as `cargo xtask brokers` calls it; `None` after saying why there is no server.
+    ///
+    /// # Panics
+    /// When it does not start, and when the environment demands brokers and does not say how to start one.
+    #[must_use]
+    pub fn start(broker: &'static str, name: &str) -> Option<Self> {
+        if std::env::var_os(XTASK).is_none() {
+            println!("not run: {XTASK} is not set (the path of the project's xtask binary)");
+            let is_required = std::env::var("ANYBROKER_TEST_REQUIRE_BROKERS").is_ok_and(|value| value == "1");
+            assert!(!is_required, "{XTASK} is not set, and ANYBROKER_TEST_REQUIRE_BROKERS demands it");
+            return None;
+        }
+        let number = STARTED.fetch_add(1, Ordering::Relaxed);
+        let instance = format!("{broker}-{name}-{}-{number}", std::process::id());
+        let running = Running { broker, instance };
+        let said = running.run("up", &["--how", "native"]);
+        let url = said.split('\'').nth(1).expect("`brokers up` prints the URL in quotes").to_owned();
+        Some(Self { running: Arc::new(running), url })
+    }
+
+    /// `kill`, `restart`, `pause` or `resume`.
+    ///
+    /// # Panics
+    /// When that fails.
+    pub async fn does(&self, verb: &'static str) {
+        let running = Arc::clone(&self.running);
+        tokio::task::spawn_blocking(move || running.run(verb, &[])).await.expect("the command succeeds");
+    }
+}
+
+impl Running {
+    fn run(&self, verb: &str, options: &[&str]) -> String {
+        let xtask = std::env::var_os(XTASK).expect("set when the server was started");
+        let mut command = Command::new(xtask);
+        command.args(["brokers", "--instance", &self.instance, verb, self.broker]).args(options);
+        let done = command.output().expect("the xtask binary starts");
+        assert!(done.status.success(), "{verb}: {}", String::from_utf8_lossy(&done.stderr));
+        String::from_utf8(done.stdout).expect("it prints UTF-8")
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.run("down", &[]);
+    }
+}
+
+#[async_trait]
+impl ServerControl for OwnServer {
+    async fn kill(&self) -> Result<(), String> {
+        self.does("kill").await;
+        Ok(())
+    }
+
+    async fn restart(&self) -> Result<(), String> {
+        self.does("restart").await;
+        Ok(())
+    }
+
+    async fn pause(&self) -> Result<(), String> {
+        self.does("pause").await;
+        Ok(())
+    }
+
+    async fn resume(&self) -> Result<(), String> {
+        self.does("resume").await;
+        Ok(())
+    }
+}
