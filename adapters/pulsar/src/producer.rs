@@ -157,10 +157,38 @@ impl Producer {
         }
     }
 
-    /// Ends it; what is on its way was waited for.
+    /// Ends it. What is still on its way gets no receipt any more, and takes no room.
     pub(crate) fn close(&self) {
-        if let Some((conn, id)) = self.inner.lock().open.take() {
+        let open = self.inner.lock().open.take();
+        if let Some((conn, id)) = open {
             conn.close_producer(id);
+            let text = "the producer was closed before the broker confirmed";
+            self.cut(id, &Error::new(ErrorKind::Closed, "publish", text).with_effect(Effect::Unknown));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pulsar::proto::MessageMetadata;
+    use tokio::time::Instant;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_is_on_its_way_when_it_is_closed_has_an_outcome_and_takes_no_room() {
+        let window = Window::new();
+        let producer = Producer::new("t".into(), window.clone());
+        producer.inner.lock().open = Some((Arc::new(Conn::new(None)), 1));
+        let (batch, now) = (Batch::new(1), Instant::now());
+        assert!(window.enter(1, now).await);
+        let payload = Payload { metadata: MessageMetadata::default(), data: Vec::new() };
+        producer.send(payload, 1, &batch, 0, None).unwrap();
+        assert!(!window.emptied(now).await);
+        producer.close();
+        assert!(window.emptied(now).await);
+        let late = || Error::new(ErrorKind::Timeout, "publish", "no outcome");
+        let outcome = batch.wait(now, late).await.remove(0).unwrap_err();
+        assert_eq!((outcome.kind(), outcome.effect()), (ErrorKind::Closed, Effect::Unknown));
     }
 }
