@@ -11,9 +11,10 @@ use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use crate::case::{Proof, ensure};
+use crate::checker::{self, Rules};
 use crate::consumer::Consumer;
 use crate::env::Env;
-use crate::history::{What, digest, is_earliest, micros};
+use crate::history::{Event, What, digest, is_earliest, micros};
 
 /// The header that holds the run and case a message belongs to.
 pub(crate) const RUN_HEADER: &str = "conformance-run";
@@ -282,22 +283,28 @@ impl<'e> Client<'e> {
         Ok(self.env.bounded("purge", letters.purge(filter)).await??)
     }
 
-    /// Reads what is left of a group with this (fresh) client: acks until nothing comes for the quiet window, a
-    /// canary behind it proves that something could still have come, and the dead letters are read. What is
-    /// read is returned in order.
+    /// Reads what is left of a group with this (fresh) client: acks until nothing comes for the quiet window and nothing that
+    /// was returned is still owed, a canary behind it proves that something could still have come, and the dead letters are
+    /// read. What is read is returned in order.
     pub(crate) async fn drain(&self, spec: SubscribeSpec) -> Proof<Vec<Message>> {
         let (source, group) = (spec.destinations[0].clone(), spec.group.clone());
         let mut consumer = self.subscribe(spec).await?;
         let mut drained = Vec::new();
+        let mut last = Instant::now();
         loop {
             let batch = consumer.receive(100, self.env.quiet()).await?;
             if batch.is_empty() {
-                break;
+                // What is owed may take as long as anything that must happen; only then is it lost and not late.
+                if last.elapsed() >= self.env.patience() || !self.lacks(&source, &group).await? {
+                    break;
+                }
+                continue;
             }
             for held in batch {
                 drained.push(held.message().clone());
                 held.ack().await?;
             }
+            last = Instant::now();
         }
         let canary = self.message(&source, "canary");
         self.publish_ok(vec![canary.clone()]).await?;
@@ -311,12 +318,25 @@ impl<'e> Client<'e> {
             drained.push(found);
         }
         consumer.close().await?;
+        self.record(self.drained(&source, &group).await?);
+        Ok(drained)
+    }
+
+    /// Whether the checker would miss something in the group if nothing more came.
+    async fn lacks(&self, source: &Destination, group: &Group) -> Proof<bool> {
+        let drained = self.drained(source, group).await?;
+        let mut events = self.env.history.events();
+        events.push(Event { at: self.env.now(), client: self.number, what: drained });
+        Ok(checker::lacks(&events, group, Rules::of(&self.env.record)))
+    }
+
+    /// That nothing more comes, with a reading of the dead letters.
+    async fn drained(&self, source: &Destination, group: &Group) -> Proof<What> {
         let scan = match self.env.record.dead_letter.is_given() {
-            true => Some(self.scan(&source, &group).await?.0),
+            true => Some(self.scan(source, group).await?.0),
             false => None,
         };
-        self.record(What::Drained { destination: source, group, scan });
-        Ok(drained)
+        Ok(What::Drained { destination: source.clone(), group: group.clone(), scan })
     }
 
     /// Closes the connection.

@@ -114,6 +114,12 @@ pub(crate) fn check(events: &[Event], rules: Rules) -> (Vec<Anomaly>, Counts) {
     (checker.anomalies, checker.counts)
 }
 
+/// Whether something of the group is missing in a history that ends here.
+pub(crate) fn lacks(events: &[Event], group: &Group, rules: Rules) -> bool {
+    let is_loss = |anomaly: &Anomaly| anomaly.group == group.as_str() && matches!(&*anomaly.name, "lost" | "nack-lost");
+    check(events, rules).0.iter().any(is_loss)
+}
+
 /// From which event on a group keeps what is published.
 #[derive(Clone, Copy)]
 struct Since {

@@ -189,9 +189,10 @@ configurationMetadataStoreUrl=
 managedLedgerDefaultEnsembleSize=1
 managedLedgerDefaultWriteQuorum=1
 managedLedgerDefaultAckQuorum=1
+# Transactions stay off, as they are by default: with them a topic that was just loaded may stand still for up to 30 s, until
+# the broker has read the snapshots of its transaction buffer.
 # Idle topics are kept.
 brokerDeleteInactiveTopicsEnabled=false
-transactionCoordinatorEnabled=true
 systemTopicEnabled=true
 topicLevelPoliciesEnabled=true
 acknowledgmentAtBatchIndexLevelEnabled=true
