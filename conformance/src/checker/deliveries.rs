@@ -22,8 +22,7 @@ impl Checker {
         let exposed = (!self.rules.by_lease || self.faults.is_forgotten(at))
             && member.exposed.is_some_and(|(_, until)| at <= until);
         // Until it is told of the loss it hands out what it has from that connection, whoever has got that meanwhile.
-        let untold = |since: &u64| exposed && !member.losses.iter().any(|loss| loss >= since);
-        let untold = member.exposed.map(|(since, _)| since).filter(untold);
+        let untold = member.untold.filter(|_| exposed);
         let since = member.since;
         self.faults.meet(member.client);
         let (max_attempts, on_failure) = (member.max_attempts, member.on_failure);

@@ -56,8 +56,12 @@ impl Faults {
 
     /// Since when and until when a member that this client opens now is exposed.
     pub(super) fn exposure(&self, at: u64, client: u32) -> Option<(u64, u64)> {
-        let hit = self.active.values().any(|(clients, _)| clients.contains(&client));
-        hit.then_some((at, u64::MAX))
+        self.is_hit(client).then_some((at, u64::MAX))
+    }
+
+    /// Whether a fault that lasts hits this client.
+    pub(super) fn is_hit(&self, client: u32) -> bool {
+        self.active.values().any(|(clients, _)| clients.contains(&client))
     }
 }
 
@@ -75,8 +79,9 @@ impl Checker {
         for subscription in self.members_of(clients) {
             met |= self.is_holding(subscription);
             if let Some(member) = self.members.get_mut(&subscription) {
-                let since = member.exposed.filter(|(_, until)| at <= *until).map_or(at, |(since, _)| since);
-                member.exposed = Some((since, u64::MAX));
+                let exposed = member.exposed.filter(|(_, until)| at <= *until);
+                member.exposed = Some((exposed.map_or(at, |(since, _)| since), u64::MAX));
+                member.untold = Some(member.untold.filter(|_| exposed.is_some()).unwrap_or(at));
             }
             // Nobody was told of a loss yet; where the broker's own lease gives deliveries to others, none ends.
             let ends = !self.rules.by_lease || self.faults.is_forgotten(at);
@@ -102,7 +107,7 @@ impl Checker {
         let Some((clients, _)) = self.faults.active.remove(&fault) else { return };
         for subscription in self.members_of(&clients) {
             let client = self.members[&subscription].client;
-            let still = self.faults.active.values().any(|(clients, _)| clients.contains(&client));
+            let still = self.faults.is_hit(client);
             if let Some((_, until)) = self.members.get_mut(&subscription).and_then(|member| member.exposed.as_mut()) {
                 *until = if still { u64::MAX } else { at.saturating_add(EXPOSED) };
             }

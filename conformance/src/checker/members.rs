@@ -25,6 +25,8 @@ pub(super) struct Member {
     pub(super) gone: bool,
     /// Since when, and until when, what it holds may be lost with a connection that a fault has hit.
     pub(super) exposed: Option<(u64, u64)>,
+    /// Since when it may have lost a connection that it was not told of.
+    pub(super) untold: Option<u64>,
     /// When it said that its connection or a lane was lost, or went.
     pub(super) losses: Vec<u64>,
 }
@@ -45,6 +47,8 @@ impl Checker {
     pub(super) fn has_lost(&mut self, at: u64, subscription: u64, lane: Option<u32>) {
         if let Some(member) = self.members.get_mut(&subscription) {
             member.losses.push(at);
+            // A fault that goes on may hit the next connection as well.
+            member.untold = self.faults.is_hit(member.client).then_some(at);
         }
         self.lose(at, subscription, lane, true);
     }

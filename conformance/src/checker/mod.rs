@@ -211,6 +211,7 @@ impl Checker {
                         max_attempts: *max_attempts,
                         gone: false,
                         exposed: self.faults.exposure(event.at, event.client),
+                        untold: self.faults.exposure(event.at, event.client).map(|(since, _)| since),
                         losses: Vec::new(),
                     },
                 );

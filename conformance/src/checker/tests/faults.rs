@@ -97,6 +97,11 @@ fn a_member_that_was_not_told_of_a_loss_hands_out_once_what_another_one_has_sett
     assert_eq!(stale(&nothing, 2, &lost), ["ack-lost"]);
     assert_eq!(stale(&nothing, 1, &nothing), ["unjustified-duplicate"], "it never says that its connection was lost");
     assert_eq!(stale(&lost, 1, &nothing), ["ack-lost"], "it has been told");
+    let lost_and_hit_again = |script: &mut Script| {
+        script.lost().fault(&[0]);
+    };
+    assert_eq!(stale(&lost_and_hit_again, 1, &lost), [""; 0], "of the first loss it was told, of the second not yet");
+    assert_eq!(stale(&lost_and_hit_again, 2, &lost), ["ack-lost"]);
 }
 
 #[test]
