@@ -320,6 +320,8 @@ impl Settings {
             .set("auto.offset.reset", "earliest")
             .set("isolation.level", "read_committed")
             .set("partition.assignment.strategy", "cooperative-sticky")
+            // A request for the coordinator that nobody answers keeps a member out of its group for that long: by default a minute.
+            .set("socket.timeout.ms", "10000")
             .set("session.timeout.ms", self.session_timeout.as_millis().to_string())
             // Members learn of a rebalance by their heartbeats: it takes as long as the slowest of them.
             .set("heartbeat.interval.ms", (self.session_timeout.as_millis() / 20).clamp(50, 1_000).to_string())

@@ -32,8 +32,9 @@ const CHUNK_RECORDS: usize = 512;
 const BRIEFLY_FULL: Duration = Duration::from_millis(300);
 /// How long one poll waits. Closing, committing and retries wait for it.
 const POLL: Duration = Duration::from_millis(20);
-/// How long the last commit is tried while the group rebalances, or its coordinator is not there.
-const FLUSH: Duration = Duration::from_secs(10);
+/// How long the last commit is tried while the group rebalances, or its coordinator is not there: longer than one request for
+/// the coordinator may be without an answer (`socket.timeout.ms`).
+const FLUSH: Duration = Duration::from_secs(20);
 /// How long a member that leaves waits for its partitions to be given back; closing goes on with it.
 const LEAVE: Duration = Duration::from_secs(5);
 /// How long joining the group may take when the subscription has to be a member before it counts.
