@@ -20,16 +20,17 @@ const SEED_LIMIT: Duration = Duration::from_secs(15 * 60);
 /// One seed in so many also has its server killed and frozen: that makes about one run in ten.
 const PROCESSES: u64 = 3;
 
-/// Run the suite's fault cases on a mode, seed after seed
+/// Run the suite's fault cases on modes, seed after seed
 ///
 /// A run is one case with one seed. It counts when it had 2,000 messages or more and at least one fault met an operation in
 /// flight. The seeds are consecutive. What is found is written after every seed, so that an interrupted command goes on with
-/// --resume.
+/// --resume. A mode that fails does not keep the next one from being run.
 #[derive(Debug, Args)]
 pub(crate) struct Faults {
-    /// A mode on a server, by its name in `cargo xtask conform --list`, such as kafka
-    mode: String,
-    /// How many runs that count
+    /// Modes on servers, by their names in `cargo xtask conform --list`, such as kafka; the default mode of each broker when none
+    /// is named
+    modes: Vec<String>,
+    /// How many runs that count, for each mode
     #[arg(long, default_value_t = 200)]
     runs: usize,
     /// The first seed
@@ -38,7 +39,7 @@ pub(crate) struct Faults {
     /// Go on where an earlier command with the same report folder stopped
     #[arg(long)]
     resume: bool,
-    /// Where the summary goes, and the reports of all seeds; a folder of the mode in target/faults when not given
+    /// Where the summaries and the reports of all seeds go, in a folder for each mode; target/faults when not given
     #[arg(long, value_name = "DIR")]
     report: Option<PathBuf>,
     /// Where the broker comes from
@@ -49,13 +50,24 @@ pub(crate) struct Faults {
 impl Faults {
     pub(crate) fn run(&self) -> Result<()> {
         workspace::enter()?;
-        let (mode, broker) = self.mode()?;
+        let modes = self.modes()?;
         let folder = match &self.report {
             Some(folder) => std::path::absolute(folder)?,
-            None => workspace::target()?.join("faults").join(mode.name),
+            None => workspace::target()?.join("faults"),
         };
-        let mut tally = Tally::begin(&folder, mode.name, self.seed, self.resume)?;
-        let command = build(&[mode])?;
+        let command = build(&modes.iter().map(|(mode, _)| *mode).collect::<Vec<_>>())?;
+        let mut failed = Vec::new();
+        for (mode, broker) in modes {
+            let ended = self.run_mode(mode, broker, &folder.join(mode.name), &command);
+            crate::interrupt::check()?;
+            failed.extend(ended.err().map(|error| format!("{}: {error:#}", mode.name)));
+        }
+        ensure!(failed.is_empty(), "failed:\n{}", failed.join("\n"));
+        Ok(())
+    }
+
+    fn run_mode(&self, mode: &'static Mode, broker: &'static str, folder: &Path, command: &Path) -> Result<()> {
+        let mut tally = Tally::begin(folder, mode.name, self.seed, self.resume)?;
         let mut instance = PrivateInstance::new()?;
         let endpoints = instance.up(&brokers::recipes(&[broker.to_owned()])?, self.how)?;
         let url = mode.url(Some(&endpoints.first().context("a server that was started has an address")?.url), "");
@@ -63,7 +75,7 @@ impl Faults {
             let seed = tally.next_seed();
             let report = folder.join("seeds").join(seed.to_string());
             let faults = disturb::arguments(&instance, Some(broker), seed % PROCESSES == 0)?;
-            let ended = one(mode, &url, &faults, seed, &report, &command);
+            let ended = one(mode, &url, &faults, seed, &report, command);
             crate::interrupt::check()?;
             let found = tally::read(&report).with_context(|| match ended {
                 Ok(()) => format!("seed {seed} left no report"),
@@ -76,19 +88,24 @@ impl Faults {
         println!("\n{}", tally.text());
         println!("{}", folder.join("summary.md").display());
         let failed = tally.failed();
-        ensure!(failed.is_empty(), "failed: {}", failed.join(", "));
+        ensure!(failed.is_empty(), "{}", failed.join(", "));
         Ok(())
     }
 
-    fn mode(&self) -> Result<(&'static Mode, &'static str)> {
+    /// The modes asked for, with their brokers.
+    fn modes(&self) -> Result<Vec<(&'static Mode, &'static str)>> {
         let on_servers = MODES.iter().filter_map(|mode| Some((mode, mode.broker?)));
-        match on_servers.clone().find(|(mode, _)| mode.name == self.mode) {
+        if self.modes.is_empty() {
+            return Ok(on_servers.filter(|(mode, _)| mode.is_default).collect());
+        }
+        let find = |name: &String| match on_servers.clone().find(|(mode, _)| mode.name == *name) {
             Some(found) => Ok(found),
             None => {
-                let names: Vec<&str> = on_servers.map(|(mode, _)| mode.name).collect();
-                bail!("no mode on a server is called `{}`; there are: {}", self.mode, names.join(", "))
+                let names: Vec<&str> = on_servers.clone().map(|(mode, _)| mode.name).collect();
+                bail!("no mode on a server is called `{name}`; there are: {}", names.join(", "))
             }
-        }
+        };
+        self.modes.iter().map(find).collect()
     }
 }
 
@@ -104,15 +121,21 @@ fn one(mode: &Mode, url: &str, faults: &[String], seed: u64, report: &Path, comm
 mod tests {
     use super::*;
 
-    fn faults(mode: &str) -> Faults {
-        let mode = mode.to_owned();
-        Faults { mode, runs: 1, seed: 1, resume: false, report: None, how: How::Auto }
+    fn modes(modes: &[&str]) -> Result<Vec<(&'static Mode, &'static str)>> {
+        let modes = modes.iter().map(|mode| (*mode).to_owned()).collect();
+        Faults { modes, runs: 1, seed: 1, resume: false, report: None, how: How::Auto }.modes()
     }
 
     #[test]
     fn a_mode_is_found_by_its_name_and_one_without_a_server_is_refused() {
-        assert_eq!(faults("kafka-in-place").mode().unwrap().1, "kafka");
-        let told = faults("memory").mode().map(|_| ()).unwrap_err().to_string();
+        assert_eq!(modes(&["kafka-in-place"]).unwrap()[0].1, "kafka");
+        let told = modes(&["kafka", "memory"]).map(|_| ()).unwrap_err().to_string();
         assert!(told.contains("`memory`") && told.contains("rabbitmq"), "{told}");
+    }
+
+    #[test]
+    fn without_a_name_each_broker_is_run_in_its_default_mode() {
+        let brokers: Vec<&str> = modes(&[]).unwrap().into_iter().map(|(_, broker)| broker).collect();
+        assert_eq!(brokers, ["kafka", "rabbitmq", "nats", "sqs", "pulsar"]);
     }
 }
