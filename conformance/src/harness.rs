@@ -83,10 +83,13 @@ pub trait Harness: Send + Sync + 'static {
         None
     }
 
-    /// The bare client of the broker, past the adapter, for the cases of the theme `native`. Where there is none they count
-    /// as not run, with that reason.
-    fn native(&self) -> Option<Arc<dyn NativeChannel>> {
-        None
+    /// The bare client of the broker, past the adapter, for the cases of the theme `native`; or why there is none. Those
+    /// cases then count as not run, with that reason.
+    ///
+    /// # Errors
+    /// Why there is none.
+    fn native(&self) -> std::result::Result<Arc<dyn NativeChannel>, String> {
+        Err("the harness has no native channel: the bare client is not known to it".into())
     }
 }
 
@@ -114,7 +117,7 @@ pub struct UrlHarness {
     disturbed: bool,
     through: Option<(Vec<Route>, ConnectThrough)>,
     server: Option<Arc<dyn ServerControl>>,
-    native: Option<Arc<dyn NativeChannel>>,
+    native: std::result::Result<Arc<dyn NativeChannel>, String>,
 }
 
 impl UrlHarness {
@@ -134,7 +137,7 @@ impl UrlHarness {
             disturbed: false,
             through: None,
             server: None,
-            native: None,
+            native: Err("the harness has no native channel: the bare client is not known to it".into()),
         }
     }
 
@@ -215,7 +218,7 @@ impl UrlHarness {
     /// See [`Harness::native`].
     #[must_use]
     pub fn with_native(mut self, native: Arc<dyn NativeChannel>) -> Self {
-        self.native = Some(native);
+        self.native = Ok(native);
         self
     }
 
@@ -282,7 +285,7 @@ impl Harness for UrlHarness {
         self.server.clone()
     }
 
-    fn native(&self) -> Option<Arc<dyn NativeChannel>> {
+    fn native(&self) -> std::result::Result<Arc<dyn NativeChannel>, String> {
         self.native.clone()
     }
 }

@@ -2,13 +2,12 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "test code")]
 
 mod common;
-#[path = "common/native.rs"]
-mod native;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_conformance::{Options, UrlHarness, run};
+use anybroker_conformance_native::channel;
 use common::{try_connect, url};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -25,7 +24,7 @@ async fn suite(settings: &'static str, strict_settings: &'static str) {
     let Some(url) = url() else { return };
     let strict = url.clone();
     let name = url.clone();
-    let native = Arc::new(native::Native::new(&url));
+    let native = channel(&url, |_| None).unwrap();
     let harness = UrlHarness::new(name, move || Box::pin(try_connect(url.clone(), settings)))
         .with_strict(move || Box::pin(try_connect(strict.clone(), strict_settings)))
         .with_native(native)

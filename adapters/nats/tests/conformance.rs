@@ -2,14 +2,13 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 mod common;
-#[path = "common/native.rs"]
-mod native;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_conformance::mutants::mutants_in_faults;
 use anybroker_conformance::{CaseReport, Level, Options, Outcome, UrlHarness, run};
+use anybroker_conformance_native::channel;
 use common::{try_connect, url};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -24,7 +23,7 @@ async fn the_default_mode_passes_every_case() {
         let url = strict.clone();
         Box::pin(async move { try_connect(&url, "create_destinations=false").await })
     })
-    .with_native(Arc::new(native::Native::new(&url)))
+    .with_native(channel(&url, |_| None).unwrap())
     .with_lease(Duration::from_secs(1))
     .with_quiet(Duration::from_millis(500));
     let mut options = Options::default().with_parallelism(8);

@@ -2,13 +2,12 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 mod common;
-#[path = "common/native.rs"]
-mod native;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_conformance::{CaseReport, Level, Options, Outcome, UrlHarness, run};
+use anybroker_conformance_native::channel;
 use common::{try_connect, url};
 
 /// Answers that are lost make unknown outcomes, and order meets every other fault.
@@ -38,7 +37,7 @@ async fn suite(name: &'static str, settings: &'static str, cases: &[&str]) {
         let url = strict.clone();
         Box::pin(async move { try_connect(&url, &format!("{settings}&create_destinations=false")).await })
     })
-    .with_native(Arc::new(native::Native::new(&url)))
+    .with_native(channel(&url, |_| None).unwrap())
     .with_lease(Duration::from_secs(1))
     .with_quiet(Duration::from_millis(500));
     let options = Options::default().with_parallelism(12);

@@ -2,13 +2,12 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "test code")]
 
 mod common;
-#[path = "common/native.rs"]
-mod native;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_conformance::{Level, Options, UrlHarness, run};
+use anybroker_conformance_native::channel;
 use common::{localstack_url, try_connect, url};
 use tokio::sync::Mutex;
 
@@ -18,7 +17,8 @@ static LOCALSTACK: Mutex<()> = Mutex::const_new(());
 
 /// What is particular to FIFO queues. Of all cases the emulators make minutes: `cargo xtask conform --only
 /// sqs-fifo,sqs-fifo-total,sqs-sns-fifo` runs them.
-const FIFO_SHARE: &[&str] = &["ordering/*", "settle/acks-may-come-in-any-order", "groups/members-that-come-and-go*"];
+const FIFO_SHARE: &[&str] =
+    &["ordering/*", "settle/acks-may-come-in-any-order", "groups/members-that-come-and-go*", "native/*"];
 /// What is particular to one order of everything.
 const TOTAL_SHARE: &[&str] = &["ordering/*", "flow/*", "groups/what-is-acked-while*"];
 /// What topics add to that.
@@ -28,6 +28,7 @@ const TOPICS_SHARE: &[&str] = &[
     "groups/each-*",
     "groups/a-retry-*",
     "dead-letter/letters-belong-*",
+    "native/*",
 ];
 /// Of the faults those that SQS found hard: an answer that is lost leaves a message leased to nobody, or deleted.
 const FAULTS_SHARE: &[&str] = &["faults/answers-that*"];
@@ -82,16 +83,12 @@ async fn faults_of_connections_break_no_promise() {
 
 async fn conform(url: String, parallelism: usize, cases: &[&str]) {
     let (strict, name) = (url.clone(), url.clone());
-    // What another program puts into a FIFO queue or to a topic needs settings that the cases do not know.
-    let is_plain = !url.contains("mode=fifo") && !url.contains("fanout=sns");
-    let native = is_plain.then(|| Arc::new(native::Native::new(&url)));
-    let mut harness = UrlHarness::new(name, move || Box::pin(try_connect(url.clone(), "")))
+    let native = channel(&url, |_| None).unwrap();
+    let harness = UrlHarness::new(name, move || Box::pin(try_connect(url.clone(), "")))
         .with_strict(move || Box::pin(try_connect(strict.clone(), "create_destinations=false")))
+        .with_native(native)
         .with_lease(Duration::from_secs(2))
         .with_patience(Duration::from_secs(60));
-    if let Some(native) = native {
-        harness = harness.with_native(native);
-    }
     judge(harness, Options::default().with_parallelism(parallelism), cases).await;
 }
 

@@ -116,7 +116,7 @@ pub(crate) fn check(events: &[Event], rules: Rules) -> (Vec<Anomaly>, Counts) {
 
 /// Whether something of the group is missing in a history that ends here.
 pub(crate) fn lacks(events: &[Event], group: &Group, rules: Rules) -> bool {
-    let is_loss = |anomaly: &Anomaly| anomaly.group == group.as_str() && matches!(&*anomaly.name, "lost" | "nack-lost");
+    let is_loss = |anomaly: &Anomaly| anomaly.group == group.as_str() && matches!(anomaly.name, "lost" | "nack-lost");
     check(events, rules).0.iter().any(is_loss)
 }
 

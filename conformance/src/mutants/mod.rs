@@ -127,7 +127,7 @@ impl Harness for MutantHarness {
         self.inner.server()
     }
 
-    fn native(&self) -> Option<Arc<dyn NativeChannel>> {
+    fn native(&self) -> std::result::Result<Arc<dyn NativeChannel>, String> {
         self.inner.native()
     }
 }

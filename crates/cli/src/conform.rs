@@ -8,8 +8,8 @@ use std::time::Duration;
 use anybroker::config::EndpointUrl;
 use anybroker::{Bus, Config, ErrorKind, TopologySpec};
 use anybroker_conformance::{
-    About, Harness, Level, Options, Outcome, Report, Route, ServerControl, Stop, cases, check_proxies, fresh_name,
-    url_through,
+    About, Harness, Level, NativeChannel, Options, Outcome, Report, Route, ServerControl, Stop, cases, check_proxies,
+    fresh_name, url_through,
 };
 use async_trait::async_trait;
 use serde_json::{Value, json};
@@ -136,6 +136,7 @@ struct CommandHarness {
     /// The same with missing destinations not created, where the adapter has that setting.
     strict: Option<Config>,
     faults: Faults,
+    native: Result<Arc<dyn NativeChannel>, String>,
 }
 
 impl CommandHarness {
@@ -151,10 +152,20 @@ impl CommandHarness {
         connect::close(&bus).await?;
         let strict = config.scheme().filter(|scheme| has_setting(scheme, CREATE_DESTINATIONS));
         let strict = strict.map(|scheme| config.clone().with(format!("{scheme}.{CREATE_DESTINATIONS}"), false));
+        let native = native(&config);
         let about = About { client: args.client.clone(), emulated: args.emulated.clone() };
         let (lease, quiet, patience) = (args.lease, args.quiet, args.patience);
-        Ok(Self { name, about, lease, quiet, patience, config, strict, faults })
+        Ok(Self { name, about, lease, quiet, patience, config, strict, faults, native })
     }
+}
+
+/// The broker's bare client, by the same settings.
+fn native(config: &Config) -> Result<Arc<dyn NativeChannel>, String> {
+    let scheme = config.scheme().unwrap_or_default();
+    // An endpoint's section is called as its first scheme.
+    let section = scheme.split('+').next().unwrap_or_default();
+    let given = |setting: &str| config.text(&format!("{section}.{setting}"));
+    anybroker_conformance_native::channel(config.endpoint_url().unwrap_or_default(), given)
 }
 
 /// Where the URL names neither host nor path: the same URL with a name. Connections to an in-process broker without a
@@ -234,5 +245,9 @@ impl Harness for CommandHarness {
 
     fn server(&self) -> Option<Arc<dyn ServerControl>> {
         self.faults.server.clone().map(|server| server as Arc<dyn ServerControl>)
+    }
+
+    fn native(&self) -> Result<Arc<dyn NativeChannel>, String> {
+        self.native.clone()
     }
 }

@@ -109,6 +109,26 @@ fn advertised_by_kafka() -> Option<String> {
     Some(format!("{}={}", address("advertised.listeners"), address("listeners")))
 }
 
+/// The cases that look past the adapter, none of which is left out: of this broker they all can be run, or are refused.
+#[test]
+fn the_command_looks_past_each_adapter_with_the_brokers_bare_client() {
+    let brokers = [
+        ("kafka", cfg!(feature = "kafka")),
+        ("nats", cfg!(feature = "nats")),
+        ("pulsar", cfg!(feature = "pulsar")),
+        ("rabbitmq", cfg!(feature = "rabbitmq")),
+        ("sqs", cfg!(feature = "sqs")),
+    ];
+    for (name, has_client) in brokers {
+        let Some(url) = url(name, has_client) else { continue };
+        let _alone = (name == "nats").then(alone_on_nats);
+        let ran = bare(&["conform", "--url", &url, "--case", "native/*", "--patience", "60s", "--json"]);
+        assert_eq!(ran.code, Some(0), "{name}: {ran:?}");
+        let run = ran.objects().pop().expect("the run");
+        assert_eq!(run["totals"]["not_run"], 0, "{name}: {ran:?}");
+    }
+}
+
 #[test]
 fn a_sweep_deletes_what_an_old_run_left_behind_and_nothing_else() {
     let brokers = [

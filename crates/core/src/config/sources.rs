@@ -170,6 +170,14 @@ impl Config {
         self.entries.get("url")?.0.as_str()
     }
 
+    /// What was given for a key (`kafka.tls`) by a file, the environment or the program, as text. What stands in the URL is in
+    /// [`endpoint_url`](Self::endpoint_url).
+    #[must_use]
+    pub fn text(&self, key: &str) -> Option<String> {
+        let value = &self.entries.get(key)?.0;
+        Some(value.as_str().map_or_else(|| value.to_string(), str::to_owned))
+    }
+
     /// The URL's scheme, where there is a URL that can be parsed.
     #[must_use]
     pub fn scheme(&self) -> Option<String> {

@@ -1,4 +1,4 @@
-//! Kafka's bare client, for the cases that look past the adapter.
+//! Kafka's bare client: librdkafka by `rdkafka`.
 
 use std::time::Duration;
 
@@ -6,9 +6,12 @@ use anybroker_conformance::{Carries, NativeChannel, Place, RawMessage};
 use async_trait::async_trait;
 use rdkafka::consumer::{BaseConsumer, Consumer as _};
 use rdkafka::message::{Header, Headers as _, Message as _, OwnedHeaders};
+use rdkafka::metadata::MetadataTopic;
 use rdkafka::producer::{BaseProducer, BaseRecord, Producer as _};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 use tokio::time::Instant;
+
+use crate::access::Access;
 
 const CONTENT_TYPE: &str = "content-type";
 const PATIENCE: Duration = Duration::from_secs(50);
@@ -18,12 +21,14 @@ pub(crate) struct Native {
 }
 
 impl Native {
-    /// From the URL that the adapter is given.
-    pub(crate) fn new(url: &str) -> Self {
-        let brokers = url.trim_start_matches("kafka://").split(['/', '?']).next().unwrap();
+    pub(crate) fn new(access: &Access) -> Result<Self, String> {
+        access.without(&["tls", "tls_ca", "tls_certificate"])?;
+        if access.user().is_some() {
+            return Err("the bare client is not made for users and passwords".into());
+        }
         let mut config = ClientConfig::new();
-        config.set("bootstrap.servers", brokers).set("linger.ms", "50");
-        Self { config }
+        config.set("bootstrap.servers", access.hosts().join(",")).set("linger.ms", "50");
+        Ok(Self { config })
     }
 }
 
@@ -62,7 +67,7 @@ impl NativeChannel for Native {
             let consumer: BaseConsumer = config.create()?;
             let metadata = consumer.fetch_metadata(Some(&topic), PATIENCE)?;
             let mut all = TopicPartitionList::new();
-            for partition in metadata.topics()[0].partitions() {
+            for partition in metadata.topics().iter().flat_map(MetadataTopic::partitions) {
                 all.add_partition_offset(&topic, partition.id(), Offset::Beginning)?;
             }
             consumer.assign(&all)?;
@@ -95,5 +100,6 @@ impl NativeChannel for Native {
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> rdkafka::error::KafkaResult<T> + Send + 'static,
 ) -> Result<T, String> {
-    tokio::task::spawn_blocking(work).await.unwrap().map_err(|error| error.to_string())
+    let worked = tokio::task::spawn_blocking(work).await.map_err(|error| error.to_string())?;
+    worked.map_err(|error| error.to_string())
 }

@@ -1,4 +1,4 @@
-//! RabbitMQ's bare client, for the cases that look past the adapter.
+//! RabbitMQ's bare client: `lapin`.
 
 use std::time::Duration;
 
@@ -9,6 +9,8 @@ use lapin::types::{AMQPValue, FieldTable, LongString};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties};
 use tokio::time::Instant;
 
+use crate::access::Access;
+
 const PATIENCE: Duration = Duration::from_secs(20);
 
 pub(crate) struct Native {
@@ -16,9 +18,13 @@ pub(crate) struct Native {
 }
 
 impl Native {
-    /// From the URL that the adapter is given.
-    pub(crate) fn new(url: &str) -> Self {
-        Self { url: url.split('?').next().unwrap().to_owned() }
+    pub(crate) fn new(access: &Access) -> Result<Self, String> {
+        access.without(&["tls_ca", "tls_certificate"])?;
+        let first = access.hosts().first().ok_or("the URL names no host")?;
+        // The client takes one host, and a path of one slash for a virtual host without a name.
+        let url = access.base.replacen(&access.hosts().join(","), first, 1);
+        let url = if access.path() == "/" { url.trim_end_matches('/').to_owned() } else { url };
+        Ok(Self { url })
     }
 
     async fn channel(&self) -> lapin::Result<(Connection, Channel)> {

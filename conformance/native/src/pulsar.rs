@@ -1,4 +1,4 @@
-//! Pulsar's bare client, for the cases that look past the adapter.
+//! Pulsar's bare client: `pulsar`.
 
 use std::time::Duration;
 
@@ -8,7 +8,12 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use futures_util::TryStreamExt;
 use pulsar::consumer::InitialPosition;
-use pulsar::{Consumer, ConsumerOptions, Error, ProducerOptions, Pulsar, SubType, TokioExecutor, producer};
+use pulsar::{
+    Authentication, Consumer, ConsumerOptions, Error, ProducerOptions, Pulsar, SubType, TokioExecutor, producer,
+};
+
+use crate::access::Access;
+use crate::pulsar_null;
 
 const CONTENT_TYPE: &str = "content-type";
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -17,26 +22,40 @@ const BATCH: u32 = 1_000;
 
 pub(crate) struct Native {
     url: String,
+    token: Option<String>,
 }
 
 impl Native {
-    /// From the URL that the adapter is given.
-    pub(crate) fn new(url: &str) -> Self {
-        Self { url: url.split('?').next().unwrap().to_owned() }
+    pub(crate) fn new(access: &Access) -> Result<Self, String> {
+        access.without(&["tls_ca"])?;
+        Ok(Self { url: access.base.clone(), token: access.setting("token").map(str::to_owned) })
     }
 
     async fn client(&self) -> Result<Pulsar<TokioExecutor>, Error> {
-        Pulsar::builder(&self.url, TokioExecutor).build().await
+        let mut builder = Pulsar::builder(&self.url, TokioExecutor);
+        if let Some(token) = &self.token {
+            let (name, data) = ("token".to_owned(), token.clone().into_bytes());
+            builder = builder.with_auth(Authentication { name, data });
+        }
+        builder.build().await
     }
 
     async fn try_put(&self, place: &Place, messages: &[RawMessage]) -> Result<(), Error> {
         let options = ProducerOptions { batch_size: Some(BATCH), ..ProducerOptions::default() };
-        let builder = self.client().await?.producer().with_topic(&place.destination).with_options(options);
+        let client = self.client().await?;
+        let (nulls, messages): (Vec<_>, Vec<_>) = messages.iter().partition(|message| message.payload.is_none());
+        if !nulls.is_empty() {
+            pulsar_null::put(&client, self.token.as_deref(), &place.destination, &nulls).await?;
+        }
+        if messages.is_empty() {
+            return Ok(());
+        }
+        let builder = client.producer().with_topic(&place.destination).with_options(options);
         let mut producer = builder.build().await?;
         let mut receipts = Vec::new();
         for message in messages {
             let texts = message.headers.iter();
-            let texts = texts.map(|(name, value)| (name.clone(), String::from_utf8(value.clone()).unwrap()));
+            let texts = texts.map(|(name, value)| (name.clone(), String::from_utf8_lossy(value).into_owned()));
             let mut put = producer::Message {
                 payload: message.payload.clone().unwrap_or_default(),
                 properties: texts.collect(),
@@ -69,9 +88,10 @@ impl Native {
         while taken.len() < count {
             let Some(message) = consumer.try_next().await? else { break };
             let metadata = &message.payload.metadata;
-            let mut raw = RawMessage::of(message.payload.data.clone());
+            let payload = (!metadata.null_value()).then(|| message.payload.data.clone());
+            let mut raw = RawMessage { payload, ..RawMessage::default() };
             raw.key = metadata.partition_key.as_ref().map(|key| match metadata.partition_key_b64_encoded() {
-                true => STANDARD.decode(key).unwrap(),
+                true => STANDARD.decode(key).unwrap_or_default(),
                 false => key.as_bytes().to_vec(),
             });
             for property in &metadata.properties {
@@ -89,8 +109,7 @@ impl Native {
 #[async_trait]
 impl NativeChannel for Native {
     fn carries(&self) -> Carries {
-        // Brokers have payloads that are null; this client cannot write them.
-        Carries { any_bytes: true, empty: true, null: false, keys: true, content_type: true, any_header: false }
+        Carries { any_bytes: true, empty: true, null: true, keys: true, content_type: true, any_header: false }
     }
 
     async fn put(&self, place: &Place, messages: &[RawMessage]) -> Result<(), String> {

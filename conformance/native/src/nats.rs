@@ -1,35 +1,49 @@
-//! NATS' bare client, for the cases that look past the adapter.
+//! NATS' bare client: `async-nats`.
 
 use std::time::Duration;
 
 use anybroker_conformance::{Carries, NativeChannel, Place, RawMessage};
 use async_nats::jetstream::{self, Context};
-use async_nats::{Error, HeaderMap};
+use async_nats::{ConnectOptions, Error, HeaderMap};
 use async_trait::async_trait;
 use tokio::time::Instant;
+
+use crate::access::Access;
 
 const CONTENT_TYPE: &str = "content-type";
 const PATIENCE: Duration = Duration::from_secs(20);
 
 pub(crate) struct Native {
-    url: String,
+    hosts: Vec<String>,
+    user: Option<(String, String)>,
+    token: Option<String>,
 }
 
 impl Native {
-    /// From the URL that the adapter is given.
-    pub(crate) fn new(url: &str) -> Self {
-        Self { url: url.split('?').next().unwrap().to_owned() }
+    pub(crate) fn new(access: &Access) -> Result<Self, String> {
+        access.without(&["tls", "tls_ca", "tls_certificate", "nkey", "credentials"])?;
+        let hosts = access.hosts().iter().map(|host| format!("nats://{host}")).collect();
+        let user = access.user().map(|(name, password)| (name.to_owned(), password.to_owned()));
+        Ok(Self { hosts, user, token: access.setting("token").map(str::to_owned) })
     }
 
     async fn context(&self) -> Result<Context, Error> {
-        Ok(jetstream::new(async_nats::connect(&self.url).await?))
+        let mut options = ConnectOptions::new();
+        if let Some((name, password)) = self.user.clone() {
+            options = options.user_and_password(name, password);
+        }
+        if let Some(token) = self.token.clone() {
+            options = options.token(token);
+        }
+        Ok(jetstream::new(options.connect(&self.hosts).await?))
     }
 
     async fn try_put(&self, place: &Place, messages: &[RawMessage]) -> Result<(), Error> {
         let context = self.context().await?;
         let stream = context.get_stream(&place.destination).await?;
         // A stream takes all subjects below the destination's; `m` is where messages of others go.
-        let subject = stream.cached_info().config.subjects[0].to_string().replace('>', "m");
+        let subject =
+            stream.cached_info().config.subjects.first().ok_or("a stream that takes no subject")?.replace('>', "m");
         let mut acks = Vec::new();
         for message in messages {
             let mut headers = HeaderMap::new();
