@@ -103,6 +103,12 @@ pub(super) const MUTANTS: &[Mutant] = &[
         make: || Arc::new(NackAllOnClose::default()),
     },
     Mutant {
+        name: "hang-on-close",
+        fault: "a close never ends",
+        killed_by: "lifecycle/prefetched-messages-go-back-at-a-close",
+        make: || Arc::new(HangOnClose),
+    },
+    Mutant {
         name: "stale-ack-accepted",
         fault: "a settle that is refused as stale answers Ok",
         killed_by: "lease/a-late-ack-is-refused-as-stale-or-accepted-as-the-record-says",
@@ -243,6 +249,15 @@ impl Fault for NackAllOnClose {
         for facts in self.0.take(inner.number) {
             inner.settle_quietly(facts, Settlement::Nack(Nack::default()));
         }
+    }
+}
+
+struct HangOnClose;
+
+#[async_trait]
+impl Fault for HangOnClose {
+    async fn closing(&self, _: &Inner) {
+        std::future::pending::<()>().await;
     }
 }
 

@@ -16,7 +16,7 @@ use serde::Deserialize;
 use crate::brokers::{self, How, PrivateInstance};
 use crate::child::{self, cargo};
 use crate::conform::modes::{MODES, Mode};
-use crate::conform::revision;
+use crate::conform::{disturb, revision};
 use crate::workspace;
 use matrix::{Entry, Matrix};
 use patch::Patch;
@@ -89,7 +89,14 @@ impl Case {
 struct Stage {
     mode: &'static Mode,
     url: String,
+    /// How connections to it and its process are disturbed, in the cases about that.
+    faults: Vec<String>,
 }
+
+/// The theme of those cases.
+const FAULTS: &str = "faults/";
+/// What happens in them.
+const SEED: &str = "1";
 
 impl Mutants {
     pub(crate) fn run(&self) -> Result<()> {
@@ -189,7 +196,11 @@ impl Mutants {
             let variable = brokers::url_variable(name);
             let server = endpoints.iter().find(|endpoint| endpoint.variable == variable);
             let server = server.context("a server that was started has an address")?;
-            Ok(Stage { mode, url: mode.url(Some(&server.url), "") })
+            Ok(Stage {
+                mode,
+                url: mode.url(Some(&server.url), ""),
+                faults: disturb::arguments(instance, Some(name), true)?,
+            })
         });
         stages.collect()
     }
@@ -201,11 +212,17 @@ impl Stage {
         let mut cases: Vec<&str> = patches.iter().map(|patch| &*patch.killed_by).collect();
         cases.sort_unstable();
         cases.dedup();
-        let report = self.run(command, None, &cases, &folder.join("as-it-is"))?;
-        ensure!(report.cases.len() == cases.len(), "of {cases:?} there are {}", report.cases.len());
-        for case in &report.cases {
-            let Case { name, outcome, detail, .. } = case;
-            ensure!(outcome == "pass", "{} does not pass {name} as it is ({outcome}): {detail}", self.mode.name);
+        let (disturbed, calm): (Vec<&str>, Vec<&str>) = cases.iter().partition(|case| case.starts_with(FAULTS));
+        for (cases, folder) in [(calm, folder.join("as-it-is")), (disturbed, folder.join("as-it-is-in-faults"))] {
+            if cases.is_empty() {
+                continue;
+            }
+            let report = self.run(command, None, &cases, &folder)?;
+            ensure!(report.cases.len() == cases.len(), "of {cases:?} there are {}", report.cases.len());
+            for case in &report.cases {
+                let Case { name, outcome, detail, .. } = case;
+                ensure!(outcome == "pass", "{} does not pass {name} as it is ({outcome}): {detail}", self.mode.name);
+            }
         }
         println!("{:9} {:55} {} cases", "passes", self.mode.name, cases.len());
         Ok(())
@@ -225,6 +242,9 @@ impl Stage {
             .arg(report);
         for case in cases {
             run.args(["--case", case]);
+        }
+        if cases.iter().any(|case| case.starts_with(FAULTS)) {
+            run.args(&self.faults).args(["--seed", SEED]);
         }
         if let Some(mutant) = mutant {
             run.env(tree::SWITCH, &mutant.stem);
