@@ -91,7 +91,7 @@ async fn it_passes_every_case_with_grouped_commits() {
 
 /// Longer than a publish may take. Of the cases about faults it is the only one that has a meaning here.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_file_that_somebody_holds_for_a_while_loses_nothing_and_ends_no_call_late() {
+async fn a_file_that_somebody_holds_for_a_while_loses_nothing() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("events.db");
     let holder = Arc::new(Holder { path: path.clone(), held: Mutex::default() });
