@@ -4,7 +4,8 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 
 use super::instance::{self, How, Instance};
-use super::{Condition, Server, recipes};
+use super::{Condition, Server, recipes, stand_ins};
+use crate::folders;
 
 /// Start, end and disturb real brokers on this machine
 ///
@@ -42,6 +43,11 @@ enum Action {
         /// In every instance, not only in this one
         #[arg(long)]
         all: bool,
+    },
+    /// Build images that take the place of the official ones where no image registry can be reached
+    StandIns {
+        /// Of which ones; all when none is given
+        names: Vec<String>,
     },
     /// What runs, in every instance
     Status {
@@ -84,6 +90,7 @@ impl Brokers {
                 let instances = if *all { Instance::all()? } else { vec![instance] };
                 instances.iter().try_for_each(|instance| down(instance, names, *keep_data))
             }
+            Action::StandIns { names } => stand_ins::build(&recipes(names)?, &folders::cache()?),
             Action::Status { names } => status(names),
             Action::Kill { names } => each(&instance, names, "killed", Server::kill),
             Action::Pause { names } => each(&instance, names, "paused", Server::pause),
@@ -117,7 +124,7 @@ fn down(instance: &Instance, names: &[String], keep_data: bool) -> Result<()> {
 
 fn status(names: &[String]) -> Result<()> {
     let recipes = recipes(names)?;
-    println!("{:<12} {:<10} {:<16} {:>8}  {:<34} URL", "INSTANCE", "BROKER", "STATE", "PID", "PORTS");
+    println!("{:<12} {:<10} {:<16} {:>8}  {:<34} {:<34} URL", "INSTANCE", "BROKER", "STATE", "PID", "PORTS", "FROM");
     for instance in Instance::all()? {
         for &recipe in &recipes {
             let server = instance.server(recipe);
@@ -128,16 +135,21 @@ fn status(names: &[String]) -> Result<()> {
             }
             let ports: Vec<_> = server.ports()?.iter().map(|(purpose, port)| format!("{purpose} {port}")).collect();
             println!(
-                "{:<12} {:<10} {state:<16} {:>8}  {:<34} {}",
+                "{:<12} {:<10} {state:<16} {:>8}  {:<34} {:<34} {}",
                 instance.name(),
                 server.name(),
                 server.pid()?.map_or_else(|| "-".to_owned(), |pid| pid.to_string()),
                 if ports.is_empty() { "-".to_owned() } else { ports.join(", ") },
+                if ports.is_empty() { "-".to_owned() } else { from(&server)? },
                 server.url()?.unwrap_or_else(|| "-".to_owned()),
             );
         }
     }
     Ok(())
+}
+
+fn from(server: &Server) -> Result<String> {
+    Ok(server.image()?.map_or_else(|| "native".to_owned(), |image| image.told()))
 }
 
 fn each(instance: &Instance, names: &[String], verb: &str, act: impl Fn(&Server) -> Result<()>) -> Result<()> {

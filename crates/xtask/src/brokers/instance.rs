@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 
+use super::server::Way;
 use super::{Condition, RECIPES, Recipe, Server, url_variable};
 use crate::{folders, interrupt};
 
@@ -23,8 +24,28 @@ pub(crate) enum How {
     Auto,
     /// A process on this machine, fetched if need be
     Native,
+    /// A container of the official image, by docker or podman
+    Containers,
+    /// As containers; where the image cannot be pulled, one that `cargo xtask brokers stand-ins` has built
+    StandIns,
     /// Only what `ANYBROKER_TEST_…_URL` names; nothing is started
     Urls,
+}
+
+impl How {
+    /// Whether a container engine is needed.
+    pub(crate) fn is_contained(self) -> bool {
+        matches!(self, Self::Containers | Self::StandIns)
+    }
+
+    fn way(self) -> Way {
+        match self {
+            Self::Auto => Way::AsBefore,
+            Self::Native | Self::Urls => Way::Native,
+            Self::Containers => Way::Container { stand_ins: false },
+            Self::StandIns => Way::Container { stand_ins: true },
+        }
+    }
 }
 
 /// A broker that tests can use.
@@ -34,6 +55,8 @@ pub(crate) struct Endpoint {
     pub(crate) variable: String,
     /// Its value.
     pub(crate) url: String,
+    /// The official image in whose place its image is, when that was built on this machine.
+    pub(crate) stands_in_for: Option<String>,
 }
 
 /// A named set of servers. See the module's documentation.
@@ -113,17 +136,18 @@ impl Instance {
             let variable = url_variable(recipe.name());
             if let Some(url) = given(&variable, how)? {
                 eprintln!("{}: the one that {variable} names", recipe.name());
-                endpoints.push(Endpoint { variable, url });
+                endpoints.push(Endpoint { variable, url, stands_in_for: None });
                 continue;
             }
             let server = self.server(recipe);
             let since = Instant::now();
-            let is_new = server.start(port(recipe.name())?)?;
+            let is_new = server.start(port(recipe.name())?, how.way())?;
             if is_new {
                 started.push(self.server(recipe));
             }
             let url = server.url()?.context("a started server has a URL")?;
-            endpoints.push(Endpoint { variable, url });
+            let stands_in_for = server.image()?.and_then(|image| image.stands_in_for);
+            endpoints.push(Endpoint { variable, url, stands_in_for });
             waiting.push((recipe, server, since, is_new));
         }
         // All start at once and are waited for together.
@@ -132,7 +156,8 @@ impl Instance {
             let pid = server.pid()?.unwrap_or_default();
             let verb = if is_new { "ready" } else { "runs already" };
             let seconds = since.elapsed().as_secs_f64();
-            eprintln!("{}: {verb} after {seconds:.1} s ({}, pid {pid})", recipe.name(), recipe.version());
+            let what = server.image()?.map_or_else(|| recipe.version().to_owned(), |image| image.told());
+            eprintln!("{}: {verb} after {seconds:.1} s ({what}, pid {pid})", recipe.name());
         }
         Ok(endpoints)
     }
@@ -264,7 +289,7 @@ fn lock() -> Result<File> {
 fn given(variable: &str, how: How) -> Result<Option<String>> {
     let url = std::env::var(variable).ok().filter(|url| !url.is_empty());
     match how {
-        How::Native => Ok(None),
+        How::Native | How::Containers | How::StandIns => Ok(None),
         How::Urls => url.map(Some).with_context(|| format!("{variable} is not set, and nothing may be started")),
         // Often left over in a shell from brokers that were ended since.
         How::Auto => Ok(url.filter(|url| may_be_reached(url))),
@@ -318,8 +343,10 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("kafka://{}", listener.local_addr().unwrap());
         assert!(may_be_reached(&url));
-        drop(listener);
-        assert!(!may_be_reached(&url));
+        // Nothing listens at the near end of a connection, and nobody else gets its port while it is open. A port of which the
+        // listener was closed would not do: a child that another test is just starting may hold it open still.
+        let connection = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        assert!(!may_be_reached(&format!("kafka://{}", connection.local_addr().unwrap())));
         assert!(may_be_reached("sqs://?region=eu-west-1"));
     }
 

@@ -17,7 +17,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use super::java::{self, Artefact};
-use super::{Recipe, Site};
+use super::stand_ins::Contents;
+use super::{Contained, Recipe, Site, StandIn};
 
 const VERSION: &str = "4.3.1";
 const ARTEFACTS: &[Artefact] =
@@ -25,7 +26,10 @@ const ARTEFACTS: &[Artefact] =
 
 /// Who may log in: name and password. They guard nothing: the broker listens on the loopback interface only.
 const USERS: &[(&str, &str)] = &[("alice", "alice-secret"), ("limited", "limited-secret")];
+const STORE: &str = "server.p12";
 const STORE_PASSWORD: &str = "loopback";
+/// Where the official image has Kafka's programs.
+const PROGRAMS: &str = "/opt/kafka/bin";
 
 /// The broker of the `kafka://` scheme.
 pub(crate) struct Kafka;
@@ -69,11 +73,7 @@ impl Recipe for Kafka {
         command
             .args(["kafka.tools.StorageTool", "format", "--cluster-id", &cluster_id()?, "--config"])
             .arg(properties_file(site));
-        for (user, password) in USERS {
-            for mechanism in ["SCRAM-SHA-256", "SCRAM-SHA-512"] {
-                command.args(["--add-scram", &format!("{mechanism}=[name={user},password={password}]")]);
-            }
-        }
+        command.args(scram());
         let status = command
             .stdin(Stdio::null())
             .stdout(output.try_clone()?)
@@ -91,6 +91,43 @@ impl Recipe for Kafka {
         command
     }
 
+    fn image(&self) -> &'static str {
+        "apache/kafka:4.3.1"
+    }
+
+    fn prepare_contained(&self, site: &Site<'_>) -> Result<()> {
+        let data = site.folder.join("data");
+        fs::create_dir_all(&data)?;
+        fs::write(properties_file(site), properties(site, &data))?;
+        Ok(fs::write(script_file(site), script(site)?)?)
+    }
+
+    fn contained(&self, site: &Site<'_>) -> Contained {
+        Contained {
+            entrypoint: Some("bash".to_owned()),
+            arguments: vec![script_file(site).display().to_string()],
+            environment: vec![
+                ("KAFKA_HEAP_OPTS", "-Xmx512m".to_owned()),
+                ("KAFKA_JVM_PERFORMANCE_OPTS", "-XX:+UseSerialGC -XX:TieredStopAtLevel=1".to_owned()),
+                ("LOG_DIR", site.folder.join("log").display().to_string()),
+            ],
+            ..Contained::default()
+        }
+    }
+
+    fn stand_in(&self) -> Option<StandIn> {
+        let program = |class: &str| {
+            let java =
+                "exec java $KAFKA_HEAP_OPTS $KAFKA_JVM_PERFORMANCE_OPTS -Dlog4j2.level=INFO -cp '/opt/kafka/libs/*'";
+            format!("#!/bin/sh\n{java} {class} \"$@\"\n")
+        };
+        let scripts = vec![
+            ("/opt/kafka/bin/kafka-server-start.sh", program("kafka.Kafka")),
+            ("/opt/kafka/bin/kafka-storage.sh", program("kafka.tools.StorageTool")),
+        ];
+        Some(StandIn { contents: Contents::Folder("/opt/kafka/libs"), scripts, entrypoint: &["bash"] })
+    }
+
     fn probe(&self, ports: &[u16]) -> Result<()> {
         let brokers = registered_brokers(ports[0])?;
         ensure!(brokers > 0, "it answers, but has not registered itself with its controller yet");
@@ -102,36 +139,66 @@ fn properties_file(site: &Site<'_>) -> PathBuf {
     site.folder.join("server.properties")
 }
 
+fn script_file(site: &Site<'_>) -> PathBuf {
+    site.folder.join("start.sh")
+}
+
 /// A certificate for `localhost` that is its own authority. Not for 127.0.0.1: that is the wrong host of the tests.
 fn make_certificate(site: &Site<'_>) -> Result<()> {
-    let store = site.folder.join("server.p12");
-    let keytool = |arguments: &[&str]| -> Result<()> {
+    let _ = fs::remove_file(site.folder.join(STORE));
+    for arguments in certificate(site.folder) {
         let output = Command::new("keytool")
             .args(arguments)
-            .args(["-alias", "kafka", "-storetype", "PKCS12", "-storepass", STORE_PASSWORD, "-keystore"])
-            .arg(&store)
             .stdin(Stdio::null())
             .output()
             .context("could not start keytool, which belongs to the JDK")?;
         ensure!(output.status.success(), "keytool failed: {}", String::from_utf8_lossy(&output.stdout));
-        Ok(())
+    }
+    Ok(())
+}
+
+/// Twice the arguments of `keytool`.
+fn certificate(folder: &Path) -> [Vec<String>; 2] {
+    let own = |name: &str| folder.join(name).display().to_string();
+    let in_store = |arguments: &str| -> Vec<String> {
+        let store = format!("{arguments} -alias kafka -storetype PKCS12 -storepass {STORE_PASSWORD} -keystore");
+        store.split(' ').map(str::to_owned).chain([own(STORE)]).collect()
     };
-    let _ = fs::remove_file(&store);
-    keytool(&[
-        "-genkeypair",
-        "-keyalg",
-        "EC",
-        "-dname",
-        "CN=localhost",
-        "-validity",
-        "3650",
-        "-ext",
-        "san=dns:localhost",
-        "-ext",
-        "bc:c=ca:true",
-    ])?;
-    let file = site.folder.join("ca.pem");
-    keytool(&["-exportcert", "-rfc", "-file", &file.to_string_lossy()])
+    let names = "-ext san=dns:localhost -ext bc:c=ca:true";
+    let make = in_store(&format!("-genkeypair -keyalg EC -dname CN=localhost -validity 3650 {names}"));
+    let mut export = in_store("-exportcert -rfc");
+    export.extend(["-file".to_owned(), own("ca.pem")]);
+    [make, export]
+}
+
+/// Arguments of Kafka's storage tool: one for each user and mechanism.
+fn scram() -> Vec<String> {
+    let of = |(user, password): &(&str, &str)| {
+        ["SCRAM-SHA-256", "SCRAM-SHA-512"].map(|mechanism| format!("{mechanism}=[name={user},password={password}]"))
+    };
+    USERS.iter().flat_map(of).flat_map(|user| ["--add-scram".to_owned(), user]).collect()
+}
+
+/// What natively is done before the start, done in the container: the official image has Java and Kafka's programs.
+fn script(site: &Site<'_>) -> Result<String> {
+    let quoted = |words: &[String]| words.iter().map(|word| format!("'{word}'")).collect::<Vec<_>>().join(" ");
+    let [make, export] = certificate(site.folder).map(|arguments| quoted(&arguments));
+    let folder = site.folder.display();
+    let properties = properties_file(site);
+    let properties = properties.display();
+    Ok(format!(
+        "set -e
+if [ ! -f '{folder}/data/meta.properties' ]; then
+  rm -f '{folder}/{STORE}'
+  keytool {make}
+  keytool {export}
+  {PROGRAMS}/kafka-storage.sh format --cluster-id {id} --config '{properties}' {scram}
+fi
+exec {PROGRAMS}/kafka-server-start.sh '{properties}'
+",
+        id = cluster_id()?,
+        scram = quoted(&scram()),
+    ))
 }
 
 fn properties(site: &Site<'_>, data: &Path) -> String {
@@ -182,7 +249,7 @@ broker.heartbeat.interval.ms=500
 group.initial.rebalance.delay.ms=0
 ",
         data = data.display(),
-        store = site.folder.join("server.p12").display(),
+        store = site.folder.join(STORE).display(),
     )
 }
 

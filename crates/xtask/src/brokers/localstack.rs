@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::{Recipe, Site};
+use super::{Contained, Recipe, Site, StandIn};
 
 /// The last version that runs on Python 3.11 (Debian 12), under the Apache licence.
 const VERSION: &str = "4.13.1";
@@ -82,6 +82,38 @@ impl Recipe for LocalStack {
         // Its caches of what is installed belong into this server's folder.
         command.env("PYTHONUNBUFFERED", "1").env("HOME", site.folder).env("XDG_CACHE_HOME", site.folder);
         command
+    }
+
+    fn image(&self) -> &'static str {
+        "localstack/localstack:4.13.1"
+    }
+
+    /// The image's own start-up, told what `localstack_server.py` tells it; and no server for names (DNS).
+    fn contained(&self, site: &Site<'_>) -> Contained {
+        let address = format!("127.0.0.1:{}", site.ports[0]);
+        Contained {
+            environment: vec![
+                ("GATEWAY_LISTEN", address.clone()),
+                ("LOCALSTACK_HOST", address),
+                ("SERVICES", "sqs,sns".to_owned()),
+                ("PROVIDER_OVERRIDE_SNS", "v2".to_owned()),
+                ("SQS_DISABLE_CLOUDWATCH_METRICS", "1".to_owned()),
+                ("DISABLE_EVENTS", "1".to_owned()),
+                ("SKIP_SSL_CERT_DOWNLOAD", "1".to_owned()),
+                ("DNS_ADDRESS", "0".to_owned()),
+            ],
+            mounts: vec![(site.folder.join("data"), "/var/lib/localstack")],
+            ..Contained::default()
+        }
+    }
+
+    fn prepare_contained(&self, site: &Site<'_>) -> Result<()> {
+        Ok(fs::create_dir_all(site.folder.join("data"))?)
+    }
+
+    /// Its Python environment cannot be moved.
+    fn stand_in(&self) -> Option<StandIn> {
+        None
     }
 
     fn probe(&self, ports: &[u16]) -> Result<()> {

@@ -2,6 +2,8 @@
 //! is ready; everything else (ports, pid files, signals, waiting) is shared.
 
 pub(crate) mod command;
+mod container;
+mod engine;
 mod instance;
 mod java;
 mod kafka;
@@ -13,16 +15,19 @@ mod pulsar;
 mod rabbitmq;
 mod server;
 mod sqs;
+mod stand_ins;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Result, bail};
 
+use container::Contained;
 pub(crate) use instance::{Endpoint, How, PrivateInstance};
 use server::{Condition, Server};
+use stand_ins::StandIn;
 
-/// Every broker that can be started natively. Adding one: its own file, and one line here.
+/// Every broker that can be started. Adding one: its own file, and one line here.
 static RECIPES: &[&dyn Recipe] =
     &[&kafka::Kafka, &localstack::LocalStack, &nats::Nats, &pulsar::Pulsar, &rabbitmq::RabbitMq, &sqs::ElasticMq];
 
@@ -68,13 +73,27 @@ pub(crate) trait Recipe: Sync {
     /// The server in the foreground.
     fn command(&self, site: &Site<'_>) -> Command;
 
+    /// The official image of the same version. `docker-compose.yml` has it too.
+    fn image(&self) -> &'static str;
+
+    /// As [`Recipe::prepare`], for [`Recipe::contained`]: what takes the server's own programs is left to the container.
+    fn prepare_contained(&self, site: &Site<'_>) -> Result<()> {
+        self.prepare(site)
+    }
+
+    /// How the server runs in its image, with the configuration of a native one.
+    fn contained(&self, site: &Site<'_>) -> Contained;
+
+    /// What an image consists of that takes the official one's place; none when there is no way to build one.
+    fn stand_in(&self) -> Option<StandIn>;
+
     /// `Ok` once clients are served; an error says what is missing still. Returns within about a second.
     fn probe(&self, ports: &[u16]) -> Result<()>;
 }
 
 /// Where one server lives.
 pub(crate) struct Site<'a> {
-    /// What [`Recipe::install`] answered.
+    /// What [`Recipe::install`] answered; the cache, which is not there, for a container.
     pub(crate) home: &'a Path,
     /// This server's own folder: configuration and data.
     pub(crate) folder: &'a Path,
@@ -110,6 +129,10 @@ pub(crate) fn recipes(names: &[String]) -> Result<Vec<&'static dyn Recipe>> {
 pub(crate) fn startable(how: How) -> Result<(Vec<&'static dyn Recipe>, Vec<String>)> {
     let cache = crate::folders::cache()?;
     let (mut chosen, mut left_out) = (Vec::new(), Vec::new());
+    if how.is_contained() {
+        engine::Engine::find()?;
+        return Ok((RECIPES.to_vec(), left_out));
+    }
     for &recipe in RECIPES {
         let is_given = how != How::Native && std::env::var_os(url_variable(recipe.name())).is_some();
         match recipe.obstacle(&cache).filter(|_| !is_given && how != How::Urls) {
@@ -144,5 +167,20 @@ mod tests {
             let url = recipe.url(&ports);
             assert!(url.contains("://127.0.0.1:20001"), "{}: {url}", recipe.name());
         }
+    }
+
+    #[test]
+    fn the_images_are_of_the_versions_that_run_natively_and_the_compose_file_has_the_same() {
+        let compose = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docker-compose.yml");
+        let compose = std::fs::read_to_string(compose).unwrap();
+        for recipe in RECIPES {
+            let (_, tag) = recipe.image().rsplit_once(':').unwrap();
+            let version = tag.split('-').next().unwrap();
+            assert!(recipe.version().contains(version), "{}: {}", recipe.image(), recipe.version());
+            let line = format!("image: ${{ANYBROKER_{}_IMAGE:-{}}}\n", recipe.name().to_uppercase(), recipe.image());
+            assert!(compose.contains(&line), "docker-compose.yml does not have: {line}");
+            assert!(compose.contains(&format!("profiles: [{}]\n", recipe.name())), "no profile {}", recipe.name());
+        }
+        assert_eq!(compose.matches("    image: ").count(), RECIPES.len());
     }
 }

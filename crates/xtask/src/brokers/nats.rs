@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{Recipe, Site};
+use super::stand_ins::Contents;
+use super::{Contained, Recipe, Site, StandIn};
 
 const MODULE: &str = "github.com/nats-io/nats-server/v2";
 const VERSION: &str = "2.15.2";
@@ -93,6 +94,21 @@ impl Recipe for Nats {
         let mut command = Command::new(site.home.join("nats-server"));
         command.arg("-c").arg(configuration_file(site));
         command
+    }
+
+    fn image(&self) -> &'static str {
+        // The variant with a shell, for the health check of docker-compose.yml.
+        "nats:2.15.2-alpine"
+    }
+
+    fn contained(&self, site: &Site<'_>) -> Contained {
+        let arguments = vec!["-c".to_owned(), configuration_file(site).display().to_string()];
+        Contained { arguments, ..Contained::default() }
+    }
+
+    fn stand_in(&self) -> Option<StandIn> {
+        let contents = Contents::Folder("/usr/local/bin");
+        Some(StandIn { contents, scripts: Vec::new(), entrypoint: &["nats-server"] })
     }
 
     /// The server greets a client before JetStream has recovered its streams: asked is JetStream itself.

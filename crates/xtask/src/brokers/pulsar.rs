@@ -14,7 +14,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use super::java;
-use super::{Recipe, Site};
+use super::stand_ins::Contents;
+use super::{Contained, Recipe, Site, StandIn};
 
 /// 4.0.7 can loop for ever over its bookie's registration after a kill (apache/pulsar#25001, apache/bookkeeper#4686).
 const VERSION: &str = "4.2.4";
@@ -67,6 +68,9 @@ const OPENED: &[&str] = &[
 /// Signs tokens (HS256). It guards nothing: the broker listens on the loopback interface only.
 const TOKEN_KEY: &str = "data:;base64,YW55YnJva2VyIHRlc3RzIG9uIHRoZSBsb29wYmFjayBpbnRlcmZhY2U=";
 
+/// The official image's command.
+const PROGRAM: &str = "/pulsar/bin/pulsar";
+
 /// The broker of the `pulsar://` scheme.
 pub(crate) struct Pulsar;
 
@@ -118,13 +122,48 @@ impl Recipe for Pulsar {
             .arg(format!("-Dbookkeeper.metadata.client.drivers={drivers}ClientDriver"))
             .args(["org.apache.pulsar.PulsarStandaloneStarter", "--config"])
             .arg(site.folder.join("standalone.conf"))
-            .args(["--no-functions-worker", "--no-stream-storage", "--advertised-address", "127.0.0.1"])
-            .arg("--metadata-dir")
-            .arg(site.folder.join("data/metadata"))
-            .arg("--bookkeeper-dir")
-            .arg(site.folder.join("data/bookkeeper"))
-            .args(["--bookkeeper-port", &site.ports[2].to_string()]);
+            .args(arguments(site));
         command
+    }
+
+    fn image(&self) -> &'static str {
+        "apachepulsar/pulsar:4.2.4"
+    }
+
+    /// `bin/pulsar` hands these variables on to the starter that runs natively too.
+    fn contained(&self, site: &Site<'_>) -> Contained {
+        let own = |name: &str| site.folder.join(name).display().to_string();
+        Contained {
+            entrypoint: Some(PROGRAM.to_owned()),
+            arguments: std::iter::once("standalone".to_owned()).chain(arguments(site)).collect(),
+            environment: vec![
+                ("PULSAR_STANDALONE_CONF", own("standalone.conf")),
+                ("PULSAR_LOG_CONF", own("log4j2.xml")),
+                ("PULSAR_LOG_DIR", own("log")),
+                ("PULSAR_MEM", "-Xms256m -Xmx512m -XX:MaxDirectMemorySize=512m".to_owned()),
+                ("PULSAR_GC", "-XX:+UseSerialGC -XX:TieredStopAtLevel=1".to_owned()),
+            ],
+            ..Contained::default()
+        }
+    }
+
+    fn stand_in(&self) -> Option<StandIn> {
+        let opened: String = OPENED.iter().map(|package| format!("--add-opens {package}=ALL-UNNAMED ")).collect();
+        let drivers = "org.apache.pulsar.metadata.bookkeeper.PulsarMetadata";
+        let program = format!(
+            "#!/bin/bash\nshift\nexec java -cp \"$(dirname \"$PULSAR_LOG_CONF\"):/pulsar/lib/*\" $PULSAR_MEM $PULSAR_GC \\\n \
+             -Dlog4j.configurationFile=\"$(basename \"$PULSAR_LOG_CONF\")\" -Dlog4j2.is.webapp=false \\\n \
+             -Dlog4j.shutdownHookEnabled=false -Djava.net.preferIPv4Stack=true -Djute.maxbuffer=10485760 \\\n \
+             -Dio.netty.tryReflectionSetAccessible=true {opened}\\\n \
+             -Dbookkeeper.metadata.bookie.drivers={drivers}BookieDriver \\\n \
+             -Dbookkeeper.metadata.client.drivers={drivers}ClientDriver \\\n \
+             org.apache.pulsar.PulsarStandaloneStarter --config \"$PULSAR_STANDALONE_CONF\" \"$@\"\n"
+        );
+        Some(StandIn {
+            contents: Contents::Folder("/pulsar/lib"),
+            scripts: vec![(PROGRAM, program)],
+            entrypoint: &[PROGRAM],
+        })
     }
 
     /// The ports open seconds before the namespace exists that clients use.
@@ -141,6 +180,19 @@ impl Recipe for Pulsar {
         ensure!(answer.contains("\"public/default\""), "it answers, but the namespace public/default is not there yet");
         Ok(())
     }
+}
+
+/// What the starter takes beside its configuration.
+fn arguments(site: &Site<'_>) -> Vec<String> {
+    let own = |name: &str| site.folder.join(name).display().to_string();
+    let mut arguments: Vec<String> =
+        ["--no-functions-worker", "--no-stream-storage", "--advertised-address", "127.0.0.1"]
+            .map(str::to_owned)
+            .to_vec();
+    arguments.extend(["--metadata-dir".to_owned(), own("data/metadata")]);
+    arguments.extend(["--bookkeeper-dir".to_owned(), own("data/bookkeeper")]);
+    arguments.extend(["--bookkeeper-port".to_owned(), site.ports[2].to_string()]);
+    arguments
 }
 
 /// An authority, and a certificate of it for 127.0.0.1. Not for `localhost`: that is the wrong host of the tests.

@@ -13,7 +13,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::{Recipe, Site};
+use super::stand_ins::Contents;
+use super::{Contained, Recipe, Site, StandIn};
 
 const SUITE: &str = "trixie";
 /// Where the server's own folder is inside of the root folder.
@@ -29,7 +30,7 @@ impl Recipe for RabbitMq {
     }
 
     fn version(&self) -> &'static str {
-        "RabbitMQ 4.0 (Debian trixie)"
+        "RabbitMQ 4.0.5 (Debian trixie)"
     }
 
     fn port_names(&self) -> &'static [&'static str] {
@@ -95,23 +96,29 @@ impl Recipe for RabbitMq {
         let mut command = Command::new("unshare");
         command.args(["--mount", "sh", "-c", script]).arg(site.home).arg(site.folder).arg(INSIDE);
         command.env_clear();
-        let own = |name: &str| format!("{INSIDE}/{name}");
-        command.envs([
-            ("PATH", "/usr/sbin:/usr/bin:/sbin:/bin".to_owned()),
-            ("LANG", "C.UTF-8".to_owned()),
-            ("HOME", own("home")),
-            ("RABBITMQ_NODENAME", format!("anybroker{}@localhost", site.ports[0])),
-            ("RABBITMQ_DIST_PORT", site.ports[2].to_string()),
-            ("ERL_EPMD_PORT", site.ports[3].to_string()),
-            ("ERL_EPMD_ADDRESS", "127.0.0.1".to_owned()),
-            ("RABBITMQ_CONFIG_FILE", own("rabbitmq.conf")),
-            ("RABBITMQ_ENABLED_PLUGINS_FILE", own("plugins")),
-            ("RABBITMQ_MNESIA_BASE", own("data")),
-            ("RABBITMQ_LOG_BASE", own("log")),
-            // Two schedulers: what a test machine has cores for.
-            ("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", "+S 2:2".to_owned()),
-        ]);
+        command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+        command.envs(environment(INSIDE, site.ports));
         command
+    }
+
+    fn image(&self) -> &'static str {
+        "rabbitmq:4.0.5-management"
+    }
+
+    /// Not by the image's own entry: it would change the user to one who may not write here. The node starts its port mapper.
+    fn contained(&self, site: &Site<'_>) -> Contained {
+        Contained {
+            entrypoint: Some("rabbitmq-server".to_owned()),
+            environment: environment(&site.folder.display().to_string(), site.ports),
+            ..Contained::default()
+        }
+    }
+
+    /// Debian's own `rabbitmq-server` changes the user too; this one goes round it.
+    fn stand_in(&self) -> Option<StandIn> {
+        let program = "#!/bin/sh\nexec /usr/lib/rabbitmq/bin/rabbitmq-server \"$@\"\n";
+        let scripts = vec![("/usr/local/bin/rabbitmq-server", program.to_owned())];
+        Some(StandIn { contents: Contents::Root, scripts, entrypoint: &["rabbitmq-server"] })
     }
 
     /// The management plugin comes last; clients are greeted before.
@@ -138,6 +145,25 @@ impl Recipe for RabbitMq {
         ensure!(line.contains(" 200 "), "its management plugin answers {}", line.trim());
         Ok(())
     }
+}
+
+/// What the server reads, with its own folder at `own`.
+fn environment(own: &str, ports: &[u16]) -> Vec<(&'static str, String)> {
+    let own = |name: &str| format!("{own}/{name}");
+    vec![
+        ("LANG", "C.UTF-8".to_owned()),
+        ("HOME", own("home")),
+        ("RABBITMQ_NODENAME", format!("anybroker{}@localhost", ports[0])),
+        ("RABBITMQ_DIST_PORT", ports[2].to_string()),
+        ("ERL_EPMD_PORT", ports[3].to_string()),
+        ("ERL_EPMD_ADDRESS", "127.0.0.1".to_owned()),
+        ("RABBITMQ_CONFIG_FILE", own("rabbitmq.conf")),
+        ("RABBITMQ_ENABLED_PLUGINS_FILE", own("plugins")),
+        ("RABBITMQ_MNESIA_BASE", own("data")),
+        ("RABBITMQ_LOG_BASE", own("log")),
+        // Two schedulers: what a test machine has cores for.
+        ("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", "+S 2:2".to_owned()),
+    ]
 }
 
 fn home(cache: &Path) -> PathBuf {

@@ -11,6 +11,8 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 
+use super::container::{Container, Image};
+use super::engine::Engine;
 pub(crate) use super::process::Condition;
 use super::process::Process;
 use super::{Recipe, Site, ports};
@@ -35,6 +37,27 @@ pub(crate) struct Server {
 struct Record {
     ports: Vec<u16>,
     process: Option<Process>,
+    /// Written before it is made, so that none is ever lost. Stays when it is gone: the data are its.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    container: Option<Container>,
+}
+
+/// In what a server is started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// As the last time; natively the first time.
+    AsBefore,
+    Native,
+    Container {
+        /// Whether an image may be taken that was built here, when the official one cannot be had.
+        stand_ins: bool,
+    },
+}
+
+/// What can be disturbed.
+enum Body {
+    Process(Process),
+    Container(Container),
 }
 
 impl Server {
@@ -66,23 +89,34 @@ impl Server {
 
     /// Whether its process runs, is paused or is gone.
     pub(crate) fn condition(&self) -> Result<Condition> {
-        Ok(self.process()?.map_or(Condition::Gone, |process| process.condition()))
+        self.body()?.map_or(Ok(Condition::Gone), |body| body.condition())
     }
 
     /// Its pid, when it is not gone.
     pub(crate) fn pid(&self) -> Result<Option<i32>> {
-        Ok(self.process()?.filter(|process| process.condition() != Condition::Gone).map(|process| process.pid))
+        self.body()?.map_or(Ok(None), |body| body.pid())
+    }
+
+    /// The image of its container; none for a process.
+    pub(crate) fn image(&self) -> Result<Option<Image>> {
+        Ok(self.record()?.and_then(|record| record.container).map(|container| container.image))
     }
 
     /// Starts the server unless it runs; a paused one is resumed. Does not wait: see [`Server::wait_ready`].
     ///
     /// `port` is the one for clients; without it the port of the last start is taken again, or a free one is chosen.
     /// Answers whether a process was started.
-    pub(crate) fn start(&self, port: Option<u16>) -> Result<bool> {
+    pub(crate) fn start(&self, port: Option<u16>, way: Way) -> Result<bool> {
         match self.condition()? {
             Condition::Running => {}
             Condition::Paused => self.resume()?,
-            Condition::Gone => return self.launch(port).map(|()| true),
+            Condition::Gone => return self.launch(port, way).map(|()| true),
+        }
+        let is_contained = self.image()?.is_some();
+        match way {
+            Way::Native if is_contained => bail!("{} runs in a container: `down` first", self.name()),
+            Way::Container { .. } if !is_contained => bail!("{} runs natively: `down` first", self.name()),
+            _ => {}
         }
         let runs_on = self.record()?.and_then(|record| record.ports.first().copied());
         if let (Some(wanted), Some(port)) = (port, runs_on) {
@@ -91,17 +125,48 @@ impl Server {
         Ok(false)
     }
 
-    fn launch(&self, port: Option<u16>) -> Result<()> {
+    fn launch(&self, port: Option<u16>, way: Way) -> Result<()> {
+        let last = self.record()?.and_then(|record| record.container);
+        match (way, last) {
+            (Way::AsBefore, Some(last)) => self.launch_container(port, &last),
+            (Way::Container { stand_ins }, None) => {
+                ensure!(!self.folder.exists(), "{} has data of a native server: `down` first", self.name());
+                let engine = Engine::find()?;
+                let image = Image::of(self.recipe, &engine, stand_ins)?;
+                self.launch_container(port, &Container::new(engine, image, self.name(), &self.folder))
+            }
+            (Way::Container { stand_ins }, Some(last)) => {
+                let image = Image::of(self.recipe, &last.engine, stand_ins)?;
+                self.launch_container(port, &Container { image, ..last })
+            }
+            (Way::Native, Some(_)) => bail!("{} has data of a container: `down` first", self.name()),
+            (Way::AsBefore | Way::Native, None) => self.launch_process(port),
+        }
+    }
+
+    fn launch_container(&self, port: Option<u16>, container: &Container) -> Result<()> {
+        interrupt::check()?;
+        fs::create_dir_all(&self.folder)?;
+        let last = self.record()?.map(|record| record.ports).unwrap_or_default();
+        let ports = self.choose_ports(port, &last)?;
+        self.write(&Record { ports: ports.clone(), process: None, container: Some(container.clone()) })?;
+        let site = Site { home: &self.cache, folder: &self.folder, ports: &ports };
+        self.recipe.prepare_contained(&site).with_context(|| format!("{} could not be configured", self.name()))?;
+        let contained = self.recipe.contained(&site);
+        container.start(self.name(), &contained)
+    }
+
+    fn launch_process(&self, port: Option<u16>) -> Result<()> {
         let home = self.recipe.install(&self.cache)?;
         interrupt::check()?;
         fs::create_dir_all(&self.folder)?;
         let last = self.record()?.map(|record| record.ports).unwrap_or_default();
         let ports = self.choose_ports(port, &last)?;
-        self.write(&Record { ports: ports.clone(), process: None })?;
+        self.write(&Record { ports: ports.clone(), process: None, container: None })?;
         let site = Site { home: &home, folder: &self.folder, ports: &ports };
         self.recipe.prepare(&site).with_context(|| format!("{} could not be configured", self.name()))?;
         let process = Process::spawn(&mut self.recipe.command(&site), &self.log())?;
-        let written = self.write(&Record { ports, process: Some(process.clone()) });
+        let written = self.write(&Record { ports, process: Some(process.clone()), container: None });
         if written.is_err() {
             // Nobody would ever find it again.
             process.signal(Signal::KILL)?;
@@ -154,13 +219,12 @@ impl Server {
 
     /// Ends the server: politely, and with SIGKILL when it does not listen. Answers whether one was there.
     pub(crate) fn stop(&self) -> Result<bool> {
-        let Some(process) = self.process()?.filter(|process| process.condition() != Condition::Gone) else {
+        let Some(body) = self.body()? else { return Ok(false) };
+        if body.condition()? == Condition::Gone {
             return Ok(false);
-        };
-        process.signal(Signal::TERM)?;
-        // A paused process receives it only now.
-        process.signal(Signal::CONT)?;
-        if !wait_gone(&process, STOPPED_WITHIN) {
+        }
+        body.ask_to_end()?;
+        if !wait_gone(&body, STOPPED_WITHIN)? {
             eprintln!("{}: does not end by itself, killing it", self.name());
             self.kill()?;
         }
@@ -169,32 +233,42 @@ impl Server {
 
     /// SIGKILL: a crash. Data and ports stay.
     pub(crate) fn kill(&self) -> Result<()> {
-        let process = self.started()?;
-        process.signal(Signal::KILL)?;
-        ensure!(wait_gone(&process, KILLED_WITHIN), "{} (pid {}) does not die", self.name(), process.pid);
+        let body = self.started()?;
+        body.kill()?;
+        ensure!(wait_gone(&body, KILLED_WITHIN)?, "{} (pid {:?}) does not die", self.name(), self.pid()?);
         Ok(())
     }
 
-    /// SIGSTOP: sockets stay open and nothing is answered.
+    /// SIGSTOP, or the engine's freezer: sockets stay open and nothing is answered.
     pub(crate) fn pause(&self) -> Result<()> {
-        self.started()?.signal(Signal::STOP)
+        match self.started()? {
+            Body::Process(process) => process.signal(Signal::STOP),
+            Body::Container(container) => container.pause(),
+        }
     }
 
-    /// SIGCONT after [`Server::pause`].
+    /// After [`Server::pause`]; does nothing to a server that is not paused.
     pub(crate) fn resume(&self) -> Result<()> {
-        self.started()?.signal(Signal::CONT)
+        match self.started()? {
+            Body::Process(process) => process.signal(Signal::CONT),
+            Body::Container(container) if container.condition()? == Condition::Paused => container.resume(),
+            Body::Container(_) => Ok(()),
+        }
     }
 
     /// Stops the server if it runs, starts it on the same ports with the same data, and waits until it is ready.
     pub(crate) fn restart(&self) -> Result<()> {
         self.stop()?;
-        self.start(None)?;
+        self.start(None, Way::AsBefore)?;
         self.wait_ready()
     }
 
     /// Deletes configuration, data, log and the memory of its ports.
     pub(crate) fn remove(&self) -> Result<()> {
         ensure!(self.condition()? == Condition::Gone, "{} still runs", self.name());
+        if let Some(Body::Container(container)) = self.body()? {
+            container.remove()?;
+        }
         match fs::remove_dir_all(&self.folder) {
             Err(error) if error.kind() != ErrorKind::NotFound => Err(error.into()),
             _ => Ok(()),
@@ -207,22 +281,26 @@ impl Server {
     }
 
     fn end_of_log(&self) -> String {
-        let text = fs::read(self.log()).unwrap_or_default();
+        let text = match self.body() {
+            Ok(Some(Body::Container(container))) => container.end_of_log(),
+            _ => fs::read(self.log()).unwrap_or_default(),
+        };
         let text = String::from_utf8_lossy(&text);
         let lines: Vec<&str> = text.lines().collect();
         let end = lines[lines.len().saturating_sub(20)..].join("\n  ");
         format!("\nlast lines of {}:\n  {end}", self.log().display())
     }
 
-    fn started(&self) -> Result<Process> {
-        match self.process()? {
-            Some(process) if process.condition() != Condition::Gone => Ok(process),
+    fn started(&self) -> Result<Body> {
+        match self.body()? {
+            Some(body) if body.condition()? != Condition::Gone => Ok(body),
             _ => bail!("{} does not run", self.name()),
         }
     }
 
-    fn process(&self) -> Result<Option<Process>> {
-        Ok(self.record()?.and_then(|record| record.process))
+    fn body(&self) -> Result<Option<Body>> {
+        let Some(record) = self.record()? else { return Ok(None) };
+        Ok(record.container.map(Body::Container).or(record.process.map(Body::Process)))
     }
 
     fn record(&self) -> Result<Option<Record>> {
@@ -246,22 +324,57 @@ impl Server {
     }
 }
 
+impl Body {
+    fn condition(&self) -> Result<Condition> {
+        match self {
+            Self::Process(process) => Ok(process.condition()),
+            Self::Container(container) => container.condition(),
+        }
+    }
+
+    fn pid(&self) -> Result<Option<i32>> {
+        match self {
+            Self::Process(process) => Ok((process.condition() != Condition::Gone).then_some(process.pid)),
+            Self::Container(container) => container.pid(),
+        }
+    }
+
+    fn ask_to_end(&self) -> Result<()> {
+        match self {
+            Self::Process(process) => {
+                process.signal(Signal::TERM)?;
+                // A paused process receives it only now.
+                process.signal(Signal::CONT)
+            }
+            Self::Container(container) => container.stop(STOPPED_WITHIN.as_secs()),
+        }
+    }
+
+    fn kill(&self) -> Result<()> {
+        match self {
+            Self::Process(process) => process.signal(Signal::KILL),
+            Self::Container(container) => container.kill(),
+        }
+    }
+}
+
 /// Not interruptible: it is part of cleaning up after an interrupt.
-fn wait_gone(process: &Process, limit: Duration) -> bool {
+fn wait_gone(body: &Body, limit: Duration) -> Result<bool> {
     let deadline = Instant::now() + limit;
-    while process.condition() != Condition::Gone {
+    while body.condition()? != Condition::Gone {
         if Instant::now() >= deadline {
-            return false;
+            return Ok(false);
         }
         thread::sleep(Duration::from_millis(20));
     }
-    true
+    Ok(true)
 }
 
 #[cfg(test)]
 mod tests {
     use std::process::Command;
 
+    use super::super::{Contained, StandIn};
     use super::*;
 
     /// A "broker" that runs a shell script; `ready` is what its probe answers.
@@ -297,6 +410,15 @@ mod tests {
             command.args(["-c", self.script]);
             command
         }
+        fn image(&self) -> &'static str {
+            "script:1"
+        }
+        fn contained(&self, _: &Site<'_>) -> Contained {
+            Contained::default()
+        }
+        fn stand_in(&self) -> Option<StandIn> {
+            None
+        }
         fn probe(&self, _: &[u16]) -> Result<()> {
             if self.ready { Ok(()) } else { bail!("not yet") }
         }
@@ -309,11 +431,11 @@ mod tests {
     #[test]
     fn a_second_start_starts_nothing_and_another_handle_sees_the_same_server() {
         let folder = tempfile::tempdir().unwrap();
-        assert!(server(folder.path()).start(None).unwrap());
+        assert!(server(folder.path()).start(None, Way::Native).unwrap());
         server(folder.path()).wait_ready().unwrap();
         let pid = server(folder.path()).pid().unwrap();
         assert!(pid.is_some());
-        assert!(!server(folder.path()).start(None).unwrap());
+        assert!(!server(folder.path()).start(None, Way::Native).unwrap());
         assert_eq!(server(folder.path()).pid().unwrap(), pid);
         assert!(server(folder.path()).stop().unwrap());
         assert!(!server(folder.path()).stop().unwrap());
@@ -323,7 +445,7 @@ mod tests {
     fn a_killed_server_comes_back_on_the_same_port_with_its_data() {
         let folder = tempfile::tempdir().unwrap();
         let server = server(folder.path());
-        server.start(None).unwrap();
+        server.start(None, Way::Native).unwrap();
         let (pid, url) = (server.pid().unwrap(), server.url().unwrap());
         server.kill().unwrap();
         assert_eq!(server.condition().unwrap(), Condition::Gone);
@@ -342,9 +464,9 @@ mod tests {
             let seen = interrupt::poll(KILLED_WITHIN, || Ok((server.condition()? == Condition::Paused).then_some(())));
             seen.unwrap().expect("SIGSTOP stops it");
         };
-        server.start(None).unwrap();
+        server.start(None, Way::Native).unwrap();
         paused(&server);
-        assert!(!server.start(None).unwrap());
+        assert!(!server.start(None, Way::Native).unwrap());
         server.wait_ready().unwrap();
         paused(&server);
         assert!(server.stop().unwrap());
@@ -356,7 +478,7 @@ mod tests {
     fn a_server_that_ends_while_starting_is_an_error_with_the_end_of_its_log() {
         let folder = tempfile::tempdir().unwrap();
         let server = Server::new(&BROKEN, folder.path(), folder.path().join("script"));
-        server.start(None).unwrap();
+        server.start(None, Way::Native).unwrap();
         let error = server.wait_ready().unwrap_err().to_string();
         assert!(error.contains("ended while it was starting") && error.ends_with("cannot work"), "{error}");
     }
@@ -366,7 +488,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let port = ports::choose(&[]).unwrap();
         let _held = std::net::TcpListener::bind(("127.0.0.1", port)).unwrap();
-        let error = server(folder.path()).start(Some(port)).unwrap_err().to_string();
+        let error = server(folder.path()).start(Some(port), Way::Native).unwrap_err().to_string();
         assert!(error.contains("taken"), "{error}");
     }
 }

@@ -10,10 +10,24 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 
 use super::java::{self, Artefact};
-use super::{Recipe, Site};
+use super::stand_ins::Contents;
+use super::{Contained, Recipe, Site, StandIn};
 
 const VERSION: &str = "1.6.16";
 const ARTEFACTS: &[Artefact] = &[("org.elasticmq", "elasticmq-server_2.13", VERSION)];
+
+/// Where the image reads its configuration (its README, "ElasticMQ via Docker").
+const INSIDE: &str = "/opt/elasticmq.conf";
+const ENTRYPOINT: &[&str] = &[
+    "java",
+    "-Xmx256m",
+    "-XX:+UseSerialGC",
+    "-XX:TieredStopAtLevel=1",
+    "-Dconfig.file=/opt/elasticmq.conf",
+    "-cp",
+    "/opt/elasticmq/lib/*",
+    "org.elasticmq.server.Main",
+];
 
 /// The broker of the `sqs://` scheme.
 pub(crate) struct ElasticMq;
@@ -53,6 +67,19 @@ impl Recipe for ElasticMq {
         let mut command = java::java(site.home, 256);
         command.arg(java::prefixed("-Dconfig.file=", &configuration_file(site))).arg("org.elasticmq.server.Main");
         command
+    }
+
+    fn image(&self) -> &'static str {
+        "softwaremill/elasticmq-native:1.6.16"
+    }
+
+    fn contained(&self, site: &Site<'_>) -> Contained {
+        Contained { mounts: vec![(configuration_file(site), INSIDE)], ..Contained::default() }
+    }
+
+    /// On a Java virtual machine, which the official image is not.
+    fn stand_in(&self) -> Option<StandIn> {
+        Some(StandIn { contents: Contents::Folder("/opt/elasticmq/lib"), scripts: Vec::new(), entrypoint: ENTRYPOINT })
     }
 
     fn probe(&self, ports: &[u16]) -> Result<()> {

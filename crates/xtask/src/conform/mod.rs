@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 
-use crate::brokers::{self, How, PrivateInstance};
+use crate::brokers::{self, Endpoint, How, PrivateInstance};
 use crate::child::{self, cargo};
 use crate::workspace;
 use modes::{MODES, Mode};
@@ -139,7 +139,7 @@ impl Conform {
                     "conformance" => Vec::new(),
                     _ => disturb::arguments(&instance, mode.broker, true)?,
                 };
-                let how = self.mode(mode, server.as_deref(), &faults, state, command)?;
+                let how = self.mode(mode, server.as_ref(), &faults, state, command)?;
                 ended.push((mode, how, since.elapsed()));
             }
             instance.down()?;
@@ -147,24 +147,25 @@ impl Conform {
         Ok(ended)
     }
 
-    fn server(&self, instance: &mut PrivateInstance, broker: Option<&str>) -> Result<Option<String>> {
+    fn server(&self, instance: &mut PrivateInstance, broker: Option<&str>) -> Result<Option<Endpoint>> {
         let Some(name) = broker else { return Ok(None) };
         let recipes = brokers::recipes(&[name.to_owned()])?;
-        let endpoints = instance.up(&recipes, self.how)?;
-        Ok(Some(endpoints.first().context("a server that was started has an address")?.url.clone()))
+        let mut endpoints = instance.up(&recipes, self.how)?;
+        Ok(Some(endpoints.pop().context("a server that was started has an address")?))
     }
 
     fn mode(
         &self,
         mode: &Mode,
-        server: Option<&str>,
+        server: Option<&Endpoint>,
         faults: &[String],
         state: &State,
         command: &Path,
     ) -> Result<Ended> {
         let folder = tempfile::tempdir()?;
-        let url = mode.url(server, folder.path().to_str().context("a temporary folder with a name in UTF-8")?);
-        let mut run = suite(mode, &url, command)?;
+        let address = server.map(|server| server.url.as_str());
+        let url = mode.url(address, folder.path().to_str().context("a temporary folder with a name in UTF-8")?);
+        let mut run = suite(mode, &url, server.and_then(|server| server.stands_in_for.as_deref()), command)?;
         run.args(["--level", &self.level]).args(faults).arg("--report").arg(state.folder_of(mode.name));
         for case in &self.cases {
             run.args(["--case", case]);
@@ -211,8 +212,8 @@ impl Conform {
     }
 }
 
-/// The suite on a mode at `url`, by the command.
-pub(crate) fn suite(mode: &Mode, url: &str, command: &Path) -> Result<Command> {
+/// The suite on a mode at `url`, by the command. What runs there, in the place of which image, stands in the report.
+pub(crate) fn suite(mode: &Mode, url: &str, stands_in_for: Option<&str>, command: &Path) -> Result<Command> {
     let pace = mode.pace;
     let mut run = Command::new(command);
     run.args(["conform", "--url", url, "--name", mode.name])
@@ -222,10 +223,18 @@ pub(crate) fn suite(mode: &Mode, url: &str, command: &Path) -> Result<Command> {
     if !clients.is_empty() {
         run.args(["--client", &clients]);
     }
-    if let Some(emulated) = mode.emulated {
-        run.args(["--emulated", emulated]);
+    if let Some(emulated) = in_the_place_of(mode, stands_in_for) {
+        run.args(["--emulated", &emulated]);
     }
     Ok(run)
+}
+
+/// What stands in for the product: an emulator, an image that was built here, or both.
+fn in_the_place_of(mode: &Mode, stands_in_for: Option<&str>) -> Option<String> {
+    let image =
+        stands_in_for.map(|image| format!("a stand-in, built from packages, in the place of the image {image}"));
+    let told: Vec<String> = mode.emulated.map(str::to_owned).into_iter().chain(image).collect();
+    (!told.is_empty()).then(|| told.join("; "))
 }
 
 /// Builds the command with what the modes need, and answers where it is.
@@ -239,4 +248,19 @@ pub(crate) fn build(chosen: &[&Mode]) -> Result<PathBuf> {
     }
     child::run(&mut build, BUILD_LIMIT)?;
     Ok(workspace::target()?.join("debug").join("anybroker"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_says_that_an_image_was_a_stand_in_beside_what_is_emulated_anyway() {
+        let mode = |name: &str| MODES.iter().find(|mode| mode.name == name).unwrap();
+        assert_eq!(in_the_place_of(mode("nats"), None), None);
+        let nats = in_the_place_of(mode("nats"), Some("nats:2")).unwrap();
+        assert!(nats.starts_with("a stand-in") && nats.ends_with("nats:2"), "{nats}");
+        let sqs = in_the_place_of(mode("sqs"), Some("emq:1")).unwrap();
+        assert!(sqs.starts_with("ElasticMQ") && sqs.ends_with("emq:1"), "{sqs}");
+    }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 
-use crate::brokers::{self, How, PrivateInstance};
+use crate::brokers::{self, Endpoint, How, PrivateInstance};
 use crate::child;
 use crate::conform::modes::{MODES, Mode};
 use crate::conform::{build, disturb, suite};
@@ -70,12 +70,12 @@ impl Faults {
         let mut tally = Tally::begin(folder, mode.name, self.seed, self.resume)?;
         let mut instance = PrivateInstance::new()?;
         let endpoints = instance.up(&brokers::recipes(&[broker.to_owned()])?, self.how)?;
-        let url = mode.url(Some(&endpoints.first().context("a server that was started has an address")?.url), "");
+        let server = endpoints.first().context("a server that was started has an address")?;
         while tally.counted() < self.runs {
             let seed = tally.next_seed();
             let report = folder.join("seeds").join(seed.to_string());
             let faults = disturb::arguments(&instance, Some(broker), seed % PROCESSES == 0)?;
-            let ended = one(mode, &url, &faults, seed, &report, command);
+            let ended = one(mode, server, &faults, seed, &report, command);
             crate::interrupt::check()?;
             let found = tally::read(&report).with_context(|| match ended {
                 Ok(()) => format!("seed {seed} left no report"),
@@ -109,8 +109,9 @@ impl Faults {
     }
 }
 
-fn one(mode: &Mode, url: &str, faults: &[String], seed: u64, report: &Path, command: &Path) -> Result<()> {
-    let mut run = suite(mode, url, command)?;
+fn one(mode: &Mode, server: &Endpoint, faults: &[String], seed: u64, report: &Path, command: &Path) -> Result<()> {
+    let url = mode.url(Some(&server.url), "");
+    let mut run = suite(mode, &url, server.stands_in_for.as_deref(), command)?;
     run.args(["--level", "reliability", "--case", "faults/*", "--seed", &seed.to_string()]);
     run.args(faults).arg("--report").arg(report);
     // That a case failed stands in the report.
