@@ -1,5 +1,5 @@
 //! Development commands of AnyBroker: real brokers on this machine, the test command, all
-//! modes under the conformance suite, mutants of the adapters, benchmarks.
+//! modes under the conformance suite, mutants of the adapters, peers, benchmarks.
 
 mod bench;
 mod brokers;

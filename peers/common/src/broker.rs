@@ -134,7 +134,7 @@ impl<P: Peer> Broker for PeerBroker<P> {
             let deliveries = self.peer.consume(&name, &spec, into).await?;
             inlets.push((name, inlet, deliveries));
         }
-        let subscription = PeerSubscription::new(spec, inlets);
+        let subscription = PeerSubscription::new(spec, inlets, self.peer.record().nack_delay.is_given());
         let mut members = self.members.lock();
         members.retain(|member| member.strong_count() > 0);
         members.push(subscription.member());

@@ -26,6 +26,8 @@ static NACKS: LazyLock<Mutex<HashMap<(Group, MessageId), u32>>> = LazyLock::new(
 /// What is out, and what brings more.
 pub(crate) struct Member {
     held: Mutex<HashMap<u64, Box<dyn Held>>>,
+    /// Whether the record gives nacks with a delay.
+    delays: bool,
     next: AtomicU64,
     closed: AtomicBool,
     consumers: Mutex<Vec<Deliveries>>,
@@ -57,11 +59,12 @@ pub(crate) struct PeerSubscription {
 }
 
 impl PeerSubscription {
-    pub(crate) fn new(spec: SubscribeSpec, inlets: Vec<(Destination, Inlet, Deliveries)>) -> Self {
+    pub(crate) fn new(spec: SubscribeSpec, inlets: Vec<(Destination, Inlet, Deliveries)>, delays: bool) -> Self {
         let (inlets, consumers): (Vec<_>, Vec<_>) =
             inlets.into_iter().map(|(name, inlet, consumer)| ((name, inlet), consumer)).unzip();
         let member = Arc::new(Member {
             held: Mutex::default(),
+            delays,
             next: AtomicU64::new(0),
             closed: AtomicBool::new(false),
             consumers: Mutex::new(consumers),
@@ -183,16 +186,19 @@ impl Settler for Member {
     fn settle(&self, batch: Vec<(Delivery, Settlement)>) -> Settling {
         let mut work = Vec::with_capacity(batch.len());
         for (delivery, settlement) in batch {
+            let has_word = match &settlement {
+                Settlement::Ack => true,
+                Settlement::Nack(nack) => self.delays || nack.delay.is_zero(),
+                Settlement::Release | Settlement::DeadLetter(_) => false,
+            };
             let held = match delivery.token() {
-                Token::Pair(number, _) if matches!(settlement, Settlement::Ack | Settlement::Nack(_)) => {
-                    self.held.lock().remove(number)
-                }
+                Token::Pair(number, _) if has_word => self.held.lock().remove(number),
                 _ => None,
             };
-            work.push((delivery, held, settlement));
+            work.push((delivery, held, settlement, has_word));
         }
         // A task of its own: who drops the answer does not take the settles back.
-        let work = tokio::spawn(join_all(work.into_iter().map(|(delivery, held, settlement)| async move {
+        let work = tokio::spawn(join_all(work.into_iter().map(|(delivery, held, settlement, has_word)| async move {
             let done = match (held, settlement) {
                 (Some(held), Settlement::Ack) => held.ack().await,
                 (Some(held), Settlement::Nack(nack)) => {
@@ -200,7 +206,7 @@ impl Settler for Member {
                     *NACKS.lock().entry(key).or_default() += 1;
                     held.nack(nack.delay).await
                 }
-                (None, Settlement::Ack | Settlement::Nack(_)) => {
+                (None, _) if has_word => {
                     Err(Error::new(ErrorKind::StaleDelivery, "settle", "it was settled before, or is gone"))
                 }
                 _ => Err(Error::unsupported("settle", "the peer has no word for it")),
