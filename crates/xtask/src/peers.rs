@@ -17,7 +17,6 @@ const RUN_LIMIT: Duration = Duration::from_secs(60 * 60);
 const PEERS: &[(&str, &str)] = &[
     ("ruststream-nats", "nats"),
     ("ruststream-rabbitmq", "rabbitmq"),
-    ("mq-bridge-rabbitmq", "rabbitmq"),
     ("omniqueue-rabbitmq", "rabbitmq"),
 ];
 
