@@ -118,6 +118,7 @@ pub struct UrlHarness {
     through: Option<(Vec<Route>, ConnectThrough)>,
     server: Option<Arc<dyn ServerControl>>,
     native: std::result::Result<Arc<dyn NativeChannel>, String>,
+    about: About,
 }
 
 impl UrlHarness {
@@ -138,6 +139,7 @@ impl UrlHarness {
             through: None,
             server: None,
             native: Err("the harness has no native channel: the bare client is not known to it".into()),
+            about: About::default(),
         }
     }
 
@@ -222,6 +224,13 @@ impl UrlHarness {
         self
     }
 
+    /// See [`Harness::about`].
+    #[must_use]
+    pub fn with_about(mut self, about: About) -> Self {
+        self.about = about;
+        self
+    }
+
     /// See [`Harness::clock`].
     #[must_use]
     pub fn with_clock(mut self, clock: ManualClock) -> Self {
@@ -234,6 +243,10 @@ impl UrlHarness {
 impl Harness for UrlHarness {
     fn name(&self) -> String {
         self.name.clone()
+    }
+
+    fn about(&self) -> About {
+        self.about.clone()
     }
 
     async fn connect(&self) -> Result<Bus> {

@@ -3,6 +3,7 @@
 use anybroker_core::{AckLevel, AttemptCount, OnFailure, Order};
 
 use super::Checker;
+use super::members::Member;
 use super::story::Held;
 use crate::history::{Seen, Verb};
 
@@ -53,17 +54,24 @@ impl Checker {
 
         let (rules, number) = (self.rules, self.counts.delivered);
         let moved = self.lanes_moved(&place.0);
+        // A broker's own count counts what a member had fetched and never handed out, before it went or the lease ended.
+        let is_gone =
+            |member: &Member| member.group == place.0 && member.losses.iter().any(|loss| *loss >= published_at);
+        let had_others = rules.attempts == AttemptCount::Approximate && self.members.values().any(is_gone);
         let story = self.story_of(&place, &seen.id);
         let has_cause = story.justify(at, with_resent, moved);
         let is_stale = !has_cause && untold.is_some_and(|since| story.comes_stale(at, seen.subscription, since));
         let justified = has_cause || is_stale;
         let (again, acked) = (story.deliveries > 0, story.acked > 0);
-        let attempts = story.attempts(at, rules.attempts);
         let gone_before = story.outstanding_summary();
         let first_delivery = !again;
         // It cannot have been leased before it was there, and neither can it have been before the member was.
         let leased = story.back_at().max(published_at).max(since);
         let lease_end = leased.saturating_add(lease).saturating_sub(PRECISION);
+        let mut attempts = story.attempts(at, rules.attempts);
+        if rules.attempts == AttemptCount::Approximate && (had_others || at >= lease_end) {
+            attempts = *attempts.start()..=u32::MAX;
+        }
         story.deliver(Held {
             at,
             delivery: seen.delivery,

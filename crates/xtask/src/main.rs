@@ -1,5 +1,5 @@
 //! Development commands of AnyBroker: real brokers on this machine, the test command, all
-//! modes under the conformance suite, mutants of the adapters, benchmarks.
+//! modes under the conformance suite, mutants of the adapters, peers, benchmarks.
 
 mod bench;
 mod brokers;
@@ -10,6 +10,7 @@ mod folders;
 mod interrupt;
 mod lanes;
 mod mutants;
+mod peers;
 mod report;
 mod test;
 mod tools;
@@ -36,6 +37,7 @@ enum Command {
     Conform(conform::Conform),
     Mutants(mutants::Mutants),
     Faults(faults::Faults),
+    Peers(peers::Peers),
 }
 
 fn main() -> ExitCode {
@@ -58,5 +60,6 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Conform(conform) => conform.run(),
         Command::Mutants(mutants) => mutants.run(),
         Command::Faults(faults) => faults.run(),
+        Command::Peers(peers) => peers.run(),
     }
 }

@@ -364,6 +364,23 @@ fn attempts_are_checked_by_what_the_record_says_of_them() {
 }
 
 #[test]
+fn a_brokers_own_count_may_count_what_a_member_that_is_gone_had_fetched() {
+    let second = |attempts, gone: bool| {
+        let mut script = Script::new();
+        script.rules.attempts = attempts;
+        script.member().published("a", "k", 1).subscribed(2, Order::None, OnFailure::GoPast);
+        if gone {
+            script.push(What::Vanished { subscription: 1 });
+        }
+        script.delivered_to(2, 1, "a", 2);
+        script.names()
+    };
+    assert_eq!(second(AttemptCount::Approximate, true), [""; 0]);
+    assert_eq!(second(AttemptCount::Approximate, false), ["attempt-mismatch"]);
+    assert_eq!(second(AttemptCount::Exact, true), ["attempt-mismatch"]);
+}
+
+#[test]
 fn an_attempt_beyond_the_limit_is_a_mismatch() {
     let mut script = Script::new();
     script.member().published("a", "k", 1);

@@ -1,0 +1,123 @@
+//! `cargo xtask peers`: other projects' crates under our suite. They build in a workspace of their own, which this one never sees.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+
+use crate::brokers::{self, How, PrivateInstance};
+use crate::child::{self, cargo};
+use crate::workspace;
+
+const BUILD_LIMIT: Duration = Duration::from_secs(40 * 60);
+const RUN_LIMIT: Duration = Duration::from_secs(60 * 60);
+
+/// A package of the workspace in `peers`, and the broker that it is run on.
+const PEERS: &[(&str, &str)] =
+    &[("ruststream-nats", "nats"), ("ruststream-rabbitmq", "rabbitmq"), ("omniqueue-rabbitmq", "rabbitmq")];
+
+/// Run the conformance suite on published crates of other projects
+///
+/// Builds the workspace in `peers`, brings the server up, and runs the suite. What was found is in peers/README.md. Fails when a
+/// case fails.
+#[derive(Debug, Args)]
+pub(crate) struct Peers {
+    /// Which peer; all of them when not given
+    peer: Option<String>,
+    /// Only cases whose name matches; may be repeated
+    #[arg(long = "case", value_name = "GLOB")]
+    cases: Vec<String>,
+    /// Up to this level: conformance or reliability. From reliability on, connections are disturbed by proxies
+    #[arg(long, default_value = "conformance")]
+    level: String,
+    /// What everything random starts from
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Where the reports go; a folder of each peer in target/peers when not given
+    #[arg(long, value_name = "DIR")]
+    report: Option<PathBuf>,
+    /// Where the brokers come from
+    #[arg(long, value_enum, default_value = "auto")]
+    how: How,
+}
+
+impl Peers {
+    pub(crate) fn run(&self) -> Result<()> {
+        workspace::enter()?;
+        let chosen = self.chosen()?;
+        let folder = match &self.report {
+            Some(folder) => std::path::absolute(folder)?,
+            None => workspace::target()?.join("peers"),
+        };
+        // A folder of its own: the two workspaces resolve the same crates to other versions.
+        let target = workspace::target()?.join("peers-build");
+        let mut failed = Vec::new();
+        for share in chosen.chunk_by(|one, other| one.1 == other.1) {
+            for (peer, _) in share {
+                let mut build = cargo(["build", "--locked", "--manifest-path", "peers/Cargo.toml", "-p"]);
+                build.arg(format!("peer-{peer}")).env("CARGO_TARGET_DIR", &target);
+                child::run(&mut build, BUILD_LIMIT)?;
+            }
+            let mut instance = PrivateInstance::new()?;
+            let recipes = brokers::recipes(&[share[0].1.to_owned()])?;
+            let endpoints = instance.up(&recipes, self.how)?;
+            let url = &endpoints.first().context("a server that was started has an address")?.url;
+            for (peer, _) in share {
+                if !self.one(&target.join("debug").join(peer), url, recipes[0].version(), &folder.join(peer))? {
+                    failed.push(*peer);
+                }
+            }
+        }
+        println!("\nreports: {}", folder.display());
+        ensure!(failed.is_empty(), "cases failed on: {}", failed.join(", "));
+        Ok(())
+    }
+
+    fn chosen(&self) -> Result<Vec<(&'static str, &'static str)>> {
+        let Some(name) = &self.peer else { return Ok(PEERS.to_vec()) };
+        match PEERS.iter().find(|(peer, _)| peer == name) {
+            Some(found) => Ok(vec![*found]),
+            None => {
+                let names: Vec<&str> = PEERS.iter().map(|(peer, _)| *peer).collect();
+                bail!("no peer is called `{name}`; there are: {}", names.join(", "))
+            }
+        }
+    }
+
+    /// Whether no case failed.
+    fn one(&self, command: &Path, url: &str, server: &str, report: &Path) -> Result<bool> {
+        let mut run = std::process::Command::new(command);
+        child::clean(&mut run);
+        run.args(["--url", url, "--server", server, "--level", &self.level, "--seed", &self.seed.to_string()]);
+        if self.level != "conformance" {
+            run.arg("--proxy");
+        }
+        for case in &self.cases {
+            run.args(["--case", case]);
+        }
+        run.arg("--report").arg(report);
+        Ok(child::watched(&mut run, RUN_LIMIT)?.success())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_is_found_by_its_name_and_another_name_is_refused() {
+        let peers = |name: Option<&str>| Peers {
+            peer: name.map(str::to_owned),
+            cases: Vec::new(),
+            level: "conformance".to_owned(),
+            seed: 1,
+            report: None,
+            how: How::Auto,
+        };
+        assert_eq!(peers(None).chosen().unwrap().len(), PEERS.len());
+        assert_eq!(peers(Some("ruststream-nats")).chosen().unwrap(), [("ruststream-nats", "nats")]);
+        let told = peers(Some("ruststream")).chosen().unwrap_err().to_string();
+        assert!(told.contains("`ruststream`") && told.contains("omniqueue-rabbitmq"), "{told}");
+    }
+}
