@@ -47,7 +47,7 @@ impl RabbitSubscription {
             let group = &spec.group;
             match spec.topology {
                 TopologyMode::Declare => {
-                    drop(topology.ensure_group(destination, group, spec.start, "subscribe").await?)
+                    topology.ensure_group(destination, group, spec.start, "subscribe").await?;
                 }
                 TopologyMode::Verify => {
                     topology.ensure(destination, false, "subscribe", Instant::now() + DROPPED).await?;
