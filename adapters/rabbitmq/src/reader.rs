@@ -38,6 +38,7 @@ pub(crate) struct Reader {
 }
 
 /// What happened to a reader.
+#[allow(clippy::large_enum_variant, reason = "an allocation for each message would cost more than moving it")]
 pub(crate) enum Read {
     /// A message, or the end.
     Came(Option<lapin::Result<Delivery>>),
