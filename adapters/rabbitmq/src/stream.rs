@@ -19,7 +19,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::codec::{mark, notes, offset};
 use crate::error::late;
-use crate::link::bounded;
+use crate::link::{bounded, passes};
 use crate::names::Names;
 use crate::progress::{Place, Turn, arguments, came, write};
 use crate::state::Share;
@@ -29,6 +29,8 @@ use crate::topology::{SETTLES, Topology, quorum, text};
 const WINDOW: u16 = 1_000;
 /// How long a stream with something in it may take before it is asked by a mark of our own.
 const EMPTY: Duration = Duration::from_millis(300);
+/// How soon a stream is asked for again that its server does not serve yet.
+const STARTING: Duration = Duration::from_millis(50);
 /// How far the clocks of publishers and the server may be apart, for the search for a time: it begins so much earlier.
 const APART: Duration = Duration::from_secs(10);
 
@@ -88,7 +90,14 @@ impl Topology {
         deadline: Instant,
     ) -> Result<bool> {
         let stream = Names::stream(exchange);
-        let existed = self.look(&stream, operation, deadline).await?.is_some();
+        let existed = loop {
+            match self.look(&stream, operation, deadline).await {
+                Err(error) if passes(&error) && Instant::now() + STARTING < deadline => {
+                    tokio::time::sleep(STARTING).await
+                }
+                found => break found?.is_some(),
+            }
+        };
         let mut arguments = FieldTable::default();
         arguments.insert("x-queue-type".into(), text("stream"));
         let (seconds, bytes) = self.stream_keeps;
