@@ -160,9 +160,10 @@ impl Broker for RabbitBroker {
 
     async fn lag(&self, destination: &Destination, group: &Group) -> Result<Lag> {
         self.open("lag")?;
-        let mut lag = self.topology.lag(destination, group).await?;
         // The server cannot tell what is prefetched from what is in flight; this process's own members can.
         let open: Vec<_> = self.subscriptions.lock().iter().filter_map(Weak::upgrade).collect();
+        let share = open.iter().find_map(|member| member.share(destination, group));
+        let mut lag = self.topology.lag(destination, group, share).await?;
         for member in open {
             let prefetched = member.prefetched(destination, group);
             lag.ready = lag.ready.map(|(count, precision)| (count + prefetched, precision));

@@ -1,4 +1,4 @@
-//! What RabbitMQ's quorum queues give through this adapter, and its classic ones.
+//! What RabbitMQ's quorum queues give through this adapter, its classic ones, and its streams.
 
 use std::time::Duration;
 
@@ -16,6 +16,10 @@ const MOST_HEADERS: u64 = 512;
 /// The server's times to live are milliseconds in 32 bits: 49 days.
 pub(crate) const LONGEST_DELAY: Duration = Duration::from_secs(30 * 24 * 3600);
 
+/// The server's default of `consumer_timeout`, which a stream cannot have of its own
+/// (`rabbit_stream_queue:capabilities/0` of 4.0.5).
+const SERVERS_TIMEOUT: Duration = Duration::from_secs(30 * 60);
+
 pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
     let unwritten = || Support::refused("not written yet in this adapter");
     let absent = |text: &str| Support::refused(text);
@@ -24,7 +28,9 @@ pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
     };
     let has_admin = settings.admin.is_some();
     let is_classic = settings.queue == QueueType::Classic;
+    let is_log = settings.queue.is_log();
     let unless_classic = |given: Support, why: &str| if is_classic { absent(why) } else { given };
+    let in_log = |given: Support, otherwise: Support| if is_log { given } else { otherwise };
     let approximate = Some(Precision::Approximate);
     let by_admin = || {
         if has_admin {
@@ -39,9 +45,9 @@ pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
         total_order: ordered(),
         block_on_failure: unwritten(),
         park_on_failure: unwritten(),
-        parallelism: Parallelism::Any,
+        parallelism: if is_log { Parallelism::One } else { Parallelism::Any },
         ack_granularity: AckGranularity::Individual,
-        ack_level: AckLevel::Sent,
+        ack_level: if is_log { AckLevel::Recorded } else { AckLevel::Sent },
         late_ack: LateAck::Refused,
         nack: Support::emulated("a confirmed copy with its count, stored before the source is acked"),
         nack_delay: Support::emulated(
@@ -52,9 +58,12 @@ pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
         lease: Support::emulated("kept by the member; ends early with its connection"),
         lease_extension: Support::emulated("kept by the member, up to the server's consumer timeout"),
         attempt_count: AttemptCount::Exact,
-        crash_count: unless_classic(
-            Support::emulated("the queue's count, which what a close or a pause gives back raises too"),
-            "classic queues do not count hand-overs; leave queue at \"quorum\"",
+        crash_count: in_log(
+            absent("a stream does not count hand-overs; leave queue at \"quorum\""),
+            unless_classic(
+                Support::emulated("the queue's count, which what a close or a pause gives back raises too"),
+                "classic queues do not count hand-overs; leave queue at \"quorum\"",
+            ),
         ),
         dead_letter: Support::emulated("a confirmed copy in a queue of the source and group"),
         dead_letter_atomicity: DeadLetterAtomicity::StoredFirst,
@@ -62,12 +71,21 @@ pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
         redrive: Support::emulated("a confirmed copy in the queue of this group alone"),
         purge: Support::Native,
         groups: Support::Native,
-        kept_before_group: absent("declare the group first; a log (Kafka, JetStream) keeps messages for later groups"),
-        replay: absent("a log (Kafka, JetStream) is read again"),
+        kept_before_group: in_log(
+            Support::Native,
+            absent("declare the group first; a log (Kafka, JetStream) keeps messages for later groups"),
+        ),
+        replay: in_log(
+            Support::emulated(
+                "an offset is the server's; a time is looked up by the server to the second, and from there on by the \
+                 clocks of publishers",
+            ),
+            absent("a log (Kafka, JetStream) is read again"),
+        ),
         start_latest: Support::Native,
         patterns: unwritten(),
         delayed_publish: Support::emulated("it waits in a queue of its range of delays"),
-        ttl: if is_classic {
+        ttl: if is_classic || is_log {
             Support::emulated("looked at when it comes to a member, which buries it: until then it stays")
         } else {
             Support::Native
@@ -89,9 +107,13 @@ pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
         admin_needed: true,
         survives_process_kill: Support::Native,
         // `rabbit_classic_queue_store_v2:sync/1` writes before a confirm, and does not flush the file.
-        survives_power_loss: unless_classic(
-            Support::Native,
-            "a classic queue leaves writing through to the operating system; leave queue at \"quorum\"",
+        survives_power_loss: in_log(
+            // "Streams", "Data Safety": "Streams do not flush to disk explicitly".
+            absent("a stream leaves writing through to the operating system; leave queue at \"quorum\""),
+            unless_classic(
+                Support::Native,
+                "a classic queue leaves writing through to the operating system; leave queue at \"quorum\"",
+            ),
         ),
         limits: Limits {
             payload: Some(settings.max_message),
@@ -99,7 +121,7 @@ pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
             headers: Some(LONGEST_HEADERS),
             header_count: Some(MOST_HEADERS),
             lease_min_ms: Some(100),
-            lease_max_ms: Some(millis(settings.consumer_timeout / 2)),
+            lease_max_ms: Some(millis(if is_log { SERVERS_TIMEOUT } else { settings.consumer_timeout } / 2)),
             delay_max_ms: Some(millis(LONGEST_DELAY)),
             ..Limits::default()
         },

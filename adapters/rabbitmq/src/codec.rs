@@ -22,6 +22,10 @@ const HOP: &str = "anybroker-hop";
 pub(crate) const LETTER: &str = "anybroker-letter";
 /// What a quorum queue counts: how often a message came back.
 const DELIVERY_COUNT: &str = "x-delivery-count";
+/// The place of a message in its stream.
+const OFFSET: &str = "x-stream-offset";
+/// A message that only tells a reader that a stream has an end (`stream.rs`).
+const MARK: &str = "anybroker-mark";
 /// AMQP: what the server writes to disk where the queue is durable.
 const PERSISTENT: u8 = 2;
 
@@ -52,6 +56,14 @@ pub(crate) struct Hop {
     /// When it expires, in milliseconds; 0 for never.
     #[serde(rename = "e")]
     pub(crate) expires: i64,
+    /// When it was published into a stream, in milliseconds of its publisher's clock; 0 elsewhere.
+    #[serde(rename = "p", skip_serializing_if = "is_zero")]
+    pub(crate) published: i64,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde asks by reference")]
+fn is_zero(number: &i64) -> bool {
+    *number == 0
 }
 
 /// The properties that carry what is not payload. `scratch` is reused between messages.
@@ -165,6 +177,26 @@ pub(crate) fn notes(properties: &BasicProperties) -> Notes {
     let hop = hop.and_then(|text| serde_json::from_slice(text).ok()).unwrap_or_default();
     let returned = table.and_then(|table| table.get(DELIVERY_COUNT)).and_then(number).unwrap_or(0);
     Notes { hop, returned: u32::try_from(returned).unwrap_or(u32::MAX) }
+}
+
+/// The place of a message that came from a stream.
+pub(crate) fn offset(properties: &BasicProperties) -> Option<u64> {
+    let table = properties.headers().as_ref().map(FieldTable::inner)?;
+    u64::try_from(table.get(OFFSET).and_then(number)?).ok()
+}
+
+/// A message for nobody.
+pub(crate) fn mark() -> BasicProperties {
+    let mut table = FieldTable::default();
+    table.insert(MARK.into(), AMQPValue::Boolean(true));
+    BasicProperties::default().with_delivery_mode(PERSISTENT).with_message_id(MARK.into()).with_headers(table)
+}
+
+/// Whether it is one for nobody.
+pub(crate) fn is_mark(properties: &BasicProperties) -> bool {
+    let is_named = properties.message_id().as_ref().is_some_and(|id| id.as_str() == MARK);
+    let table = properties.headers().as_ref().map(FieldTable::inner);
+    is_named && table.is_some_and(|table| matches!(table.get(MARK), Some(AMQPValue::Boolean(true))))
 }
 
 pub(crate) fn bytes_of(value: &AMQPValue) -> Option<&[u8]> {
@@ -364,7 +396,7 @@ mod tests {
 
     #[test]
     fn what_happened_in_the_group_is_read_back() {
-        let hop = Hop { failures: 2, deliveries: 5, first: 7, redrives: 1, expires: 9 };
+        let hop = Hop { failures: 2, deliveries: 5, first: 7, redrives: 1, expires: 9, published: 11 };
         let properties = encode(&Message::new("d", "x"), Some(&hop), &mut Vec::new());
         assert_eq!(notes(&properties).hop, hop);
     }

@@ -18,9 +18,17 @@ pub(crate) const FIELDS: &[Field] = &[
         .or("anybroker"),
     Field::choice(
         "queue",
-        "The type of the queues of groups; classic ones count no hand-overs and are not written through.",
-        &["quorum", "classic"],
+        "What keeps messages: a queue for each group (classic ones are not written through), or one stream for all.",
+        &["quorum", "classic", "stream"],
         "quorum",
+    ),
+    Field::duration("stream_max_age", "How long streams it creates keep messages at least; 0s is for ever.", "0s"),
+    Field::integer(
+        "stream_max_mib",
+        "MiB that streams it creates keep at least; 0 is no limit.",
+        0,
+        1_000_000_000,
+        "0",
     ),
     Field::text("admin", "The management plugin's address, such as http://broker:15672, with the same user."),
     Field::duration("heartbeat", "How often a silent connection is checked; it is given up after twice that.", "10s"),
@@ -33,12 +41,13 @@ pub(crate) const FIELDS: &[Field] = &[
     Field::text("tls_key", "A file of this client's private key (PEM, PKCS#8)."),
 ];
 
-/// The type of a group's own queue. What holds letters, waits or says who works is a quorum queue with each: only that goes on
-/// to another queue at least once.
+/// What keeps the messages of a group: a queue of its own, or the stream of the destination. What holds letters, waits or says
+/// who works is a quorum queue with each: only that goes on to another queue at least once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum QueueType {
     Quorum,
     Classic,
+    Stream,
 }
 
 impl QueueType {
@@ -47,11 +56,17 @@ impl QueueType {
         match self {
             Self::Quorum => "quorum",
             Self::Classic => "classic",
+            Self::Stream => "stream",
         }
     }
 
+    /// Whether groups read one log.
+    pub(crate) fn is_log(self) -> bool {
+        self == Self::Stream
+    }
+
     /// Whether the server may bury what expires: a classic queue lets it go before anybody has confirmed it ("Dead Letter
-    /// Exchanges", "Safety").
+    /// Exchanges", "Safety"), and in a stream nothing expires ("Streams", "Feature Comparison").
     pub(crate) fn buries_expired(self) -> bool {
         self == Self::Quorum
     }
@@ -74,6 +89,8 @@ pub(crate) struct Settings {
     pub(crate) vhost: String,
     pub(crate) max_message: u64,
     pub(crate) consumer_timeout: Duration,
+    /// What streams keep at least: seconds and bytes; 0 is for ever.
+    pub(crate) stream_keeps: (u64, u64),
     pub(crate) settle_timeout: Duration,
     pub(crate) user: String,
     pub(crate) password: Secret,
@@ -95,11 +112,19 @@ impl Settings {
             connect_timeout: section.connect_timeout(),
             create_destinations: section.bool("create_destinations"),
             prefix: section.text("prefix").to_owned(),
-            queue: if section.text("queue") == "classic" { QueueType::Classic } else { QueueType::Quorum },
+            queue: match section.text("queue") {
+                "classic" => QueueType::Classic,
+                "stream" => QueueType::Stream,
+                _ => QueueType::Quorum,
+            },
             admin: section.optional_text("admin").map(|admin| admin.trim_end_matches('/').to_owned()),
             vhost: vhost(url.path()),
             max_message: u64::try_from(section.integer("max_message_mib")).unwrap_or(16) * 1_048_576,
             consumer_timeout: section.duration("consumer_timeout"),
+            stream_keeps: (
+                section.duration("stream_max_age").as_micros().div_ceil(1_000_000).try_into().unwrap_or(u64::MAX),
+                u64::try_from(section.integer("stream_max_mib")).unwrap_or(0) * 1_048_576,
+            ),
             settle_timeout: section.duration("settle_timeout"),
             // The server's own defaults, which it takes from the loopback interface only.
             user: url.username().unwrap_or("guest").to_owned(),

@@ -23,6 +23,8 @@ pub(crate) struct Desk {
     pub(crate) settle_timeout: Duration,
     /// The queue of each feed.
     pub(crate) queues: Vec<String>,
+    /// The stream of each feed, where groups read one.
+    pub(crate) streams: Vec<String>,
 }
 
 /// A copy that is to be stored before its source is acked.

@@ -28,6 +28,8 @@ pub(crate) fn failed(operation: &'static str, error: &lapin::Error) -> Error {
         Lapin::ProtocolError(protocol) => {
             let text = protocol.get_message().to_string();
             let kind = match protocol.get_id() {
+                // A stream that a server which has just started does not serve yet: seen on 4.0.5 after a kill.
+                NOT_FOUND if text.contains("is down or inaccessible") => ErrorKind::Unavailable,
                 NOT_FOUND => ErrorKind::NotFound,
                 ACCESS_REFUSED => ErrorKind::PermissionDenied,
                 RESOURCE_LOCKED => ErrorKind::AlreadyExists,

@@ -12,13 +12,16 @@ use lapin::message::Delivery;
 use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions};
 use lapin::types::FieldTable;
 use lapin::{Channel, Consumer};
+use parking_lot::Mutex;
 use tokio::time::Instant;
 
-use crate::codec::{decode, notes};
+use crate::codec::{decode, is_mark, notes, offset};
 use crate::desk::Desk;
 use crate::error::failed;
 use crate::link::{Link, bounded, passes};
 use crate::owner::Owner;
+use crate::progress::Place;
+use crate::reader::{Read, Reader};
 use crate::state::Arrival;
 
 /// How long a request of an attachment may take.
@@ -35,6 +38,8 @@ pub(crate) struct Feed {
     pub(crate) link: Arc<Link>,
     pub(crate) keeps_order: bool,
     pub(crate) prefetch: u16,
+    /// How far this member knows its group to be in the stream.
+    pub(crate) known: Mutex<Option<Place>>,
 }
 
 /// How an attachment ended.
@@ -45,6 +50,8 @@ enum Ended {
     Lost(Error),
     /// It cannot.
     Over(Error),
+    /// It was left to other members, until somebody receives here.
+    Left,
 }
 
 /// One channel, and what consumes on it.
@@ -55,6 +62,8 @@ struct Session {
     /// Set when the server was told to send ahead less than it may, because older messages are out still: the last of them.
     narrow: Option<u64>,
     owner: Option<Owner>,
+    /// What reads the stream, where there is one.
+    reader: Option<Reader>,
 }
 
 impl Feed {
@@ -63,13 +72,17 @@ impl Feed {
         let (mut pause, mut is_degraded) = (FIRST_PAUSE, false);
         loop {
             let ended = match self.attach().await {
-                Ok(session) => {
+                Ok(mut session) => {
                     if is_degraded {
                         shared.tell(SubscriptionEvent::Recovered);
                     }
                     (pause, is_degraded) = (FIRST_PAUSE, false);
                     let lane = session.lane;
-                    let ended = self.serve(session).await;
+                    let ended = self.serve(&mut session).await;
+                    if let Some(reader) = &session.reader {
+                        *self.known.lock() = shared.place(self.index, reader.began()).map(|(_, place)| place);
+                    }
+                    drop(session);
                     shared.detach(self.index);
                     if self.keeps_order && !matches!(ended, Ended::Closed) {
                         shared.tell(SubscriptionEvent::Lost { lane });
@@ -81,6 +94,24 @@ impl Feed {
             };
             match ended {
                 Ended::Closed => break,
+                Ended::Left => {
+                    let mut closing = shared.closing.subscribe();
+                    loop {
+                        let changed = shared.changed.notified();
+                        tokio::pin!(changed);
+                        changed.as_mut().enable();
+                        if !shared.is_resting() || closing.borrow_and_update().is_some() {
+                            break;
+                        }
+                        tokio::select! {
+                            () = &mut changed => {}
+                            _ = closing.changed() => {}
+                        }
+                    }
+                    if closing.borrow().is_some() {
+                        break;
+                    }
+                }
                 Ended::Over(error) => {
                     shared.fail(error);
                     break;
@@ -101,7 +132,7 @@ impl Feed {
         shared.working.send_modify(|working| *working -= 1);
     }
 
-    fn queue(&self) -> &str {
+    pub(crate) fn queue(&self) -> &str {
         &self.desk.queues[self.index as usize]
     }
 
@@ -113,10 +144,10 @@ impl Feed {
             false => None,
         };
         let lane = self.desk.shared.attach(self.index, Arc::clone(&channel));
-        Ok(Session { channel, lane, consumer: None, narrow: None, owner })
+        Ok(Session { channel, lane, consumer: None, narrow: None, owner, reader: None })
     }
 
-    async fn serve(&self, mut session: Session) -> Ended {
+    async fn serve(&self, session: &mut Session) -> Ended {
         let shared = &self.desk.shared;
         let mut closing = shared.closing.subscribe();
         let tick = (shared.lease / 20).clamp(Duration::from_millis(10), Duration::from_millis(500));
@@ -128,8 +159,8 @@ impl Feed {
             if closing.borrow_and_update().is_some() {
                 return self.close(session).await;
             }
-            if let Err(error) = self.adjust(&mut session).await {
-                return self.ended(error, &session).await;
+            if let Err(error) = self.adjust(session).await {
+                return self.ended(error, session).await;
             }
             if looked.elapsed() >= tick {
                 looked = Instant::now();
@@ -138,11 +169,24 @@ impl Feed {
                 {
                     return Ended::Lost(self.gone());
                 }
+                if session.reader.is_some() && shared.is_idle(self.index) {
+                    self.leave(session, Instant::now() + REQUEST).await;
+                    return Ended::Left;
+                }
             }
+            let due = session.reader.as_mut().and_then(|reader| reader.note(shared, self.index));
+            let wake = due.map_or(looked + tick, |due| due.min(looked + tick));
             tokio::select! {
                 next = next(&mut session.consumer) => {
-                    if let Err(error) = self.take_in(next, &mut session) {
-                        return self.ended(error, &session).await;
+                    if let Err(error) = self.take_in(next, session) {
+                        return self.ended(error, session).await;
+                    }
+                }
+                read = read(&mut session.reader) => {
+                    if let Read::Came(next) = read
+                        && let Err(error) = self.take_from_stream(next, session)
+                    {
+                        return self.ended(error, session).await;
                     }
                 }
                 gained = gained(&mut session.owner) => match gained {
@@ -150,11 +194,11 @@ impl Feed {
                         let name = self.queue().to_owned();
                         shared.tell(SubscriptionEvent::Assigned { lane: session.lane, name });
                     }
-                    Err(error) => return self.ended(error, &session).await,
+                    Err(error) => return self.ended(error, session).await,
                 },
                 () = &mut changed => {}
                 _ = closing.changed() => {}
-                () = tokio::time::sleep_until(looked + tick) => {}
+                () = tokio::time::sleep_until(wake) => {}
             }
         }
     }
@@ -176,7 +220,13 @@ impl Feed {
             shared.surrender(self.index);
         }
         if session.consumer.is_none() && is_wanted && self.keeps_order {
-            return self.take_over(session).await;
+            self.take_over(session).await?;
+            if let (Some(stream), Some(owner)) = (self.desk.streams.get(self.index as usize), &session.owner) {
+                let reader = Reader::open(self, stream, &session.channel, owner.channel(), deadline).await?;
+                shared.begin_log(self.index, reader.began().from());
+                session.reader = Some(reader);
+            }
+            return Ok(());
         }
         if session.consumer.is_none() && is_wanted {
             let (unacked, last) = shared.unacked(self.index);
@@ -236,7 +286,7 @@ impl Feed {
         bounded("receive", deadline, cancelling).await?;
         loop {
             match tokio::time::timeout_at(deadline, consumer.next()).await {
-                Ok(Some(Ok(delivery))) => self.arrive(delivery),
+                Ok(Some(Ok(delivery))) => self.arrive(delivery, None),
                 Ok(Some(Err(error))) => return Err(failed("receive", &error)),
                 Ok(None) => return Ok(()),
                 Err(_) => return Err(self.gone()),
@@ -249,7 +299,7 @@ impl Feed {
         for _ in 0..BURST {
             match next {
                 None => return Ok(()),
-                Some(Some(Ok(delivery))) => self.arrive(delivery),
+                Some(Some(Ok(delivery))) => self.arrive(delivery, None),
                 Some(Some(Err(error))) => return Err(failed("receive", &error)),
                 // The server has cancelled it, or the channel is gone.
                 Some(None) => return Err(self.gone()),
@@ -257,19 +307,46 @@ impl Feed {
             next = session.consumer.as_mut().and_then(|consumer| consumer.next().now_or_never());
         }
         if let Some(Some(Ok(delivery))) = next {
-            self.arrive(delivery);
+            self.arrive(delivery, None);
         }
         Ok(())
     }
 
-    fn arrive(&self, delivery: Delivery) {
+    fn take_from_stream(&self, first: Option<lapin::Result<Delivery>>, session: &mut Session) -> Result<()> {
+        let Some(reader) = &mut session.reader else { return Ok(()) };
+        let mut next = Some(first);
+        for left in (0..BURST).rev() {
+            match next {
+                None => break,
+                Some(Some(Ok(delivery))) => match offset(&delivery.properties) {
+                    Some(offset) if !reader.began().is_settled(offset) && !is_mark(&delivery.properties) => {
+                        self.arrive(delivery, Some(offset));
+                    }
+                    told => {
+                        // Nobody's; an ack is the server's leave to send another one.
+                        ack_alone(&session.channel, delivery.delivery_tag);
+                        if let Some(offset) = told {
+                            self.desk.shared.passed(self.index, offset);
+                        }
+                    }
+                },
+                Some(Some(Err(error))) => return Err(failed("receive", &error)),
+                Some(None) => return Err(self.gone()),
+            }
+            next = if left > 0 { reader.ready() } else { None };
+        }
+        Ok(())
+    }
+
+    fn arrive(&self, delivery: Delivery, offset: Option<u64>) {
         let noted = notes(&delivery.properties);
         let destination = self.desk.shared.lock().feeds[self.index as usize].destination.clone();
         let message = decode(&destination, &delivery.properties, Bytes::from(delivery.data));
         // A classic queue tells only that it was handed out before.
         let told = if self.desk.topology.queue.counts() { noted.returned } else { u32::from(delivery.redelivered) };
         let delivered = told.saturating_add(1);
-        let arrival = Arrival { feed: self.index, tag: delivery.delivery_tag, message, hop: noted.hop, delivered };
+        let (feed, tag, hop) = (self.index, delivery.delivery_tag, noted.hop);
+        let arrival = Arrival { feed, tag, message, hop, offset, delivered };
         if let Some(over) = self.desk.shared.arrive(arrival) {
             let verdict = Verdict::new(Reason::Expired);
             tokio::spawn(Arc::clone(&self.desk).bury(over, verdict));
@@ -277,19 +354,24 @@ impl Feed {
     }
 
     /// Why an attachment ended: a queue that is gone is told apart from a connection that is.
-    async fn ended(&self, error: Error, session: &Session) -> Ended {
+    async fn ended(&self, error: Error, session: &mut Session) -> Ended {
         if matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::Unauthenticated | ErrorKind::Closed) {
             return Ended::Over(error);
         }
         if session.channel.status().connected() || error.kind() == ErrorKind::NotFound {
             let deadline = Instant::now() + REQUEST;
+            let (destination, group) = {
+                let state = self.desk.shared.lock();
+                let own = &state.feeds[self.index as usize];
+                (own.destination.clone(), own.group.clone())
+            };
             if let Ok(None) = self.desk.topology.look(self.queue(), "receive", deadline).await {
-                let (destination, group) = {
-                    let state = self.desk.shared.lock();
-                    let own = &state.feeds[self.index as usize];
-                    (own.destination.clone(), own.group.clone())
-                };
                 return Ended::Over(crate::topology::missing("receive", &destination, Some(&group)));
+            }
+            if let Some(stream) = self.desk.streams.get(self.index as usize)
+                && let Ok(None) = self.desk.topology.look(stream, "receive", deadline).await
+            {
+                return Ended::Over(crate::topology::missing("receive", &destination, None));
             }
         }
         // A channel that stands still must not keep messages from the next one.
@@ -300,7 +382,7 @@ impl Feed {
     /// Gives everything back: the server takes what is unacked when the channel closes, in order. Of a channel that closes it
     /// drops the acks that it has not passed to the queue yet (more than 32 at once wait); cancelling the consumer passes
     /// them (`rabbit_fifo_client:settle/3` and `cancel_checkout/3` of 4.0.5). So that comes after the last ack.
-    async fn close(&self, mut session: Session) -> Ended {
+    async fn close(&self, session: &mut Session) -> Ended {
         let shared = &self.desk.shared;
         let deadline = shared.closing.borrow().unwrap_or_else(Instant::now);
         loop {
@@ -311,14 +393,21 @@ impl Feed {
                 break;
             }
         }
-        let _ = self.stop(&mut session, deadline).await;
+        self.leave(session, deadline).await;
+        Ended::Closed
+    }
+
+    async fn leave(&self, session: &mut Session, deadline: Instant) {
+        let _ = self.stop(session, deadline).await;
+        if let Some(reader) = &mut session.reader {
+            reader.finish(&self.desk.shared, self.index, deadline).await;
+        }
         if session.channel.status().connected() {
             let _ = tokio::time::timeout_at(deadline, session.channel.close(200, "closed".into())).await;
         }
         if let Some(owner) = session.owner.take() {
             owner.release(deadline).await;
         }
-        Ended::Closed
     }
 }
 
@@ -326,6 +415,14 @@ impl Feed {
 async fn next(consumer: &mut Option<Consumer>) -> Option<lapin::Result<Delivery>> {
     match consumer {
         Some(consumer) => consumer.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The next message of a stream; never, without one.
+async fn read(reader: &mut Option<Reader>) -> Read {
+    match reader {
+        Some(reader) => reader.next().await,
         None => std::future::pending().await,
     }
 }

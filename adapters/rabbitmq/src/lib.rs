@@ -1,4 +1,5 @@
-//! RabbitMQ adapter of AnyBroker: a fanout exchange for each destination, a quorum queue for each group.
+//! RabbitMQ adapter of AnyBroker: a fanout exchange for each destination, and a quorum queue for each group (or a classic one,
+//! or one stream for all groups).
 //!
 //! What the words of the contract mean here, what is refused, and what is needed of the server: see the README beside
 //! this crate.
@@ -17,10 +18,13 @@ mod link;
 mod names;
 mod outlet;
 mod owner;
+mod progress;
 mod publisher;
+mod reader;
 mod reading;
 mod settle;
 mod state;
+mod stream;
 mod subscription;
 mod topology;
 

@@ -33,6 +33,16 @@ impl Names {
         name_of(exchange.strip_prefix(&self.prefix)?.strip_prefix('.')?).map(Destination::from)
     }
 
+    /// The stream of the destination with that exchange.
+    pub(crate) fn stream(exchange: &str) -> String {
+        format!("{exchange}=stream")
+    }
+
+    /// An exchange to which nobody publishes: its bindings tell the groups that read the stream of that exchange.
+    pub(crate) fn readers(exchange: &str) -> String {
+        format!("{exchange}=readers")
+    }
+
     /// The queue of a group. `=g=`, and what follows `=` below, come out of no name.
     pub(crate) fn queue(&self, destination: &Destination, group: &Group) -> String {
         format!("{}.{}=g={}", self.prefix, token(destination), token(group))
@@ -51,6 +61,16 @@ impl Names {
     /// Where the members of the group with that queue agree who works under order.
     pub(crate) fn owner(queue: &str) -> String {
         format!("{queue}=owner")
+    }
+
+    /// How far the group with that queue is in its stream.
+    pub(crate) fn progress(queue: &str) -> String {
+        format!("{queue}=progress")
+    }
+
+    /// Whoever consumes from it looks at the progress of the group with that queue.
+    pub(crate) fn turn(queue: &str) -> String {
+        format!("{queue}=turn")
     }
 
     /// The queue in which messages for `of` (an exchange or a group's queue) wait, of one range of delays.
@@ -89,7 +109,10 @@ mod tests {
             let queue = all.queue(&name.as_str().into(), &long.as_str().into());
             assert!(Names::waiting(&queue, "1234567890").len() <= 255, "{queue}");
             assert!(all.destination(&queue).is_none());
+            assert!(Names::progress(&queue).len() <= 255 && Names::turn(&queue).len() <= 255, "{queue}");
             let exchange = all.exchange(&name.as_str().into());
+            assert!(all.destination(&Names::stream(&exchange)).is_none());
+            assert!(all.destination(&Names::readers(&exchange)).is_none());
             assert!(all.destination(&exchange).is_some_and(|told| told == *name) || exchange.contains("=h"), "{name}");
             assert!(seen.insert(queue), "{name}");
         }
@@ -104,6 +127,7 @@ mod tests {
             let queue = all.queue(&destination.into(), &group.into());
             assert!(seen.insert(all.exchange(&destination.into())) || destination == "a");
             assert!(seen.insert(Names::letters(&queue)) && seen.insert(Names::owner(&queue)));
+            assert!(seen.insert(Names::progress(&queue)) && seen.insert(Names::turn(&queue)));
             assert!(seen.insert(Names::waiting(&queue, "1")) && seen.insert(queue));
         }
     }

@@ -79,6 +79,11 @@ impl Owner {
         })
     }
 
+    /// The channel of its stand: when it is gone, somebody else may be next, and no sooner.
+    pub(crate) fn channel(&self) -> &Channel {
+        &self.channel
+    }
+
     /// How much earlier members may have held, and this one may.
     pub(crate) fn most_held(&self) -> u16 {
         self.token.map_or(0, |(_, told)| told).max(self.prefetch)

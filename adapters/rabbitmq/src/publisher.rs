@@ -110,10 +110,11 @@ impl Publisher {
                 named.push((message.id().clone(), Arc::clone(&route), destination.clone()));
             }
         }
+        let is_log = self.topology.queue.is_log();
         Confirms::waiting(async move {
             board.wait(deadline).await;
             let outcome = |(index, (id, route, destination)): (usize, (_, Arc<Route>, _))| {
-                outcome(board.take(index, "publish"), &route).map_err(|error| {
+                outcome(board.take(index, "publish"), &route, is_log).map_err(|error| {
                     error
                         .with("id", &id as &anybroker_core::MessageId)
                         .with("destination", &destination as &Destination)
@@ -136,11 +137,15 @@ impl Publisher {
             ensured.map_err(|error| error.with_effect(Effect::NotDone))?;
             route.is_known.store(true, Ordering::Release);
         }
-        let expires = message.ttl().map(|ttl| {
-            let begins = message.delay().unwrap_or_default();
-            Hop { expires: Timestamp::now().after(begins.saturating_add(ttl)).as_millis(), ..Hop::default() }
+        let begins = message.delay().unwrap_or_default();
+        let after = |wait: Duration| Timestamp::now().after(begins.saturating_add(wait)).as_millis();
+        let is_log = self.topology.queue.is_log();
+        let hop = (message.ttl().is_some() || is_log).then(|| Hop {
+            expires: message.ttl().map_or(0, after),
+            published: if is_log { after(Duration::ZERO) } else { 0 },
+            ..Hop::default()
         });
-        let mut properties = encode(message, expires.as_ref(), scratch);
+        let mut properties = encode(message, hop.as_ref(), scratch);
         let payload = message.payload().cloned().unwrap_or_default();
         let delay = message.delay().filter(|delay| !delay.is_zero());
         let (exchange, routing_key) = match delay {
@@ -168,9 +173,15 @@ pub(crate) fn expiration(wait: Duration) -> lapin::types::ShortString {
     millis(wait).min(u64::from(u32::MAX)).to_string().as_str().into()
 }
 
-fn outcome(answer: Answer, route: &Route) -> PublishOutcome {
+fn outcome(answer: Answer, route: &Route, is_log: bool) -> PublishOutcome {
     match answer {
         Answer::Stored => Ok(Receipt { position: None, duplicate: false }),
+        Answer::Unroutable if is_log => {
+            // Deleted underneath: the next publish looks again.
+            route.is_known.store(false, Ordering::Release);
+            let text = "the destination has no stream any more";
+            Err(Error::new(ErrorKind::NotFound, "publish", text).with_effect(Effect::NotDone))
+        }
         Answer::Unroutable => {
             let text = "the destination has no group, and nothing is kept before one exists; declare a group first";
             Err(Error::new(ErrorKind::NotFound, "publish", text).with_effect(Effect::NotDone))

@@ -60,7 +60,7 @@ impl Settler for RabbitSettler {
         }
         let keys: Vec<_> = acks.iter().map(|(_, _, key)| *key).collect();
         for ((index, delivery, _), is_sent) in acks.into_iter().zip(self.desk.shared.ack(&keys)) {
-            outcomes[index] = Some(if is_sent { Ok(AckLevel::Sent) } else { Err(stale(delivery)) });
+            outcomes[index] = Some(if is_sent { Ok(ack_level(&self.desk)) } else { Err(stale(delivery)) });
         }
         if stored_first.is_empty() {
             return Settling::ready(outcomes.into_iter().flatten().collect());
@@ -89,6 +89,11 @@ impl Settler for RabbitSettler {
     }
 }
 
+/// An ack of what is in a stream is noted here, and stored on the server a moment later.
+fn ack_level(desk: &Desk) -> AckLevel {
+    if desk.topology.queue.is_log() { AckLevel::Recorded } else { AckLevel::Sent }
+}
+
 /// Stores copies and dead letters; the sources of those that are confirmed are then acked.
 async fn store(desk: &Arc<Desk>, jobs: Vec<Job>) -> Vec<(usize, SettleOutcome)> {
     let deadline = Instant::now() + desk.settle_timeout;
@@ -111,7 +116,7 @@ async fn store(desk: &Arc<Desk>, jobs: Vec<Job>) -> Vec<(usize, SettleOutcome)> 
     }
     let keys: Vec<_> = stored.iter().map(|job| job.taken.key).collect();
     for (job, is_sent) in stored.into_iter().zip(desk.shared.ack(&keys)) {
-        outcomes.push((job.index, if is_sent { Ok(AckLevel::Sent) } else { Err(stored_and_stale(job.delivery)) }));
+        outcomes.push((job.index, if is_sent { Ok(ack_level(desk)) } else { Err(stored_and_stale(job.delivery)) }));
     }
     outcomes
 }

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::{
-    Delivery, DeliveryContext, DeliveryFacts, Destination, Error, Group, Lane, Message, Received, SubscriptionEvent,
-    Timestamp, Token,
+    Delivery, DeliveryContext, DeliveryFacts, Destination, Error, Group, Lane, Message, Position, Received,
+    SubscriptionEvent, Timestamp, Token,
 };
 use futures_util::FutureExt;
 use lapin::Channel;
@@ -20,6 +20,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 use crate::codec::Hop;
+use crate::progress::Place;
 
 /// Shared by the subscription, its feeds and its settler.
 pub(crate) struct Shared {
@@ -66,15 +67,35 @@ pub(crate) struct FeedState {
     most_out: usize,
     epoch: u32,
     channel: Option<Arc<Channel>>,
+    /// What came of the stream, while one is read.
+    log: Option<Log>,
     ready: BTreeMap<u64, u32>,
     /// Everything that is unacked on the channel.
     unacked: BTreeMap<u64, u32>,
 }
 
+/// What came of a stream.
+#[derive(Debug, Clone, Copy)]
+struct Log {
+    /// The offset behind the last message that came.
+    next: u64,
+    /// The offset behind the last one that was settled.
+    settled_to: u64,
+    /// How many were settled.
+    settled: u64,
+}
+
+impl Log {
+    fn settle(&mut self, offset: u64) {
+        self.settled += 1;
+        self.settled_to = self.settled_to.max(offset + 1);
+    }
+}
+
 impl FeedState {
     pub(crate) fn new(destination: Destination, group: Group, keeps_order: bool, most_out: usize) -> Self {
-        let (epoch, channel, ready, unacked) = Default::default();
-        Self { destination, group, keeps_order, most_out, epoch, channel, ready, unacked }
+        let (epoch, channel, log, ready, unacked) = Default::default();
+        Self { destination, group, keeps_order, most_out, epoch, channel, log, ready, unacked }
     }
 
     fn is_full(&self) -> bool {
@@ -95,6 +116,8 @@ struct Entry {
     tag: u64,
     message: Arc<Message>,
     hop: Hop,
+    /// Its place in the stream, where it came from one.
+    offset: Option<u64>,
     /// How often the server has handed it out since it was stored, this time included.
     delivered: u32,
     arrived_at: Timestamp,
@@ -115,6 +138,7 @@ impl Entry {
         let deliveries = is_counted.then(|| self.deliveries().max(attempt));
         (facts.attempt, facts.deliveries, facts.lane) = (attempt, deliveries, lane);
         facts.lease_until = Some(lease_until);
+        facts.position = self.offset.map(Position::new);
         facts
     }
 }
@@ -125,7 +149,17 @@ pub(crate) struct Arrival {
     pub(crate) tag: u64,
     pub(crate) message: Message,
     pub(crate) hop: Hop,
+    pub(crate) offset: Option<u64>,
     pub(crate) delivered: u32,
+}
+
+/// What a member has of a stream.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Share {
+    /// The offset behind the last message that came.
+    pub(crate) next: u64,
+    pub(crate) ready: u64,
+    pub(crate) out: u64,
 }
 
 /// Slot and generation: an entry, and no other that takes its slot later.
@@ -200,7 +234,7 @@ impl Shared {
     pub(crate) fn detach(&self, feed: u32) {
         let mut state = self.lock();
         let own = &mut state.feeds[feed as usize];
-        own.channel = None;
+        (own.channel, own.log) = (None, None);
         own.ready.clear();
         let gone: Vec<u32> = std::mem::take(&mut own.unacked).into_values().collect();
         for slot in gone {
@@ -221,6 +255,7 @@ impl Shared {
             tag: arrival.tag,
             message: Arc::new(arrival.message),
             hop: arrival.hop,
+            offset: arrival.offset,
             delivered: arrival.delivered,
             arrived_at: now,
             again: 0,
@@ -230,6 +265,9 @@ impl Shared {
         let key = state.insert(entry);
         let own = &mut state.feeds[arrival.feed as usize];
         own.unacked.insert(arrival.tag, key.0);
+        if let (Some(offset), Some(log)) = (arrival.offset, &mut own.log) {
+            log.next = offset + 1;
+        }
         if is_over {
             return state.take(key);
         }
@@ -413,7 +451,65 @@ impl Shared {
     pub(crate) fn prefetched(&self, destination: &Destination, group: &Group) -> u64 {
         let state = self.lock();
         let own = state.feeds.iter().filter(|feed| feed.destination == *destination && feed.group == *group);
-        own.map(|feed| feed.ready.len() as u64).sum()
+        let is_queued = |slot: &&u32| state.entry_at(**slot).is_some_and(|entry| entry.offset.is_none());
+        own.map(|feed| feed.ready.values().filter(is_queued).count() as u64).sum()
+    }
+
+    /// What this member has of the destination's stream; `None` when it does not read it.
+    pub(crate) fn share(&self, destination: &Destination, group: &Group) -> Option<Share> {
+        let state = self.lock();
+        let own = state.feeds.iter().find(|feed| feed.destination == *destination && feed.group == *group)?;
+        let mut share = Share { next: own.log?.next, ready: 0, out: 0 };
+        let entries = own.unacked.values().filter_map(|slot| state.entry_at(*slot));
+        for entry in entries.filter(|entry| entry.offset.is_some()) {
+            match entry.phase {
+                Phase::Ready => share.ready += 1,
+                Phase::Out { .. } | Phase::Settling { .. } => share.out += 1,
+            }
+        }
+        Some(share)
+    }
+
+    /// The feed reads its stream from that offset on.
+    pub(crate) fn begin_log(&self, feed: u32, from: u64) {
+        self.lock().feeds[feed as usize].log = Some(Log { next: from, settled_to: 0, settled: 0 });
+    }
+
+    /// A message of the stream is nobody's.
+    pub(crate) fn passed(&self, feed: u32, offset: u64) {
+        if let Some(log) = &mut self.lock().feeds[feed as usize].log {
+            log.next = offset + 1;
+            log.settle(offset);
+        }
+    }
+
+    /// How many messages of the stream were settled.
+    pub(crate) fn settled(&self, feed: u32) -> u64 {
+        self.lock().feeds[feed as usize].log.map_or(0, |log| log.settled)
+    }
+
+    /// What of the stream is settled, and how many that are since `began`. A channel numbers what it delivers, and a stream
+    /// is delivered in order: so are offsets of what is unacked.
+    pub(crate) fn place(&self, feed: u32, began: &Place) -> Option<(u64, Place)> {
+        let state = self.lock();
+        let own = &state.feeds[feed as usize];
+        let log = own.log?;
+        let next = log.settled_to.max(began.next);
+        let offset = |slot: &u32| state.entry_at(*slot)?.offset;
+        let mut open: Vec<u64> = own.unacked.values().filter_map(offset).take_while(|offset| *offset < next).collect();
+        // What was open when it began and has not come yet.
+        open.extend(began.open.iter().filter(|offset| **offset >= log.next));
+        Some((log.settled, Place { group: began.group, next, open }))
+    }
+
+    /// Whether the feed may leave its stream to another member: nobody is to receive here, and nothing is out.
+    pub(crate) fn is_idle(&self, feed: u32) -> bool {
+        if !self.is_resting() {
+            return false;
+        }
+        let state = self.lock();
+        let mut entries = state.feeds[feed as usize].unacked.values().filter_map(|slot| state.entry_at(*slot));
+        entries.all(|entry| entry.phase == Phase::Ready)
     }
 
     /// Whether what is prefetched should rather go to others: paused, or nobody has received for long.
@@ -456,12 +552,19 @@ impl State {
         slot.entry.as_mut()
     }
 
+    fn entry_at(&self, slot: u32) -> Option<&Entry> {
+        self.slots[slot as usize].entry.as_ref()
+    }
+
     fn remove(&mut self, slot: u32) -> Option<Entry> {
         let entry = self.slots[slot as usize].entry.take()?;
         self.free.push(slot);
         let own = &mut self.feeds[entry.feed as usize];
         own.ready.remove(&entry.tag);
         own.unacked.remove(&entry.tag);
+        if let (Some(offset), Some(log)) = (entry.offset, &mut own.log) {
+            log.settle(offset);
+        }
         Some(entry)
     }
 

@@ -7,6 +7,7 @@ use anybroker_core::{
     DeliveryContext, Error, ErrorKind, Order, Received, Result, SubscribeSpec, Subscription, TopologyMode,
 };
 use async_trait::async_trait;
+use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::time::Instant;
 
@@ -14,6 +15,7 @@ use crate::config::Settings;
 use crate::desk::Desk;
 use crate::feed::Feed;
 use crate::link::Link;
+use crate::names::Names;
 use crate::outlet::Outlet;
 use crate::settle::RabbitSettler;
 use crate::state::{FeedState, Shared};
@@ -35,14 +37,18 @@ impl RabbitSubscription {
         link: &Arc<Link>,
         copies: &Arc<Outlet>,
     ) -> Result<Self> {
-        let keeps_order = spec.order != Order::None;
+        let is_log = settings.queue.is_log();
+        // One member reads a stream, as if order was asked for.
+        let keeps_order = is_log || spec.order != Order::None;
         let share = (spec.max_in_flight / spec.destinations.len()).max(1);
         let prefetch = u16::try_from(share).unwrap_or(u16::MAX);
-        let (mut queues, mut feeds) = (Vec::new(), Vec::new());
+        let (mut queues, mut streams, mut feeds) = (Vec::new(), Vec::new(), Vec::new());
         for destination in &spec.destinations {
             let group = &spec.group;
             match spec.topology {
-                TopologyMode::Declare => drop(topology.ensure_group(destination, group, "subscribe").await?),
+                TopologyMode::Declare => {
+                    topology.ensure_group(destination, group, spec.start, "subscribe").await?;
+                }
                 TopologyMode::Verify => {
                     topology.ensure(destination, false, "subscribe", Instant::now() + DROPPED).await?;
                     topology.expect_group(destination, group, "subscribe").await?;
@@ -51,6 +57,9 @@ impl RabbitSubscription {
             }
             feeds.push(FeedState::new(destination.clone(), group.clone(), keeps_order, share));
             queues.push(topology.names.queue(destination, group));
+            if is_log {
+                streams.push(Names::stream(&topology.names.exchange(destination)));
+            }
         }
         let count = u32::try_from(queues.len()).unwrap_or(u32::MAX);
         let shared = Arc::new(Shared::new(spec.lease, settings.queue.counts(), feeds));
@@ -60,12 +69,14 @@ impl RabbitSubscription {
             shared: Arc::clone(&shared),
             settle_timeout: settings.settle_timeout,
             queues,
+            streams,
         });
         let settler = RabbitSettler { desk: Arc::clone(&desk), runtime: Handle::current() };
         let context = DeliveryContext::new(spec.group.clone(), spec.max_attempts, Arc::new(settler));
         for index in 0..count {
             let (desk, link) = (Arc::clone(&desk), Arc::clone(link));
-            tokio::spawn(Feed { index, desk, link, keeps_order, prefetch }.run());
+            let known = Mutex::default();
+            tokio::spawn(Feed { index, desk, link, keeps_order, prefetch, known }.run());
         }
         Ok(Self { shared, context })
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anybroker_core::{
     Declared, Description, Destination, Error, ErrorKind, Figure, Group, GroupDescription, Lag, Precision, Result,
-    TopologySpec,
+    Start, TopologySpec,
 };
 use lapin::options::{
     ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
@@ -21,11 +21,12 @@ use crate::config::{QueueType, Settings};
 use crate::delay::Range;
 use crate::link::{Link, bounded};
 use crate::names::Names;
+use crate::state::Share;
 
 /// How long a request about topology may take.
-const REQUEST: Duration = Duration::from_secs(20);
+pub(crate) const REQUEST: Duration = Duration::from_secs(20);
 /// The argument of a binding that holds the group's own name.
-const GROUP: &str = "anybroker-group";
+pub(crate) const GROUP: &str = "anybroker-group";
 
 pub(crate) struct Topology {
     pub(crate) names: Names,
@@ -34,11 +35,13 @@ pub(crate) struct Topology {
     /// The type of groups' queues.
     pub(crate) queue: QueueType,
     consumer_timeout: Duration,
+    /// What streams keep at least: seconds and bytes.
+    pub(crate) stream_keeps: (u64, u64),
     /// Queues of waiting messages that were declared on this connection.
     waiting: Mutex<HashSet<String>>,
 }
 
-fn text(value: &str) -> AMQPValue {
+pub(crate) fn text(value: &str) -> AMQPValue {
     AMQPValue::LongString(LongString::from(value))
 }
 
@@ -48,10 +51,10 @@ fn text(value: &str) -> AMQPValue {
 const DELIVERY_LIMIT: i64 = 1_000_000_000;
 /// How long a new quorum queue is left alone. The server writes its name down some time after it answers: one that is killed
 /// before has lost the queue with all that it has confirmed ("configured member of queue … was not found on this node").
-const SETTLES: Duration = Duration::from_secs(1);
+pub(crate) const SETTLES: Duration = Duration::from_secs(1);
 
 /// A quorum queue that never buries a message by itself.
-fn quorum() -> FieldTable {
+pub(crate) fn quorum() -> FieldTable {
     let mut arguments = FieldTable::default();
     arguments.insert("x-queue-type".into(), text("quorum"));
     arguments.insert("x-delivery-limit".into(), AMQPValue::LongLongInt(DELIVERY_LIMIT));
@@ -85,21 +88,27 @@ impl Topology {
             admin: Admin::new(settings)?,
             queue: settings.queue,
             consumer_timeout: settings.consumer_timeout,
+            stream_keeps: settings.stream_keeps,
             waiting: Mutex::default(),
         })
     }
 
-    async fn channel(&self, operation: &'static str, deadline: Instant) -> Result<Channel> {
+    pub(crate) async fn channel(&self, operation: &'static str, deadline: Instant) -> Result<Channel> {
         self.link.channel_until(operation, deadline).await
     }
 
-    async fn make_exchange(channel: &Channel, name: &str, operation: &'static str, deadline: Instant) -> Result<()> {
+    pub(crate) async fn make_exchange(
+        channel: &Channel,
+        name: &str,
+        operation: &'static str,
+        deadline: Instant,
+    ) -> Result<()> {
         let options = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
         let request = channel.exchange_declare(name.into(), ExchangeKind::Fanout, options, FieldTable::default());
         bounded(operation, deadline, request).await
     }
 
-    async fn make_queue(
+    pub(crate) async fn make_queue(
         channel: &Channel,
         name: &str,
         arguments: FieldTable,
@@ -131,6 +140,14 @@ impl Topology {
         Ok(found.map(|queue| (u64::from(queue.message_count()), queue.consumer_count())))
     }
 
+    /// Whether the destination with that exchange is there, with its stream where it is to have one.
+    async fn is_there(&self, exchange: &str, operation: &'static str, deadline: Instant) -> Result<bool> {
+        if self.queue.is_log() && self.look(&Names::stream(exchange), operation, deadline).await?.is_none() {
+            return Ok(false);
+        }
+        self.has_exchange(exchange, operation, deadline).await
+    }
+
     /// Makes sure that a destination is there: creates it, or finds it.
     pub(crate) async fn ensure(
         &self,
@@ -141,10 +158,16 @@ impl Topology {
     ) -> Result<()> {
         let exchange = self.names.exchange(destination);
         if creates {
+            if self.queue.is_log() {
+                if !self.ensure_stream(&exchange, operation, deadline).await? {
+                    tokio::time::sleep(SETTLES).await;
+                }
+                return Ok(());
+            }
             let channel = self.channel(operation, deadline).await?;
             return Self::make_exchange(&channel, &exchange, operation, deadline).await;
         }
-        match self.has_exchange(&exchange, operation, deadline).await? {
+        match self.is_there(&exchange, operation, deadline).await? {
             true => Ok(()),
             false => Err(missing(operation, destination, None)),
         }
@@ -155,9 +178,13 @@ impl Topology {
         &self,
         destination: &Destination,
         group: &Group,
+        start: Start,
         operation: &'static str,
     ) -> Result<Declared> {
         let deadline = Instant::now() + REQUEST;
+        if self.queue.is_log() {
+            return self.ensure_reader(destination, group, start, operation, deadline).await;
+        }
         let (exchange, queue) = (self.names.exchange(destination), self.names.queue(destination, group));
         let existed = self.look(&queue, operation, deadline).await?.is_some();
         let channel = self.channel(operation, deadline).await?;
@@ -166,22 +193,38 @@ impl Topology {
         let letters = Names::letters(&queue);
         Self::make_queue(&channel, &letters, quorum(), operation, deadline).await?;
         let mut arguments = match self.queue {
-            QueueType::Quorum => forwarding(quorum(), "", &letters),
+            QueueType::Quorum | QueueType::Stream => forwarding(quorum(), "", &letters),
             QueueType::Classic => classic(&letters),
         };
-        let timeout = i64::try_from(self.consumer_timeout.as_millis()).unwrap_or(i64::MAX);
-        arguments.insert("x-consumer-timeout".into(), AMQPValue::LongLongInt(timeout));
+        self.bounds_deliveries(&mut arguments);
         Self::make_queue(&channel, &queue, arguments, operation, deadline).await?;
-        let mut own = FieldTable::default();
-        own.insert(GROUP.into(), text(group));
-        let options = QueueBindOptions::default();
-        let binding = channel.queue_bind(queue.as_str().into(), exchange.as_str().into(), "".into(), options, own);
-        bounded(operation, deadline, binding).await?;
+        Self::bind_group(&channel, (&queue, &exchange), group, operation, deadline).await?;
         if existed {
             return Ok(Declared::Existed);
         }
         tokio::time::sleep(SETTLES).await;
         Ok(Declared::Created)
+    }
+
+    /// How long a delivery of a group's queue may be out.
+    pub(crate) fn bounds_deliveries(&self, arguments: &mut FieldTable) {
+        let timeout = i64::try_from(self.consumer_timeout.as_millis()).unwrap_or(i64::MAX);
+        arguments.insert("x-consumer-timeout".into(), AMQPValue::LongLongInt(timeout));
+    }
+
+    /// Binds a group's queue, under the group's own name.
+    pub(crate) async fn bind_group(
+        channel: &Channel,
+        (queue, exchange): (&str, &str),
+        group: &Group,
+        operation: &'static str,
+        deadline: Instant,
+    ) -> Result<()> {
+        let mut own = FieldTable::default();
+        own.insert(GROUP.into(), text(group));
+        let options = QueueBindOptions::default();
+        let binding = channel.queue_bind(queue.into(), exchange.into(), "".into(), options, own);
+        bounded(operation, deadline, binding).await
     }
 
     /// The queue where the members of a group that keep order agree who works: whoever holds a message of it. It has one
@@ -229,10 +272,10 @@ impl Topology {
     pub(crate) async fn declare(&self, spec: &TopologySpec) -> Result<Declared> {
         let operation = "declare";
         if let Some(group) = &spec.group {
-            return self.ensure_group(&spec.destination, group, operation).await;
+            return self.ensure_group(&spec.destination, group, spec.start, operation).await;
         }
         let deadline = Instant::now() + REQUEST;
-        let existed = self.has_exchange(&self.names.exchange(&spec.destination), operation, deadline).await?;
+        let existed = self.is_there(&self.names.exchange(&spec.destination), operation, deadline).await?;
         self.ensure(&spec.destination, true, operation, deadline).await?;
         Ok(if existed { Declared::Existed } else { Declared::Created })
     }
@@ -271,13 +314,17 @@ impl Topology {
         let exchange = self.names.exchange(destination);
         // The plugin tells no bindings of an exchange that is missing, too.
         self.ensure(destination, false, operation, Instant::now() + REQUEST).await?;
-        let bindings = admin.bindings(operation, &exchange).await?;
+        let is_log = self.queue.is_log();
+        let bindings = match is_log {
+            true => admin.bindings(operation, &Names::readers(&exchange)).await?.or(Some(Vec::new())),
+            false => admin.bindings(operation, &exchange).await?,
+        };
         let bindings = bindings.ok_or_else(|| missing(operation, destination, None))?;
         let mut groups = Vec::new();
         for binding in bindings.iter().filter(|binding| binding.destination_type == "queue") {
             // Queues that others bound are no groups of ours.
             let Some(group) = binding.arguments[GROUP].as_str().map(Group::from) else { continue };
-            let (lag, letters) = (self.lag(destination, &group).await?, Names::letters(&binding.destination));
+            let (lag, letters) = (self.lag(destination, &group, None).await?, Names::letters(&binding.destination));
             let count = self.look(&letters, operation, Instant::now() + REQUEST).await?.map(|(count, _)| count);
             groups.push(GroupDescription {
                 group,
@@ -318,7 +365,8 @@ impl Topology {
             Some(group) => {
                 let queue = self.expect_group(destination, group, operation).await?.0;
                 let waiting = Names::waiting(&queue, "");
-                (vec![queue.clone(), Names::letters(&queue), Names::owner(&queue)], vec![waiting])
+                let others = [Names::letters(&queue), Names::owner(&queue), Names::progress(&queue)];
+                (std::iter::once(queue).chain(others).collect::<Vec<_>>(), vec![waiting])
             }
             None if self.has_exchange(&exchange, operation, deadline).await? => {
                 (Vec::new(), vec![Names::all_groups(&exchange), Names::waiting(&exchange, "")])
@@ -333,6 +381,12 @@ impl Topology {
             // First, so that nothing new comes in.
             let options = ExchangeDeleteOptions::default();
             bounded(operation, deadline, channel.exchange_delete(exchange.as_str().into(), options)).await?;
+            if self.queue.is_log() {
+                let deleting = channel.exchange_delete(Names::readers(&exchange).as_str().into(), options);
+                bounded(operation, deadline, deleting).await?;
+                // Last, when no group is there any more that could miss it.
+                queues.push(Names::stream(&exchange));
+            }
         }
         for queue in queues {
             // One that is missing is no error to the server.
@@ -343,14 +397,21 @@ impl Topology {
         Ok(())
     }
 
-    pub(crate) async fn lag(&self, destination: &Destination, group: &Group) -> Result<Lag> {
+    /// `share` is what a member of this process has of a stream.
+    pub(crate) async fn lag(&self, destination: &Destination, group: &Group, share: Option<Share>) -> Result<Lag> {
         let operation = "lag";
-        let (queue, ready) = self.expect_group(destination, group, operation).await?;
+        let (queue, mut ready) = self.expect_group(destination, group, operation).await?;
+        let mut out = 0;
+        if self.queue.is_log() {
+            let ahead = self.ahead(&self.names.exchange(destination), &queue, share).await?;
+            (ready, out) = (ready + ahead, share.map_or(0, |share| share.out));
+        }
         let approximate = |count| Some((count, Precision::Approximate)) as Figure;
         let mut lag = Lag { ready: approximate(ready), ..Lag::default() };
         if let Some(admin) = &self.admin {
             let figures = admin.queue(operation, &queue).await?;
-            lag.in_flight = approximate(figures.and_then(|figures| figures.messages_unacknowledged).unwrap_or(0));
+            let unacknowledged = figures.and_then(|figures| figures.messages_unacknowledged).unwrap_or(0);
+            lag.in_flight = approximate(unacknowledged + out);
             let mut delayed = 0;
             for waiting in admin.queues(operation, &Names::waiting(&queue, "")).await? {
                 let ready = self.look(&waiting.name, operation, Instant::now() + REQUEST).await?;

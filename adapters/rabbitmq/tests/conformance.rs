@@ -25,6 +25,14 @@ async fn what_the_record_of_classic_queues_claims_holds_and_what_it_refuses_is_r
     suite("rabbitmq-classic", "queue=classic", &share).await;
 }
 
+/// A share of the cases: what a log gives that queues do not, and what it does otherwise; `cargo xtask conform` runs all of
+/// them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_record_of_streams_claims_holds_and_what_it_refuses_is_refused() {
+    let share = ["groups/*", "settle/*", "lease/*", "dead-letter/*redrive*"];
+    suite("rabbitmq-stream", "queue=stream", &share).await;
+}
+
 /// `ANYBROKER_TEST_CASES` chooses others than `cases`; none are all.
 async fn suite(name: &'static str, settings: &'static str, cases: &[&str]) {
     let Some(url) = url() else { return };
@@ -37,7 +45,9 @@ async fn suite(name: &'static str, settings: &'static str, cases: &[&str]) {
         let url = strict.clone();
         Box::pin(async move { try_connect(&url, &format!("{settings}&create_destinations=false")).await })
     })
-    .with_native(channel(&url, |_| None).unwrap())
+    .with_native(
+        channel(&url, |name| (name == "queue" && settings == "queue=stream").then(|| "stream".to_owned())).unwrap(),
+    )
     .with_lease(Duration::from_secs(1))
     .with_quiet(Duration::from_millis(500));
     let options = Options::default().with_parallelism(12);

@@ -12,6 +12,7 @@ const SETTINGS: &[&str] = &[
     "mode",
     "nkey",
     "profile",
+    "queue",
     "region",
     "sasl",
     "session_token",

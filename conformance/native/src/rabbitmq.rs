@@ -4,7 +4,11 @@ use std::time::Duration;
 
 use anybroker_conformance::{Carries, NativeChannel, Place, RawMessage};
 use async_trait::async_trait;
-use lapin::options::{BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions};
+use futures_util::StreamExt;
+use lapin::message::Delivery;
+use lapin::options::{
+    BasicAckOptions, BasicConsumeOptions, BasicGetOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions,
+};
 use lapin::types::{AMQPValue, FieldTable, LongString};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties};
 use tokio::time::Instant;
@@ -15,6 +19,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 pub(crate) struct Native {
     url: String,
+    reads_streams: bool,
 }
 
 impl Native {
@@ -24,7 +29,7 @@ impl Native {
         // The client takes one host, and a path of one slash for a virtual host without a name.
         let url = access.base.replacen(&access.hosts().join(","), first, 1);
         let url = if access.path() == "/" { url.trim_end_matches('/').to_owned() } else { url };
-        Ok(Self { url })
+        Ok(Self { url, reads_streams: access.setting("queue") == Some("stream") })
     }
 
     async fn channel(&self) -> lapin::Result<(Connection, Channel)> {
@@ -58,6 +63,25 @@ impl Native {
         Ok(refused)
     }
 
+    /// What stands in a stream: all of it is there before it is read, and none of it goes away.
+    async fn try_read(&self, stream: &str, count: usize) -> lapin::Result<Vec<RawMessage>> {
+        let (_connection, channel) = self.channel().await?;
+        channel.basic_qos(100, BasicQosOptions::default()).await?;
+        let mut arguments = FieldTable::default();
+        arguments.insert("x-stream-offset".into(), AMQPValue::LongString("first".into()));
+        let options = BasicConsumeOptions::default();
+        let mut consumer = channel.basic_consume(stream.into(), "".into(), options, arguments).await?;
+        let mut taken = Vec::new();
+        while taken.len() < count
+            && let Ok(Some(delivery)) = tokio::time::timeout(PATIENCE, consumer.next()).await
+        {
+            let delivery = delivery?;
+            channel.basic_ack(delivery.delivery_tag, BasicAckOptions::default()).await?;
+            taken.push(raw(&delivery));
+        }
+        Ok(taken)
+    }
+
     async fn try_take(&self, place: &Place, count: usize) -> lapin::Result<Vec<RawMessage>> {
         let (_connection, channel) = self.channel().await?;
         let deadline = Instant::now() + PATIENCE;
@@ -68,21 +92,25 @@ impl Native {
                 tokio::time::sleep(Duration::from_millis(20)).await;
                 continue;
             };
-            let properties = &got.delivery.properties;
-            let mut raw = RawMessage::of(got.delivery.data.clone());
-            raw.content_type = properties.content_type().as_ref().map(|text| text.as_str().to_owned());
-            for (name, value) in properties.headers().iter().flat_map(|table| table.inner()) {
-                let value = match value {
-                    AMQPValue::LongString(text) => text.as_bytes().to_vec(),
-                    AMQPValue::ByteArray(bytes) => bytes.as_slice().to_vec(),
-                    other => format!("{other:?}").into_bytes(),
-                };
-                raw.headers.push((name.as_str().to_owned(), value));
-            }
-            taken.push(raw);
+            taken.push(raw(&got.delivery));
         }
         Ok(taken)
     }
+}
+
+fn raw(delivery: &Delivery) -> RawMessage {
+    let properties = &delivery.properties;
+    let mut raw = RawMessage::of(delivery.data.clone());
+    raw.content_type = properties.content_type().as_ref().map(|text| text.as_str().to_owned());
+    for (name, value) in properties.headers().iter().flat_map(|table| table.inner()) {
+        let value = match value {
+            AMQPValue::LongString(text) => text.as_bytes().to_vec(),
+            AMQPValue::ByteArray(bytes) => bytes.as_slice().to_vec(),
+            other => format!("{other:?}").into_bytes(),
+        };
+        raw.headers.push((name.as_str().to_owned(), value));
+    }
+    raw
 }
 
 #[async_trait]
@@ -100,6 +128,10 @@ impl NativeChannel for Native {
     }
 
     async fn take(&self, place: &Place, count: usize) -> Result<Vec<RawMessage>, String> {
-        self.try_take(place, count).await.map_err(|error| error.to_string())
+        let taken = match self.reads_streams {
+            true => self.try_read(&format!("{}=stream", place.destination), count).await,
+            false => self.try_take(place, count).await,
+        };
+        taken.map_err(|error| error.to_string())
     }
 }

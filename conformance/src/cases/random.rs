@@ -106,7 +106,9 @@ impl Life<'_> {
     async fn receive(&mut self) -> Proof {
         let (member, max) = (self.random.random_range(0..MEMBERS), self.random.random_range(1..6));
         let (consumer, held) = &mut self.members[member];
-        held.extend(consumer.receive(max, Duration::from_millis(2)).await?);
+        // Where one member works, a life must be longer than it takes the next one to begin.
+        let wait = if self.env.record.parallelism == anybroker_core::Parallelism::One { 25 } else { 2 };
+        held.extend(consumer.receive(max, Duration::from_millis(wait)).await?);
         Ok(())
     }
 

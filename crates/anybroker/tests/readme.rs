@@ -35,6 +35,7 @@ const ENDPOINTS: &[Endpoint] = &[
     server("kafka-in-place", cfg!(feature = "kafka"), "ANYBROKER_TEST_KAFKA_URL", "nack=in_place"),
     server("rabbitmq", cfg!(feature = "rabbitmq"), "ANYBROKER_TEST_RABBITMQ_URL", ""),
     server("rabbitmq-classic", cfg!(feature = "rabbitmq"), "ANYBROKER_TEST_RABBITMQ_URL", "queue=classic"),
+    server("rabbitmq-stream", cfg!(feature = "rabbitmq"), "ANYBROKER_TEST_RABBITMQ_URL", "queue=stream"),
     server("jetstream", cfg!(feature = "nats"), "ANYBROKER_TEST_NATS_URL", ""),
     server("sqs", cfg!(feature = "sqs"), "ANYBROKER_TEST_SQS_URL", ""),
     server("sqs-fifo", cfg!(feature = "sqs"), "ANYBROKER_TEST_SQS_URL", "mode=fifo"),

@@ -82,6 +82,7 @@ pub(crate) const MODES: &[Mode] = &[
     on_server!("kafka-in-place", "kafka", "kafka", "nack=in_place", false, &["rdkafka", "rdkafka-sys"], None, GROUPED),
     on_server!("rabbitmq", "rabbitmq", "rabbitmq", "", true, &["lapin"], None, PROMPT),
     on_server!("rabbitmq-classic", "rabbitmq", "rabbitmq", "queue=classic", false, &["lapin"], None, PROMPT),
+    on_server!("rabbitmq-stream", "rabbitmq", "rabbitmq", "queue=stream", false, &["lapin"], None, PROMPT),
     on_server!("nats", "nats", "nats", "", true, &["async-nats"], None, PROMPT),
     on_server!("sqs", "sqs", "sqs", "", true, &["aws-sdk-sqs"], ELASTIC_MQ, POLLED),
     on_server!("sqs-fifo", "sqs", "sqs", "mode=fifo", false, &["aws-sdk-sqs"], ELASTIC_MQ, POLLED),
