@@ -93,7 +93,7 @@ impl Topology {
         let existed = loop {
             match self.look(&stream, operation, deadline).await {
                 Err(error) if passes(&error) && Instant::now() + STARTING < deadline => {
-                    tokio::time::sleep(STARTING).await
+                    tokio::time::sleep(STARTING).await;
                 }
                 found => break found?.is_some(),
             }
