@@ -11,6 +11,7 @@ use std::time::Duration;
 use anybroker_core::{Effect, Error, ErrorKind, Result};
 use lapin::uri::AMQPUri;
 use lapin::{Channel, Connection, ConnectionProperties};
+use tokio::net::TcpStream;
 use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout, timeout_at};
 
@@ -20,6 +21,9 @@ use crate::error::{failed, late, unconnected};
 /// How soon a failed connection is tried again, at first and at most.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_millis(500);
+
+/// How long an address that did not answer is asked whether anybody listens there.
+const ASKED: Duration = Duration::from_millis(500);
 
 /// One connection, at a time.
 pub(crate) struct Link {
@@ -60,8 +64,7 @@ impl Link {
             let error = match timeout(share, self.reach(address)).await {
                 Ok(Ok(connection)) => return Ok(connection),
                 Ok(Err(error)) => error,
-                Err(_) => Error::new(ErrorKind::Timeout, "connect", format!("no answer within {share:?}"))
-                    .with_effect(Effect::NotDone),
+                Err(_) => unanswered(&host, share).await,
             };
             last = Some(error.with("host", host));
         }
@@ -116,6 +119,17 @@ impl Link {
     }
 }
 
+/// Why nothing came from an address. Where nobody listens the client may stay silent: its thread that dials can fail before the
+/// request that waits for it is there, which is then never answered (lapin 4.12, `IoLoop::start` and `Connection::start`). So the
+/// address is asked once more.
+async fn unanswered(host: &str, share: Duration) -> Error {
+    let (kind, text) = match timeout(ASKED, TcpStream::connect(host)).await {
+        Ok(Err(error)) => (ErrorKind::Unavailable, error.to_string()),
+        _ => (ErrorKind::Timeout, format!("no answer within {share:?}")),
+    };
+    Error::new(kind, "connect", text).with_effect(Effect::NotDone)
+}
+
 /// Whether the same attempt may succeed later.
 pub(crate) fn passes(error: &Error) -> bool {
     matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Timeout | ErrorKind::RateLimited)
@@ -130,5 +144,23 @@ pub(crate) async fn bounded<T>(
     match timeout_at(deadline, request).await {
         Err(_) => Err(late(operation)),
         Ok(answer) => answer.map_err(|error| failed(operation, &error)),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn an_address_where_nobody_listens_is_unavailable_and_one_that_is_silent_is_late() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let silent = listener.local_addr().unwrap().to_string();
+        let of_silence = unanswered(&silent, ASKED).await;
+        assert_eq!((of_silence.kind(), of_silence.effect()), (ErrorKind::Timeout, Effect::NotDone), "{of_silence:?}");
+        let of_nobody = unanswered("127.0.0.1:1", ASKED).await;
+        assert_eq!((of_nobody.kind(), of_nobody.effect()), (ErrorKind::Unavailable, Effect::NotDone), "{of_nobody:?}");
     }
 }
