@@ -27,9 +27,12 @@ pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
         Support::emulated("one member of the group works while order is kept, many keys at once; the others stand by")
     };
     let has_admin = settings.admin.is_some();
-    let is_classic = settings.queue == QueueType::Classic;
     let is_log = settings.queue.is_log();
-    let unless_classic = |given: Support, why: &str| if is_classic { absent(why) } else { given };
+    let by_queue = |quorum: Support, classic: &str, stream: &str| match settings.queue {
+        QueueType::Quorum => quorum,
+        QueueType::Classic => absent(classic),
+        QueueType::Stream => absent(stream),
+    };
     let in_log = |given: Support, otherwise: Support| if is_log { given } else { otherwise };
     let approximate = Some(Precision::Approximate);
     let by_admin = || {
@@ -58,12 +61,10 @@ pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
         lease: Support::emulated("kept by the member; ends early with its connection"),
         lease_extension: Support::emulated("kept by the member, up to the server's consumer timeout"),
         attempt_count: AttemptCount::Exact,
-        crash_count: in_log(
-            absent("a stream does not count hand-overs; leave queue at \"quorum\""),
-            unless_classic(
-                Support::emulated("the queue's count, which what a close or a pause gives back raises too"),
-                "classic queues do not count hand-overs; leave queue at \"quorum\"",
-            ),
+        crash_count: by_queue(
+            Support::emulated("the queue's count, which what a close or a pause gives back raises too"),
+            "classic queues do not count hand-overs; leave queue at \"quorum\"",
+            "a stream does not count hand-overs; leave queue at \"quorum\"",
         ),
         dead_letter: Support::emulated("a confirmed copy in a queue of the source and group"),
         dead_letter_atomicity: DeadLetterAtomicity::StoredFirst,
@@ -85,10 +86,10 @@ pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
         start_latest: Support::Native,
         patterns: unwritten(),
         delayed_publish: Support::emulated("it waits in a queue of its range of delays"),
-        ttl: if is_classic || is_log {
-            Support::emulated("looked at when it comes to a member, which buries it: until then it stays")
-        } else {
+        ttl: if settings.queue.buries_expired() {
             Support::Native
+        } else {
+            Support::emulated("looked at when it comes to a member, which buries it: until then it stays")
         },
         publish_confirm: Support::Native,
         unroutable_detected: Support::Native,
@@ -106,14 +107,12 @@ pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
         },
         admin_needed: true,
         survives_process_kill: Support::Native,
-        // `rabbit_classic_queue_store_v2:sync/1` writes before a confirm, and does not flush the file.
-        survives_power_loss: in_log(
-            // "Streams", "Data Safety": "Streams do not flush to disk explicitly".
-            absent("a stream leaves writing through to the operating system; leave queue at \"quorum\""),
-            unless_classic(
-                Support::Native,
-                "a classic queue leaves writing through to the operating system; leave queue at \"quorum\"",
-            ),
+        // `rabbit_classic_queue_store_v2:sync/1` writes before a confirm, and does not flush the file. "Streams", "Data Safety":
+        // "Streams do not flush to disk explicitly".
+        survives_power_loss: by_queue(
+            Support::Native,
+            "a classic queue leaves writing through to the operating system; leave queue at \"quorum\"",
+            "a stream leaves writing through to the operating system; leave queue at \"quorum\"",
         ),
         limits: Limits {
             payload: Some(settings.max_message),

@@ -27,7 +27,7 @@ const OFFSET: &str = "x-stream-offset";
 /// A message that only tells a reader that a stream has an end (`stream.rs`).
 const MARK: &str = "anybroker-mark";
 /// AMQP: what the server writes to disk where the queue is durable.
-const PERSISTENT: u8 = 2;
+pub(crate) const PERSISTENT: u8 = 2;
 
 const ID_UUID: u8 = 1;
 const KEY: u8 = 2;

@@ -12,7 +12,6 @@ use lapin::message::Delivery;
 use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions};
 use lapin::types::FieldTable;
 use lapin::{Channel, Consumer};
-use parking_lot::Mutex;
 use tokio::time::Instant;
 
 use crate::codec::{decode, is_mark, notes, offset};
@@ -39,7 +38,7 @@ pub(crate) struct Feed {
     pub(crate) keeps_order: bool,
     pub(crate) prefetch: u16,
     /// How far this member knows its group to be in the stream.
-    pub(crate) known: Mutex<Option<Place>>,
+    pub(crate) known: Option<Place>,
 }
 
 /// How an attachment ended.
@@ -67,7 +66,7 @@ struct Session {
 }
 
 impl Feed {
-    pub(crate) async fn run(self) {
+    pub(crate) async fn run(mut self) {
         let shared = Arc::clone(&self.desk.shared);
         let (mut pause, mut is_degraded) = (FIRST_PAUSE, false);
         loop {
@@ -80,7 +79,7 @@ impl Feed {
                     let lane = session.lane;
                     let ended = self.serve(&mut session).await;
                     if let Some(reader) = &session.reader {
-                        *self.known.lock() = shared.place(self.index, reader.began()).map(|(_, place)| place);
+                        self.known = shared.place(self.index, reader.began()).map(|(_, place)| place);
                     }
                     drop(session);
                     shared.detach(self.index);

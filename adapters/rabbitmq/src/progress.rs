@@ -17,7 +17,7 @@ use lapin::{BasicProperties, Channel, Confirmation};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::error::failed;
+use crate::codec::PERSISTENT;
 use crate::link::{Link, bounded, passes};
 use crate::names::Names;
 use crate::topology::{quorum, text};
@@ -25,8 +25,6 @@ use crate::topology::{quorum, text};
 /// How soon a turn is asked for again, at first and at most.
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
-/// AMQP: what the server writes to disk where the queue is durable.
-const PERSISTENT: u8 = 2;
 
 /// What of a stream a group has settled: any, not only the first so many. What is open is with a member, which holds so many
 /// at most.
@@ -186,15 +184,6 @@ impl Turn {
 /// Somebody else has the turn, or had it and took its queue away, or the connection is gone.
 fn is_taken(error: &Error) -> bool {
     error.message().contains("exclusive use") || error.kind() == ErrorKind::NotFound || passes(error)
-}
-
-/// A delivery, or why there is none.
-pub(crate) fn came<T>(operation: &'static str, next: Option<lapin::Result<T>>) -> Result<T> {
-    match next {
-        Some(Ok(delivery)) => Ok(delivery),
-        Some(Err(error)) => Err(failed(operation, &error)),
-        None => Err(Error::new(ErrorKind::Unavailable, operation, "the server has ended the reading of a stream")),
-    }
 }
 
 #[cfg(test)]

@@ -59,8 +59,10 @@ impl Reader {
         let place = turn.look("receive", deadline).await?;
         turn.end("receive", deadline).await?;
         // What this member has settled since is not written yet, when its connection was lost.
-        let known = feed.known.lock().clone();
-        let mut place = known.map_or(place.clone(), |known| place.merge(&known));
+        let mut place = match &feed.known {
+            Some(known) => place.merge(known),
+            None => place,
+        };
         if place.next > 0 {
             let end = feed.desk.topology.end(stream, "receive", deadline).await?.end();
             if end < place.next {

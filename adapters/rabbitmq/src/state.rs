@@ -4,6 +4,8 @@
 //! that is unacked on it. So every entry belongs to its channel, frames go out under the lock that changes the entries, and
 //! an entry whose channel is gone cannot be settled.
 
+mod log;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,7 +22,8 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 use crate::codec::Hop;
-use crate::progress::Place;
+use log::Log;
+pub(crate) use log::Share;
 
 /// Shared by the subscription, its feeds and its settler.
 pub(crate) struct Shared {
@@ -72,24 +75,6 @@ pub(crate) struct FeedState {
     ready: BTreeMap<u64, u32>,
     /// Everything that is unacked on the channel.
     unacked: BTreeMap<u64, u32>,
-}
-
-/// What came of a stream.
-#[derive(Debug, Clone, Copy)]
-struct Log {
-    /// The offset behind the last message that came.
-    next: u64,
-    /// The offset behind the last one that was settled.
-    settled_to: u64,
-    /// How many were settled.
-    settled: u64,
-}
-
-impl Log {
-    fn settle(&mut self, offset: u64) {
-        self.settled += 1;
-        self.settled_to = self.settled_to.max(offset + 1);
-    }
 }
 
 impl FeedState {
@@ -151,15 +136,6 @@ pub(crate) struct Arrival {
     pub(crate) hop: Hop,
     pub(crate) offset: Option<u64>,
     pub(crate) delivered: u32,
-}
-
-/// What a member has of a stream.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Share {
-    /// The offset behind the last message that came.
-    pub(crate) next: u64,
-    pub(crate) ready: u64,
-    pub(crate) out: u64,
 }
 
 /// Slot and generation: an entry, and no other that takes its slot later.
@@ -453,63 +429,6 @@ impl Shared {
         let own = state.feeds.iter().filter(|feed| feed.destination == *destination && feed.group == *group);
         let is_queued = |slot: &&u32| state.entry_at(**slot).is_some_and(|entry| entry.offset.is_none());
         own.map(|feed| feed.ready.values().filter(is_queued).count() as u64).sum()
-    }
-
-    /// What this member has of the destination's stream; `None` when it does not read it.
-    pub(crate) fn share(&self, destination: &Destination, group: &Group) -> Option<Share> {
-        let state = self.lock();
-        let own = state.feeds.iter().find(|feed| feed.destination == *destination && feed.group == *group)?;
-        let mut share = Share { next: own.log?.next, ready: 0, out: 0 };
-        let entries = own.unacked.values().filter_map(|slot| state.entry_at(*slot));
-        for entry in entries.filter(|entry| entry.offset.is_some()) {
-            match entry.phase {
-                Phase::Ready => share.ready += 1,
-                Phase::Out { .. } | Phase::Settling { .. } => share.out += 1,
-            }
-        }
-        Some(share)
-    }
-
-    /// The feed reads its stream from that offset on.
-    pub(crate) fn begin_log(&self, feed: u32, from: u64) {
-        self.lock().feeds[feed as usize].log = Some(Log { next: from, settled_to: 0, settled: 0 });
-    }
-
-    /// A message of the stream is nobody's.
-    pub(crate) fn passed(&self, feed: u32, offset: u64) {
-        if let Some(log) = &mut self.lock().feeds[feed as usize].log {
-            log.next = offset + 1;
-            log.settle(offset);
-        }
-    }
-
-    /// How many messages of the stream were settled.
-    pub(crate) fn settled(&self, feed: u32) -> u64 {
-        self.lock().feeds[feed as usize].log.map_or(0, |log| log.settled)
-    }
-
-    /// What of the stream is settled, and how many that are since `began`. A channel numbers what it delivers, and a stream
-    /// is delivered in order: so are offsets of what is unacked.
-    pub(crate) fn place(&self, feed: u32, began: &Place) -> Option<(u64, Place)> {
-        let state = self.lock();
-        let own = &state.feeds[feed as usize];
-        let log = own.log?;
-        let next = log.settled_to.max(began.next);
-        let offset = |slot: &u32| state.entry_at(*slot)?.offset;
-        let mut open: Vec<u64> = own.unacked.values().filter_map(offset).take_while(|offset| *offset < next).collect();
-        // What was open when it began and has not come yet.
-        open.extend(began.open.iter().filter(|offset| **offset >= log.next));
-        Some((log.settled, Place { group: began.group, next, open }))
-    }
-
-    /// Whether the feed may leave its stream to another member: nobody is to receive here, and nothing is out.
-    pub(crate) fn is_idle(&self, feed: u32) -> bool {
-        if !self.is_resting() {
-            return false;
-        }
-        let state = self.lock();
-        let mut entries = state.feeds[feed as usize].unacked.values().filter_map(|slot| state.entry_at(*slot));
-        entries.all(|entry| entry.phase == Phase::Ready)
     }
 
     /// Whether what is prefetched should rather go to others: paused, or nobody has received for long.

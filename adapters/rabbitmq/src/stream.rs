@@ -18,10 +18,10 @@ use lapin::{Channel, Consumer};
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::codec::{mark, notes, offset};
-use crate::error::late;
+use crate::error::{failed, late};
 use crate::link::{bounded, passes};
 use crate::names::Names;
-use crate::progress::{Place, Turn, arguments, came, write};
+use crate::progress::{Place, Turn, arguments, write};
 use crate::state::Share;
 use crate::topology::{SETTLES, Topology, quorum, text};
 
@@ -78,6 +78,15 @@ fn published(delivery: &Delivery) -> i64 {
             seconds.map_or(i64::MAX, |seconds| seconds.saturating_mul(1_000).saturating_add(999))
         }
         told => told,
+    }
+}
+
+/// A delivery, or why there is none.
+fn came<T>(operation: &'static str, next: Option<lapin::Result<T>>) -> Result<T> {
+    match next {
+        Some(Ok(delivery)) => Ok(delivery),
+        Some(Err(error)) => Err(failed(operation, &error)),
+        None => Err(Error::new(ErrorKind::Unavailable, operation, "the server has ended the reading of a stream")),
     }
 }
 

@@ -7,7 +7,6 @@ use anybroker_core::{
     DeliveryContext, Error, ErrorKind, Order, Received, Result, SubscribeSpec, Subscription, TopologyMode,
 };
 use async_trait::async_trait;
-use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::time::Instant;
 
@@ -75,8 +74,7 @@ impl RabbitSubscription {
         let context = DeliveryContext::new(spec.group.clone(), spec.max_attempts, Arc::new(settler));
         for index in 0..count {
             let (desk, link) = (Arc::clone(&desk), Arc::clone(link));
-            let known = Mutex::default();
-            tokio::spawn(Feed { index, desk, link, keeps_order, prefetch, known }.run());
+            tokio::spawn(Feed { index, desk, link, keeps_order, prefetch, known: None }.run());
         }
         Ok(Self { shared, context })
     }
