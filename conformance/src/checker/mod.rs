@@ -198,6 +198,7 @@ impl Checker {
                     let since = Since { index, earliest: *earliest };
                     self.since.entry((group.clone(), destination.clone())).or_insert(since);
                 }
+                let exposed = self.faults.exposure(event.at, event.client);
                 self.members.insert(
                     *subscription,
                     Member {
@@ -210,8 +211,8 @@ impl Checker {
                         lease: *lease_micros,
                         max_attempts: *max_attempts,
                         gone: false,
-                        exposed: self.faults.exposure(event.at, event.client),
-                        untold: self.faults.exposure(event.at, event.client).map(|(since, _)| since),
+                        exposed,
+                        untold: exposed.map(|(since, _)| since),
                         losses: Vec::new(),
                     },
                 );
