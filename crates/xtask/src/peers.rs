@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use clap::Args;
 
 use crate::brokers::{self, How, PrivateInstance};
@@ -60,11 +60,11 @@ impl Peers {
                 child::run(&mut build, BUILD_LIMIT)?;
             }
             let mut instance = PrivateInstance::new()?;
-            let recipes = brokers::recipes(&[share[0].1.to_owned()])?;
-            let endpoints = instance.up(&recipes, self.how)?;
-            let url = &endpoints.first().context("a server that was started has an address")?.url;
+            let broker = share[0].1;
+            let url = instance.up_one(broker, self.how)?.url;
+            let version = brokers::recipes(&[broker.to_owned()])?[0].version();
             for (peer, _) in share {
-                if !self.one(&target.join("debug").join(peer), url, recipes[0].version(), &folder.join(peer))? {
+                if !self.one(&target.join("debug").join(peer), &url, version, &folder.join(peer))? {
                     failed.push(*peer);
                 }
             }

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 
 use super::server::Way;
-use super::{Condition, RECIPES, Recipe, Server, url_variable};
+use super::{Condition, RECIPES, Recipe, Server, recipes, url_variable};
 use crate::{folders, interrupt};
 
 /// The instance of commands that name none.
@@ -218,6 +218,12 @@ impl PrivateInstance {
     pub(crate) fn up(&mut self, recipes: &[&'static dyn Recipe], how: How) -> Result<Vec<Endpoint>> {
         self.recipes = recipes.to_vec();
         self.instance.up(recipes, how, |_| Ok(None))
+    }
+
+    /// As [`up`](Self::up), for one broker by its name.
+    pub(crate) fn up_one(&mut self, broker: &str, how: How) -> Result<Endpoint> {
+        let mut endpoints = self.up(&recipes(&[broker.to_owned()])?, how)?;
+        endpoints.pop().context("a server that was started has an address")
     }
 
     /// The server of a broker, when it is this instance's own and runs.

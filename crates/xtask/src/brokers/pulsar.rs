@@ -68,6 +68,8 @@ const OPENED: &[&str] = &[
 /// Signs tokens (HS256). It guards nothing: the broker listens on the loopback interface only.
 const TOKEN_KEY: &str = "data:;base64,YW55YnJva2VyIHRlc3RzIG9uIHRoZSBsb29wYmFjayBpbnRlcmZhY2U=";
 
+const STARTER: &str = "org.apache.pulsar.PulsarStandaloneStarter";
+
 /// The official image's command.
 const PROGRAM: &str = "/pulsar/bin/pulsar";
 
@@ -110,17 +112,8 @@ impl Recipe for Pulsar {
         command
             .args(["-Xms256m", "-XX:MaxDirectMemorySize=512m"])
             .arg(java::prefixed("-Dlog4j.configurationFile=", &site.folder.join("log4j2.xml")))
-            .args(["-Dlog4j2.is.webapp=false", "-Dlog4j.shutdownHookEnabled=false"])
-            .args(["-Djava.net.preferIPv4Stack=true", "-Djute.maxbuffer=10485760"])
-            .arg("-Dio.netty.tryReflectionSetAccessible=true");
-        for package in OPENED {
-            command.arg("--add-opens").arg(format!("{package}=ALL-UNNAMED"));
-        }
-        let drivers = "org.apache.pulsar.metadata.bookkeeper.PulsarMetadata";
-        command
-            .arg(format!("-Dbookkeeper.metadata.bookie.drivers={drivers}BookieDriver"))
-            .arg(format!("-Dbookkeeper.metadata.client.drivers={drivers}ClientDriver"))
-            .args(["org.apache.pulsar.PulsarStandaloneStarter", "--config"])
+            .args(properties())
+            .args([STARTER, "--config"])
             .arg(site.folder.join("standalone.conf"))
             .args(arguments(site));
         command
@@ -148,16 +141,11 @@ impl Recipe for Pulsar {
     }
 
     fn stand_in(&self) -> Option<StandIn> {
-        let opened: String = OPENED.iter().map(|package| format!("--add-opens {package}=ALL-UNNAMED ")).collect();
-        let drivers = "org.apache.pulsar.metadata.bookkeeper.PulsarMetadata";
+        let properties = properties().join(" ");
         let program = format!(
             "#!/bin/bash\nshift\nexec java -cp \"$(dirname \"$PULSAR_LOG_CONF\"):/pulsar/lib/*\" $PULSAR_MEM $PULSAR_GC \\\n \
-             -Dlog4j.configurationFile=\"$(basename \"$PULSAR_LOG_CONF\")\" -Dlog4j2.is.webapp=false \\\n \
-             -Dlog4j.shutdownHookEnabled=false -Djava.net.preferIPv4Stack=true -Djute.maxbuffer=10485760 \\\n \
-             -Dio.netty.tryReflectionSetAccessible=true {opened}\\\n \
-             -Dbookkeeper.metadata.bookie.drivers={drivers}BookieDriver \\\n \
-             -Dbookkeeper.metadata.client.drivers={drivers}ClientDriver \\\n \
-             org.apache.pulsar.PulsarStandaloneStarter --config \"$PULSAR_STANDALONE_CONF\" \"$@\"\n"
+             -Dlog4j.configurationFile=\"$(basename \"$PULSAR_LOG_CONF\")\" {properties} \\\n \
+             {STARTER} --config \"$PULSAR_STANDALONE_CONF\" \"$@\"\n"
         );
         Some(StandIn {
             contents: Contents::Folder("/pulsar/lib"),
@@ -180,6 +168,22 @@ impl Recipe for Pulsar {
         ensure!(answer.contains("\"public/default\""), "it answers, but the namespace public/default is not there yet");
         Ok(())
     }
+}
+
+/// What the virtual machine is told, but for memory and the log.
+fn properties() -> Vec<String> {
+    let fixed = [
+        "-Dlog4j2.is.webapp=false",
+        "-Dlog4j.shutdownHookEnabled=false",
+        "-Djava.net.preferIPv4Stack=true",
+        "-Djute.maxbuffer=10485760",
+        "-Dio.netty.tryReflectionSetAccessible=true",
+    ];
+    let opened = OPENED.iter().flat_map(|package| ["--add-opens".to_owned(), format!("{package}=ALL-UNNAMED")]);
+    let drivers = [("bookie", "Bookie"), ("client", "Client")].map(|(of, name)| {
+        format!("-Dbookkeeper.metadata.{of}.drivers=org.apache.pulsar.metadata.bookkeeper.PulsarMetadata{name}Driver")
+    });
+    fixed.map(str::to_owned).into_iter().chain(opened).chain(drivers).collect()
 }
 
 /// What the starter takes beside its configuration.

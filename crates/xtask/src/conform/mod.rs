@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 
-use crate::brokers::{self, Endpoint, How, PrivateInstance};
+use crate::brokers::{Endpoint, How, PrivateInstance};
 use crate::child::{self, cargo};
 use crate::workspace;
 use modes::{MODES, Mode};
@@ -122,7 +122,7 @@ impl Conform {
             if open.is_empty() {
                 continue;
             }
-            let server = match self.server(&mut instance, share[0].broker) {
+            let server = match share[0].broker.map(|name| instance.up_one(name, self.how)).transpose() {
                 Ok(server) => server,
                 Err(error) => {
                     crate::interrupt::check()?;
@@ -145,13 +145,6 @@ impl Conform {
             instance.down()?;
         }
         Ok(ended)
-    }
-
-    fn server(&self, instance: &mut PrivateInstance, broker: Option<&str>) -> Result<Option<Endpoint>> {
-        let Some(name) = broker else { return Ok(None) };
-        let recipes = brokers::recipes(&[name.to_owned()])?;
-        let mut endpoints = instance.up(&recipes, self.how)?;
-        Ok(Some(endpoints.pop().context("a server that was started has an address")?))
     }
 
     fn mode(

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 
-use crate::brokers::{self, Endpoint, How, PrivateInstance};
+use crate::brokers::{Endpoint, How, PrivateInstance};
 use crate::child;
 use crate::conform::modes::{MODES, Mode};
 use crate::conform::{build, disturb, suite};
@@ -69,13 +69,12 @@ impl Faults {
     fn run_mode(&self, mode: &'static Mode, broker: &'static str, folder: &Path, command: &Path) -> Result<()> {
         let mut tally = Tally::begin(folder, mode.name, self.seed, self.resume)?;
         let mut instance = PrivateInstance::new()?;
-        let endpoints = instance.up(&brokers::recipes(&[broker.to_owned()])?, self.how)?;
-        let server = endpoints.first().context("a server that was started has an address")?;
+        let server = instance.up_one(broker, self.how)?;
         while tally.counted() < self.runs {
             let seed = tally.next_seed();
             let report = folder.join("seeds").join(seed.to_string());
             let faults = disturb::arguments(&instance, Some(broker), seed % PROCESSES == 0)?;
-            let ended = one(mode, server, &faults, seed, &report, command);
+            let ended = one(mode, &server, &faults, seed, &report, command);
             crate::interrupt::check()?;
             let found = tally::read(&report).with_context(|| match ended {
                 Ok(()) => format!("seed {seed} left no report"),
