@@ -58,7 +58,9 @@ pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
         start_latest: Support::Native,
         patterns: absent("name the destinations one by one"),
         delayed_publish: absent("a log hands out what it holds; JetStream, SQS and Pulsar hold messages back"),
-        ttl: absent("the retention of the topic is its messages' time to live; JetStream and RabbitMQ have one for each message"),
+        ttl: absent(
+            "the retention of the topic is its messages' time to live; JetStream and RabbitMQ have one for each message",
+        ),
         publish_confirm: Support::Native,
         unroutable_detected: Support::Native,
         // Idempotence removes what the client itself sends twice, not a second publish of an id.
