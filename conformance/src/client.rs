@@ -21,9 +21,6 @@ pub(crate) const RUN_HEADER: &str = "conformance-run";
 /// The header that holds the fingerprint of everything else.
 pub(crate) const SUM_HEADER: &str = "conformance-sum";
 
-/// How late the answer to a call with a deadline may be noticed, on a machine that is busy with other things.
-const LATE: Duration = Duration::from_secs(10);
-
 /// A destination and key.
 type Stream<K> = (Destination, Option<K>);
 
@@ -94,24 +91,27 @@ impl<'e> Client<'e> {
         batch: Vec<Message>,
         options: &PublishOptions,
     ) -> Proof<Vec<PublishOutcome>> {
-        self.publish_by(self.env.patience() + Duration::from_secs(5), batch, options).await
+        self.publish_by(None, batch, options).await
     }
 
     /// Publishes with a deadline, which must be kept whatever happens to the connection.
     pub(crate) async fn publish_within(&self, batch: Vec<Message>, timeout: Duration) -> Proof<Vec<PublishOutcome>> {
         let options = PublishOptions::default().with_timeout(timeout);
-        self.publish_by(timeout + LATE, batch, &options).await
+        self.publish_by(Some(timeout), batch, &options).await
     }
 
     async fn publish_by(
         &self,
-        bound: Duration,
+        deadline: Option<Duration>,
         batch: Vec<Message>,
         options: &PublishOptions,
     ) -> Proof<Vec<PublishOutcome>> {
         let calls = self.invoke(&batch);
         let submitting = async { self.bus.submit(batch, options).await.await };
-        let outcomes = self.env.within("publish", bound, submitting).await?;
+        let outcomes = match deadline {
+            Some(deadline) => self.env.in_time("publish", deadline, submitting).await?,
+            None => self.env.bounded("publish", submitting).await?,
+        };
         ensure!(outcomes.len() == calls.len(), "{} outcomes for a batch of {}", outcomes.len(), calls.len());
         for (call, outcome) in calls.into_iter().zip(&outcomes) {
             self.record(match outcome {

@@ -41,7 +41,7 @@ impl<'e> Consumer<'e> {
         let deadline = Instant::now() + wait;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            let received = match self.env.bounded("receive", self.subscriber.receive_all(max, left)).await? {
+            let received = match self.env.in_time("receive", left, self.subscriber.receive_all(max, left)).await? {
                 Err(error) => return Ok(Err(error)),
                 Ok(received) => received,
             };

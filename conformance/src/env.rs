@@ -15,6 +15,7 @@ use crate::Harness;
 use crate::case::{Breach, Proof};
 use crate::client::Client;
 use crate::history::{History, What};
+use crate::punctual::{self, LATE};
 
 /// The surroundings of one run of one case.
 pub(crate) struct Env {
@@ -177,17 +178,33 @@ impl Env {
         self.within(operation, self.patience() + Duration::from_secs(5), future).await
     }
 
-    /// Bounds an operation that has a deadline of its own.
+    /// Bounds an operation that may take so long.
     pub(crate) async fn within<T>(
         &self,
         operation: &str,
         bound: Duration,
         future: impl Future<Output = T>,
     ) -> Proof<T> {
-        tokio::time::timeout(bound, future).await.map_err(|_| {
-            self.history.record(0, What::Hang { operation: operation.to_owned() });
-            Breach::Failed(format!("hang: `{operation}` did not end within {bound:?}"))
+        let ended = tokio::time::timeout(bound, future).await;
+        ended.map_err(|_| self.hang(operation, &format!("did not end within {bound:?}")))
+    }
+
+    /// Bounds an operation that has a deadline, from now on: it has to keep that, whatever the broker does.
+    pub(crate) async fn in_time<T>(
+        &self,
+        operation: &str,
+        deadline: Duration,
+        future: impl Future<Output = T>,
+    ) -> Proof<T> {
+        let ended = punctual::in_time(deadline, future).await;
+        ended.ok_or_else(|| {
+            self.hang(operation, &format!("had a deadline of {deadline:?}, and ended {LATE:?} later or not at all"))
         })
+    }
+
+    fn hang(&self, operation: &str, what: &str) -> Breach {
+        self.history.record(0, What::Hang { operation: operation.to_owned() });
+        Breach::Failed(format!("hang: `{operation}` {what}"))
     }
 
     /// Deletes what the case created. What cannot be deleted is left behind under a name of its own.

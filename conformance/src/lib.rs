@@ -32,6 +32,7 @@ pub mod mutants;
 mod native;
 mod need;
 mod probes;
+mod punctual;
 mod report;
 mod run;
 mod sweep;

@@ -29,6 +29,10 @@ enum Taken {
 /// How often a receive looks again while the file cannot be used.
 const TROUBLED: Duration = Duration::from_millis(250);
 
+/// How much longer than its wait a receive waits for its look. A look takes as long as the file is somebody else's
+/// (`busy_timeout`), which is no reason to keep the receive.
+const LONGEST_LOOK: Duration = Duration::from_secs(1);
+
 /// An open subscription: a member of its group until it is closed or dropped.
 pub(crate) struct FileSubscription {
     keeper: Arc<Keeper>,
@@ -182,6 +186,8 @@ impl Subscription for FileSubscription {
                 () = member.awake.notified() => {}
                 // However short the wait, one look is taken: what is there is brought.
                 () = tokio::time::sleep_until(deadline), if !expired => expired = true,
+                // What it brings later is for the next receive.
+                () = tokio::time::sleep_until(deadline + LONGEST_LOOK), if expired => return Ok(Received::default()),
                 () = self.clock.sleep_until(next_due), if looked => asked = 0,
                 () = tokio::time::sleep(self.patience()) => asked = 0,
             }

@@ -56,13 +56,15 @@ pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
         kept_before_group: Support::Native,
         replay: Support::Native,
         start_latest: Support::Native,
-        patterns: absent("name the destinations one by one; JetStream subscribes to patterns"),
+        patterns: absent("name the destinations one by one"),
         delayed_publish: absent("a log hands out what it holds; JetStream, SQS and Pulsar hold messages back"),
-        ttl: absent("the retention of the topic is its messages' time to live; Pulsar has one for each message"),
+        ttl: absent(
+            "the retention of the topic is its messages' time to live; JetStream and RabbitMQ have one for each message",
+        ),
         publish_confirm: Support::Native,
         unroutable_detected: Support::Native,
         // Idempotence removes what the client itself sends twice, not a second publish of an id.
-        publish_dedup: absent("Kafka does not look at ids; SQS FIFO and JetStream do"),
+        publish_dedup: absent("Kafka does not look at ids; JetStream does"),
         transactions: Support::Native,
         tombstones: Support::Native,
         declare: Support::Native,

@@ -66,17 +66,28 @@ pub(crate) struct Publisher {
     topology: Arc<Topology>,
     /// Whether ids are told to the server.
     dedups: bool,
+    /// Batches are handed over one after the other, in call order: the first ones of a destination look it up, and those
+    /// whose answer came first would overtake the others.
+    turn: tokio::sync::Mutex<()>,
 }
 
 type Routes = Vec<(Destination, Result<Arc<Route>>)>;
 
 impl Publisher {
     pub(crate) fn new(link: Arc<Link>, topology: Arc<Topology>, dedups: bool) -> Self {
-        Self { link, topology, dedups }
+        Self { link, topology, dedups, turn: tokio::sync::Mutex::default() }
     }
 
     pub(crate) async fn publish(&self, batch: Vec<Message>, terms: &PublishTerms) -> Confirms {
         let deadline = Instant::now() + terms.timeout;
+        // It is fair: who comes first is first.
+        let Some(_turn) = by(deadline, self.turn.lock()).await else {
+            let late = || {
+                let text = "the batches before it took until the deadline";
+                Error::new(ErrorKind::RateLimited, "publish", text).with_effect(Effect::NotDone)
+            };
+            return Confirms::ready(batch.iter().map(|message| Err(late().with("id", message.id()))).collect());
+        };
         let routes = self.routes(&batch, deadline).await;
         let answers = self.link.board.open(batch.len(), deadline);
         let mut named = Vec::with_capacity(batch.len());

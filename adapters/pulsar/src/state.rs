@@ -57,6 +57,8 @@ pub(crate) struct State {
     is_receiving: bool,
     received: Option<Instant>,
     next_feed: usize,
+    /// How many are handed out and not settled.
+    out: usize,
 }
 
 /// A connection, and a consumer's number on it.
@@ -150,6 +152,11 @@ struct Entry {
 impl Entry {
     fn place(&self) -> Place {
         (self.id.ledger_id, self.id.entry_id, self.id.batch_index())
+    }
+
+    /// Handed out, and not settled.
+    fn is_out(&self) -> bool {
+        matches!(self.phase, Phase::Out { .. } | Phase::Settling { .. })
     }
 }
 
@@ -307,13 +314,14 @@ impl Shared {
                 if feed.is_cut_off() || feed.is_leaving {
                     continue;
                 }
-                while received.deliveries.len() < max {
+                // More may be here: a foreign batch comes whole, and each idle source has one on its way beyond the bound.
+                while received.deliveries.len() < max && state.out < self.max_in_flight {
                     let Some((_, &key)) = feed.ready.first_key_value() else { break };
                     if gives_up && !state.entries[&key].is_announced() {
                         break;
                     }
                     if let Some(count) = &mut feed.count {
-                        let room = max - received.deliveries.len();
+                        let room = (max - received.deliveries.len()).min(self.max_in_flight - state.out);
                         let need = count.before(&feed.ready, &state.entries, room);
                         let must_wait = need.must_wait();
                         wanted.extend(need.wanted(index));
@@ -324,6 +332,7 @@ impl Shared {
                     feed.ready.pop_first();
                     let entry = state.entries.get_mut(&key).expect("what is ready is an entry");
                     entry.phase = Phase::Out { until };
+                    state.out += 1;
                     entry.hand_overs += 1;
                     let mut facts = DeliveryFacts::new(Token::Pair(key, 0));
                     facts.attempt = entry.notes.failures + 1;
@@ -365,7 +374,11 @@ impl Shared {
     /// It is settled: it is not here any more, so that there is room. False when its consumer was lost meanwhile.
     pub(crate) fn settled(&self, key: u64) -> bool {
         let mut state = self.lock();
+        let was_full = state.out >= self.max_in_flight;
         let entry = state.remove(key);
+        if was_full {
+            self.arrived.notify_one();
+        }
         if let Some(entry) = &entry
             && let Some(count) = &mut state.feeds[entry.feed as usize].count
         {
@@ -438,6 +451,7 @@ impl State {
     fn remove(&mut self, key: u64) -> Option<Entry> {
         let entry = self.entries.remove(&key)?;
         self.places.remove(&(entry.feed, entry.place()));
+        self.out -= usize::from(entry.is_out());
         let feed = &mut self.feeds[entry.feed as usize];
         feed.held -= 1;
         let ready = &mut feed.ready;

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anybroker_core::{Bytes, Error, ErrorKind, Lane, Reason, Result, SubscriptionEvent, Verdict};
+use anybroker_core::{Bytes, Destination, Error, ErrorKind, Lane, Reason, Result, SubscriptionEvent, Verdict};
 use futures_util::{FutureExt, StreamExt};
 use lapin::message::Delivery;
 use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions};
@@ -285,7 +285,7 @@ impl Feed {
         bounded("receive", deadline, cancelling).await?;
         loop {
             match tokio::time::timeout_at(deadline, consumer.next()).await {
-                Ok(Some(Ok(delivery))) => self.arrive(delivery, None),
+                Ok(Some(Ok(delivery))) => self.arrive(vec![self.read(&self.destination(), delivery, None)]),
                 Ok(Some(Err(error))) => return Err(failed("receive", &error)),
                 Ok(None) => return Ok(()),
                 Err(_) => return Err(self.gone()),
@@ -293,60 +293,79 @@ impl Feed {
         }
     }
 
+    /// Takes in what is there; what came before an error too.
     fn take_in(&self, first: Option<lapin::Result<Delivery>>, session: &mut Session) -> Result<()> {
-        let mut next = Some(first);
-        for _ in 0..BURST {
-            match next {
-                None => return Ok(()),
-                Some(Some(Ok(delivery))) => self.arrive(delivery, None),
-                Some(Some(Err(error))) => return Err(failed("receive", &error)),
+        let destination = self.destination();
+        let (mut arrivals, mut next, mut result) = (Vec::new(), Some(first), Ok(()));
+        while let Some(came) = next {
+            match came {
+                Some(Ok(delivery)) => arrivals.push(self.read(&destination, delivery, None)),
+                Some(Err(error)) => result = Err(failed("receive", &error)),
                 // The server has cancelled it, or the channel is gone.
-                Some(None) => return Err(self.gone()),
+                None => result = Err(self.gone()),
+            }
+            if result.is_err() || arrivals.len() >= BURST {
+                break;
             }
             next = session.consumer.as_mut().and_then(|consumer| consumer.next().now_or_never());
         }
-        if let Some(Some(Ok(delivery))) = next {
-            self.arrive(delivery, None);
-        }
-        Ok(())
+        self.arrive(arrivals);
+        result
     }
 
+    /// The same from a stream: what is nobody's is passed over.
     fn take_from_stream(&self, first: Option<lapin::Result<Delivery>>, session: &mut Session) -> Result<()> {
         let Some(reader) = &mut session.reader else { return Ok(()) };
-        let mut next = Some(first);
+        let destination = self.destination();
+        let (mut arrivals, mut next, mut result) = (Vec::new(), Some(first), Ok(()));
         for left in (0..BURST).rev() {
             match next {
                 None => break,
                 Some(Some(Ok(delivery))) => match offset(&delivery.properties) {
                     Some(offset) if !reader.began().is_settled(offset) && !is_mark(&delivery.properties) => {
-                        self.arrive(delivery, Some(offset));
+                        arrivals.push(self.read(&destination, delivery, Some(offset)));
                     }
                     told => {
                         // Nobody's; an ack is the server's leave to send another one.
                         ack_alone(&session.channel, delivery.delivery_tag);
                         if let Some(offset) = told {
+                            // Progress is noted in the stream's order.
+                            self.arrive(std::mem::take(&mut arrivals));
                             self.desk.shared.passed(self.index, offset);
                         }
                     }
                 },
-                Some(Some(Err(error))) => return Err(failed("receive", &error)),
-                Some(None) => return Err(self.gone()),
+                Some(Some(Err(error))) => result = Err(failed("receive", &error)),
+                Some(None) => result = Err(self.gone()),
+            }
+            if result.is_err() {
+                break;
             }
             next = if left > 0 { reader.ready() } else { None };
         }
-        Ok(())
+        self.arrive(arrivals);
+        result
     }
 
-    fn arrive(&self, delivery: Delivery, offset: Option<u64>) {
+    fn destination(&self) -> Destination {
+        self.desk.shared.lock().feeds[self.index as usize].destination.clone()
+    }
+
+    fn read(&self, destination: &Destination, delivery: Delivery, offset: Option<u64>) -> Arrival {
         let noted = notes(&delivery.properties);
-        let destination = self.desk.shared.lock().feeds[self.index as usize].destination.clone();
-        let message = decode(&destination, &delivery.properties, Bytes::from(delivery.data));
+        let message = Arc::new(decode(destination, &delivery.properties, Bytes::from(delivery.data)));
         // A classic queue tells only that it was handed out before.
         let told = if self.desk.topology.queue.counts() { noted.returned } else { u32::from(delivery.redelivered) };
         let delivered = told.saturating_add(1);
         let (feed, tag, hop) = (self.index, delivery.delivery_tag, noted.hop);
-        let arrival = Arrival { feed, tag, message, hop, offset, delivered };
-        if let Some(over) = self.desk.shared.arrive(arrival) {
+        Arrival { feed, tag, message, hop, offset, delivered }
+    }
+
+    fn arrive(&self, mut arrivals: Vec<Arrival>) {
+        if arrivals.is_empty() {
+            return;
+        }
+        for over in self.desk.shared.arrive(&mut arrivals) {
             let verdict = Verdict::new(Reason::Expired);
             tokio::spawn(Arc::clone(&self.desk).bury(over, verdict));
         }

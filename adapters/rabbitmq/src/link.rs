@@ -9,8 +9,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anybroker_core::{Effect, Error, ErrorKind, Result};
+use futures_util::StreamExt;
 use lapin::uri::AMQPUri;
-use lapin::{Channel, Connection, ConnectionProperties};
+use lapin::{Channel, Connection, ConnectionProperties, Event};
 use tokio::net::TcpStream;
 use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout, timeout_at};
@@ -114,8 +115,19 @@ impl Link {
         let connection = self.current.lock().await.take();
         if let Some(connection) = connection.filter(|connection| connection.status().connected()) {
             // What was on its way has been waited for; a server that does not answer gives everything back anyway.
-            let _ = timeout_at(deadline, connection.close(200, "closed".into())).await;
+            let _ = timeout_at(deadline, end(&connection)).await;
         }
+    }
+}
+
+/// Closes a connection, or sees that it ends by itself. A channel that was dropped right before is closed by the client as
+/// well; where the connection's close comes first, the client takes that for an error of the connection ("invalid channel state:
+/// Closing", lapin 4.12, `InternalRPC::register_internal_future`), and the close had no answer.
+async fn end(connection: &Connection) {
+    let failing = connection.events_listener().any(|event| async move { matches!(event, Event::Error(_)) });
+    tokio::select! {
+        _ = connection.close(200, "closed".into()) => {}
+        _ = failing => {}
     }
 }
 

@@ -36,6 +36,10 @@ enum Then {
 #[async_trait]
 impl Settler for RabbitSettler {
     fn settle(&self, batch: Vec<(Delivery, Settlement)>) -> Settling {
+        // Nearly every batch.
+        if batch.iter().all(|(_, settlement)| matches!(settlement, Settlement::Ack)) {
+            return Settling::ready(self.ack(batch));
+        }
         let mut outcomes: Vec<Option<SettleOutcome>> = Vec::with_capacity(batch.len());
         let (mut acks, mut stored_first) = (Vec::new(), Vec::new());
         for (index, (delivery, settlement)) in batch.into_iter().enumerate() {
@@ -92,6 +96,20 @@ impl Settler for RabbitSettler {
 /// An ack of what is in a stream is noted here, and stored on the server a moment later.
 fn ack_level(desk: &Desk) -> AckLevel {
     if desk.topology.queue.is_log() { AckLevel::Recorded } else { AckLevel::Sent }
+}
+
+impl RabbitSettler {
+    fn ack(&self, batch: Vec<(Delivery, Settlement)>) -> Vec<SettleOutcome> {
+        let begun = self.desk.shared.begin_acks(batch.iter().map(|(delivery, _)| delivery));
+        let keys: Vec<_> = begun.iter().flatten().copied().collect();
+        let mut sent = self.desk.shared.ack(&keys).into_iter();
+        let outcome =
+            |((delivery, _), begun): ((Delivery, Settlement), Option<_>)| match begun.and_then(|_| sent.next()) {
+                Some(true) => Ok(ack_level(&self.desk)),
+                _ => Err(stale(delivery)),
+            };
+        batch.into_iter().zip(begun).map(outcome).collect()
+    }
 }
 
 /// Stores copies and dead letters; the sources of those that are confirmed are then acked.

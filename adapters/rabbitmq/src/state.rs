@@ -5,6 +5,7 @@
 //! an entry whose channel is gone cannot be settled.
 
 mod log;
+mod returns;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -132,7 +133,7 @@ impl Entry {
 pub(crate) struct Arrival {
     pub(crate) feed: u32,
     pub(crate) tag: u64,
-    pub(crate) message: Message,
+    pub(crate) message: Arc<Message>,
     pub(crate) hop: Hop,
     pub(crate) offset: Option<u64>,
     pub(crate) delivered: u32,
@@ -221,36 +222,40 @@ impl Shared {
         self.changed.notify_waiters();
     }
 
-    /// Takes a message in; the key of one that nobody may be handed any more, because its time to live is over.
-    pub(crate) fn arrive(&self, arrival: Arrival) -> Option<Taken> {
-        let now = Timestamp::now();
-        let is_over = arrival.hop.expires != 0 && arrival.hop.expires <= now.as_millis();
+    /// Takes messages in, all of them under one lock; answers those that nobody may be handed any more, because their time
+    /// to live is over.
+    pub(crate) fn arrive(&self, arrivals: &mut Vec<Arrival>) -> Vec<Taken> {
+        let (now, mut over) = (Timestamp::now(), Vec::new());
         let mut state = self.lock();
-        let entry = Entry {
-            feed: arrival.feed,
-            tag: arrival.tag,
-            message: Arc::new(arrival.message),
-            hop: arrival.hop,
-            offset: arrival.offset,
-            delivered: arrival.delivered,
-            arrived_at: now,
-            again: 0,
-            was_out: false,
-            phase: Phase::Ready,
-        };
-        let key = state.insert(entry);
-        let own = &mut state.feeds[arrival.feed as usize];
-        own.unacked.insert(arrival.tag, key.0);
-        if let (Some(offset), Some(log)) = (arrival.offset, &mut own.log) {
-            log.next = offset + 1;
+        for arrival in arrivals.drain(..) {
+            let is_over = arrival.hop.expires != 0 && arrival.hop.expires <= now.as_millis();
+            let (feed, tag) = (arrival.feed as usize, arrival.tag);
+            let key = state.insert(Entry {
+                feed: arrival.feed,
+                tag,
+                message: arrival.message,
+                hop: arrival.hop,
+                offset: arrival.offset,
+                delivered: arrival.delivered,
+                arrived_at: now,
+                again: 0,
+                was_out: false,
+                phase: Phase::Ready,
+            });
+            let own = &mut state.feeds[feed];
+            own.unacked.insert(tag, key.0);
+            if let (Some(offset), Some(log)) = (arrival.offset, &mut own.log) {
+                log.next = offset + 1;
+            }
+            if is_over {
+                over.extend(state.take(key));
+            } else {
+                state.feeds[feed].ready.insert(tag, key.0);
+            }
         }
-        if is_over {
-            return state.take(key);
-        }
-        own.ready.insert(arrival.tag, key.0);
         drop(state);
         self.arrived.notify_one();
-        None
+        over
     }
 
     /// Hands out up to `max`; an error ends the subscription, `None` is nothing at the moment.
@@ -285,24 +290,39 @@ impl Shared {
         state.take(key)
     }
 
+    /// As [`begin`](Self::begin), for acks: all of them under one lock.
+    pub(crate) fn begin_acks<'d>(&self, deliveries: impl Iterator<Item = &'d Delivery>) -> Vec<Option<Key>> {
+        let now = Instant::now();
+        let mut state = self.lock();
+        let begin = |delivery: &Delivery| {
+            let key = state.out_at(delivery.token(), delivery.lane(), now)?;
+            let entry = state.entry(key)?;
+            let Phase::Out { until } = entry.phase else { return None };
+            entry.phase = Phase::Settling { until };
+            Some(key)
+        };
+        deliveries.map(begin).collect()
+    }
+
     /// Acks what is being settled; tells for each whether it was handed to the client. Neighbours from the oldest
     /// on go in one frame.
     pub(crate) fn ack(&self, keys: &[Key]) -> Vec<bool> {
         let mut guard = self.lock();
         let state = &mut *guard;
-        let mut tags: BTreeMap<u32, BTreeMap<u64, usize>> = BTreeMap::new();
+        let mut tags = Vec::with_capacity(keys.len());
         let mut outcomes = vec![false; keys.len()];
         for (index, key) in keys.iter().enumerate() {
             if let Some(entry) = state.entry(*key) {
-                tags.entry(entry.feed).or_default().insert(entry.tag, index);
+                tags.push((entry.feed, entry.tag, index));
             }
         }
-        for (feed, tags) in tags {
-            let own = &mut state.feeds[feed as usize];
+        tags.sort_unstable();
+        for tags in tags.chunk_by(|one, other| one.0 == other.0) {
+            let own = &mut state.feeds[tags[0].0 as usize];
             let Some(channel) = own.channel.clone() else { continue };
-            let together = own.unacked.keys().zip(tags.keys()).take_while(|(unacked, tag)| unacked == tag).count();
+            let together = own.unacked.keys().zip(tags).take_while(|(unacked, (_, tag, _))| *unacked == tag).count();
             let mut is_sent = true;
-            for (place, (tag, index)) in tags.iter().enumerate() {
+            for (place, (_, tag, index)) in tags.iter().enumerate() {
                 if place + 1 >= together {
                     let options = BasicAckOptions { multiple: place + 1 == together && together > 1 };
                     is_sent = handed_over(channel.basic_ack(*tag, options));
@@ -310,10 +330,8 @@ impl Shared {
                 outcomes[*index] = is_sent;
             }
             // All or nothing: what the frame with several did not do, none of them did.
-            if let Some((_, last)) = tags.iter().nth(together.saturating_sub(1)) {
-                let is_done = outcomes[*last];
-                tags.values().take(together).for_each(|index| outcomes[*index] = is_done);
-            }
+            let is_done = outcomes[tags[together.saturating_sub(1)].2];
+            tags[..together].iter().for_each(|(_, _, index)| outcomes[*index] = is_done);
         }
         for (key, is_sent) in keys.iter().zip(&outcomes) {
             if *is_sent && state.entry(*key).is_some() {
@@ -361,45 +379,6 @@ impl Shared {
         let Some(entry) = state.entry(key) else { return false };
         entry.phase = Phase::Out { until: Instant::now() + lease };
         true
-    }
-
-    /// Ends the leases of a feed that are over: the server gives the messages to whoever is free; under order this member
-    /// hands them out again, in their places.
-    pub(crate) fn end_leases(&self, feed: u32) {
-        let now = Instant::now();
-        let mut guard = self.lock();
-        let state = &mut *guard;
-        let is_over = |slot: &&u32| {
-            let entry = state.slots[**slot as usize].entry.as_ref();
-            entry.is_some_and(|entry| matches!(entry.phase, Phase::Out { until } if until <= now))
-        };
-        let over: Vec<u32> = state.feeds[feed as usize].unacked.values().filter(is_over).copied().collect();
-        if over.is_empty() {
-            return;
-        }
-        for slot in over {
-            if state.feeds[feed as usize].keeps_order {
-                // A new generation: the delivery that is out is stale.
-                let own = &mut state.slots[slot as usize];
-                own.generation += 1;
-                let key = (slot, own.generation);
-                state.make_ready(key);
-            } else {
-                state.return_to_server(slot);
-            }
-        }
-        drop(guard);
-        self.arrived.notify_one();
-        self.changed.notify_waiters();
-    }
-
-    /// Gives what is ready back to the server.
-    pub(crate) fn surrender(&self, feed: u32) {
-        let mut state = self.lock();
-        let ready: Vec<u32> = state.feeds[feed as usize].ready.values().copied().collect();
-        for slot in ready {
-            state.return_to_server(slot);
-        }
     }
 
     /// How many of a feed's messages are unacked, and up to which tag.
@@ -479,7 +458,9 @@ impl State {
         let entry = self.slots[slot as usize].entry.take()?;
         self.free.push(slot);
         let own = &mut self.feeds[entry.feed as usize];
-        own.ready.remove(&entry.tag);
+        if entry.phase == Phase::Ready {
+            own.ready.remove(&entry.tag);
+        }
         own.unacked.remove(&entry.tag);
         if let (Some(offset), Some(log)) = (entry.offset, &mut own.log) {
             log.settle(offset);
@@ -524,13 +505,17 @@ impl State {
 
     /// The entry that a delivery stands for, while it is out and its lease holds.
     fn out(&mut self, token: &Token, lane: Lane) -> Option<Key> {
+        self.out_at(token, lane, Instant::now())
+    }
+
+    fn out_at(&mut self, token: &Token, lane: Lane, now: Instant) -> Option<Key> {
         let Token::Pair(slot, generation) = token else { return None };
         let key = (u32::try_from(*slot).ok()?, *generation);
         if self.feeds.get(lane.index as usize).is_none_or(|feed| feed.epoch != lane.epoch) {
             return None;
         }
         let entry = self.entry(key)?;
-        matches!(entry.phase, Phase::Out { until } if Instant::now() < until).then_some(key)
+        matches!(entry.phase, Phase::Out { until } if now < until).then_some(key)
     }
 
     /// Takes an entry to settle it.

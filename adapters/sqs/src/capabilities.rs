@@ -64,7 +64,7 @@ pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
             has_topics,
             "a queue cannot pass over what is in it; purge it first, start at the earliest, or set fanout = \"sns\"",
         ),
-        patterns: refused("a queue is read by its name; RabbitMQ and JetStream have patterns"),
+        patterns: refused("a queue is read by its name; name the destinations one by one"),
         delayed_publish: match (is_fifo, has_topics) {
             (true, _) => refused("FIFO queues delay whole queues, not messages; set mode = \"standard\""),
             (false, true) => Support::emulated("received once by each group and put back until it is due"),

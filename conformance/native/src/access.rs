@@ -24,6 +24,7 @@ const SETTINGS: &[&str] = &[
 ];
 
 /// See the module's documentation.
+#[allow(dead_code, reason = "each client uses its share")]
 pub(crate) struct Access {
     /// As it was given, without its settings.
     pub(crate) base: String,

@@ -1,16 +1,23 @@
 //! Connections that are cut, held, slowed down or half gone, and servers that are killed and frozen.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anybroker_core::{Order, SubscribeSpec};
+use anybroker_core::{Message, MessageId, Order, Settlement, SubscribeSpec};
 use futures_util::future::BoxFuture;
 use rand::RngExt;
 use rand::rngs::StdRng;
+use tokio::time::Instant;
 
-use crate::case::{Breach, Proof};
+use crate::case::{Breach, Proof, ensure};
+use crate::client::Client;
+use crate::consumer::{Consumer, Held, settle};
 use crate::env::Env;
-use crate::faults::{Disturbance, KILLED, Kind, Line, Network, Planned, Trial, of_server, plan};
+use crate::faults::{
+    Disturbance, HEALED_TIMEOUT, KILLED, Kind, Line, Network, Planned, Trial, is_publishing_in_a_fault,
+    is_settling_in_a_fault, of_server, plan,
+};
 use crate::{Case, Level, ServerControl, need};
 
 /// A case of the second level.
@@ -43,10 +50,17 @@ pub(super) const CASES: &[Case] = &[
         cut_consuming
     ),
     fault!(
+        "faults/after-a-cut-a-lone-publisher-publishes-and-a-lone-member-receives-again",
+        false,
+        [],
+        "Lost connections: every client recovers by itself, also where no other could stand in for it.",
+        alone
+    ),
+    fault!(
         "faults/a-black-hole-ends-no-call-late-and-loses-nothing",
         false,
         [],
-        "Every call ends by its deadline, whatever the broker does; a timeout is unknown.",
+        "Every call ends by its deadline, whatever the broker does; an answer that never came is unknown, of a publish and of an ack.",
         black_hole
     ),
     fault!(
@@ -137,11 +151,15 @@ async fn black_hole(env: &Env) -> Proof {
     disturbed(
         env,
         |spec| spec,
-        3,
+        6,
         |random, number| {
             let kind = [Kind::BlackHole, Kind::DeafServer, Kind::HalfOpen][number % 3];
-            // Longer than a publish may take.
-            (kind, millis(random, 2_500..4_000), random.random())
+            // Each of them for a publisher and for a member: what an ack has lost shows at members only.
+            match number < 3 {
+                // Longer than a publish may take.
+                true => (kind, millis(random, 2_500..4_000), true),
+                false => (kind, millis(random, 1_000..2_500), false),
+            }
         },
     )
     .await
@@ -231,6 +249,95 @@ impl Disturbance for Hit {
             Ok(())
         })
     }
+}
+
+/// How often the two are cut off.
+const CUTS: usize = 2;
+
+/// One publisher and one member.
+async fn alone(env: &Env) -> Proof {
+    let network = Network::open(env).await?;
+    let lines = [network.line().await?, network.line().await?];
+    let (publisher, member) = (lines[0].client(env).await?, lines[1].client(env).await?);
+    let spec = env.spec(&env.destination("d"), &env.group("g"));
+    let mut consumer = member.subscribe(spec.clone()).await?;
+    let mut held = exchange(env, &publisher, &mut consumer, "before any cut").await?;
+    for number in 1..=CUTS {
+        let planned = plan(&mut env.rng(), 2, |random| (Kind::Cut, millis(random, 50..600), true));
+        let batch = publisher.messages(&spec.destinations[0], "in a cut", 5);
+        let (outcomes, ()) =
+            futures_util::join!(publisher.publish_within(batch, HEALED_TIMEOUT), lines[0].suffer(env, &planned[0]));
+        outcomes?.iter().filter_map(|outcome| outcome.as_ref().err()).try_for_each(is_publishing_in_a_fault)?;
+        lines[1].suffer(env, &planned[1]).await;
+        acked(vec![held]).await?;
+        held = exchange(env, &publisher, &mut consumer, &format!("after cut {number}")).await?;
+    }
+    acked(vec![held]).await?;
+    consumer.close().await?;
+    env.client().await?.drain(spec).await?;
+    for client in [publisher, member] {
+        client.close().await?;
+    }
+    Ok(())
+}
+
+/// Some messages go from one to the other, however many tries that takes: no fault lasts, and patience is the limit. One of them
+/// stays unsettled.
+async fn exchange<'e>(
+    env: &'e Env,
+    publisher: &Client<'e>,
+    consumer: &mut Consumer<'e>,
+    when: &str,
+) -> Proof<Held<'e>> {
+    let destination = consumer.subscriber.spec().destinations[0].clone();
+    let (begin, limit) = (Instant::now(), env.patience());
+    let mut left: Vec<Message> =
+        (0..5).map(|number| publisher.message(&destination, format!("key {number}").as_str())).collect();
+    let mut missing: HashSet<MessageId> = left.iter().map(|message| message.id().clone()).collect();
+    let staying = left[0].id().clone();
+    loop {
+        let outcomes = publisher.publish_within(left.clone(), HEALED_TIMEOUT).await?;
+        let mut again = Vec::new();
+        for (message, outcome) in left.into_iter().zip(outcomes) {
+            if let Err(error) = outcome {
+                is_publishing_in_a_fault(&error)?;
+                ensure!(begin.elapsed() < limit, "{when} the publisher publishes nothing for {limit:?}: {error:?}");
+                again.push(message);
+            }
+        }
+        if again.is_empty() {
+            break;
+        }
+        left = again;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let (begin, mut stays) = (Instant::now(), None);
+    while !missing.is_empty() {
+        let came = consumer.receive(10, Duration::from_millis(500)).await?;
+        for held in &came {
+            missing.remove(held.message().id());
+        }
+        let (staying, others): (Vec<_>, Vec<_>) = came.into_iter().partition(|held| *held.message().id() == staying);
+        acked(others).await?;
+        // Should it come again, the one before is not this member's any more.
+        acked(staying.into_iter().filter_map(|held| stays.replace(held)).collect()).await?;
+        let count = missing.len();
+        ensure!(
+            count == 0 || begin.elapsed() < limit,
+            "{when} the member receives nothing for {limit:?}: {count} stored messages are missing"
+        );
+    }
+    stays.ok_or_else(|| Breach::Failed(format!("{when} {staying} came and is gone")))
+}
+
+/// Acks them, as far as they are still this member's.
+async fn acked(batch: Vec<Held<'_>>) -> Proof {
+    for outcome in settle(batch.into_iter().map(|held| (held, Settlement::Ack)).collect()).await? {
+        if let Err((_, error)) = outcome {
+            is_settling_in_a_fault(&error)?;
+        }
+    }
+    Ok(())
 }
 
 async fn killed(env: &Env) -> Proof {

@@ -27,6 +27,12 @@ pub(super) const CASES: &[Case] = &[
     ),
     case!("flow/a-receive-brings-at-most-what-was-asked-for", [], "receive(max, wait) brings at most max.", at_most),
     case!(
+        "flow/a-receive-of-nothing-ends-with-its-wait",
+        [],
+        "receive(max, wait) ends empty when the wait is over, however long there is nothing.",
+        of_nothing
+    ),
+    case!(
         "flow/saturated-with-unsettled-deliveries-it-goes-on-when-they-are-settled",
         [],
         "Back-pressure does not wedge a subscription.",
@@ -205,6 +211,18 @@ async fn paused(env: &Env) -> Proof {
     }
     ack_all(came).await?;
     consumer.silence_then_canary(&client, "all were acked").await
+}
+
+async fn of_nothing(env: &Env) -> Proof {
+    let destination = env.destination("d");
+    let client = env.client().await?;
+    let mut consumer = client.subscribe(env.spec(&destination, &env.group("g"))).await?;
+    for wait in [Duration::ZERO, Duration::from_millis(300), Duration::from_millis(1_500)] {
+        // Every receive of a case has to keep its deadline.
+        let came = consumer.receive(10, wait).await?;
+        ensure!(came.is_empty(), "{} deliveries of nothing", came.len());
+    }
+    consumer.silence_then_canary(&client, "nothing was published").await
 }
 
 async fn members_at_once(env: &Env) -> Proof {

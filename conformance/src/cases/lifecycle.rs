@@ -3,12 +3,12 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use anybroker_core::{AckGranularity, AttemptCount, ErrorKind, TopologySpec};
+use anybroker_core::{AckGranularity, AttemptCount, Destination, ErrorKind, TopologySpec};
 use futures_util::future::join_all;
 
 use super::case;
 use crate::Case;
-use crate::case::{Breach, Proof, ensure, ensure_eq};
+use crate::case::{Breach, Proof, ensure, ensure_eq, fail};
 use crate::consumer::{Held, ack_all, held_ids, ids};
 use crate::env::Env;
 use crate::need;
@@ -32,6 +32,24 @@ pub(super) const CASES: &[Case] = &[
         [],
         "Individual acks: only the hole comes again. Prefix acks: the hole and what is above it, and nothing below.",
         ack_hole
+    ),
+    case!(
+        "lifecycle/an-ack-settles-nothing-of-another-lane-destination-or-group",
+        [],
+        "Ack: done, never again in this group. It is of one delivery, of its lane and its group.",
+        acks_stay_where_they_are
+    ),
+    case!(
+        "lifecycle/a-closed-consumer-takes-nothing-any-more",
+        [],
+        "Close: stop receiving. What is published afterwards is for those who are there.",
+        takes_nothing_more
+    ),
+    case!(
+        "lifecycle/what-had-come-before-a-close-is-not-handed-out-after-it",
+        [],
+        "After close every verb answers Closed, a receive too for which something had come already; that goes back.",
+        hands_nothing_out
     ),
     case!(
         "lifecycle/a-consumer-that-vanishes-loses-nothing",
@@ -163,6 +181,106 @@ async fn ack_hole(env: &Env) -> Proof {
             ensure!(left.iter().all(|id| above.contains(id)), "acked below the hole, and comes again: {left:?}");
         }
     }
+    Ok(())
+}
+
+async fn acks_stay_where_they_are(env: &Env) -> Proof {
+    let (one, two) = (env.destination("one"), env.destination("two"));
+    let group = env.group("g");
+    let client = env.client().await?;
+    let mut consumer = client.subscribe(env.spec(&one, &group).and_destination(&two)).await?;
+    let mut other = match env.record.groups.is_given() {
+        true => Some(client.subscribe(env.spec(&two, &env.group("other"))).await?),
+        false => None,
+    };
+    let count = env.at_once(12);
+    for destination in [&one, &two] {
+        for number in 0..count {
+            client.fill(destination, format!("key {number}").as_str(), 1).await?;
+        }
+    }
+    let came = consumer.take(2 * count).await?;
+    let others = match &mut other {
+        Some(other) => other.take(count).await?,
+        None => Vec::new(),
+    };
+    // Everything of one lane, so that it makes a prefix where only prefixes are kept; of the later destination.
+    let lane = |held: &Held| (held.message().destination().clone(), held.delivery().lane().index);
+    let Some(chosen) = came.iter().map(lane).find(|(destination, _)| *destination == two) else {
+        fail!("nothing of {two} came");
+    };
+    let (acked, kept): (Vec<_>, Vec<_>) = came.into_iter().partition(|held| lane(held) == chosen);
+    let of = |destination: &Destination| -> BTreeSet<String> {
+        kept.iter().filter(|held| held.message().destination() == destination).map(Held::id).collect()
+    };
+    let mut expected = vec![(&one, group.clone(), of(&one)), (&two, group, of(&two))];
+    ack_all(acked).await?;
+    consumer.close().await?;
+    if let Some(other) = other {
+        expected.push((&two, env.group("other"), held_ids(&others).into_iter().collect()));
+        other.close().await?;
+    }
+    drop((kept, others));
+    client.close().await?;
+    for (destination, group, expected) in expected {
+        let left = env.client().await?.drain(env.spec(destination, &group)).await?;
+        // The canary of an earlier drain is this group's too.
+        let left = left.iter().filter(|message| message.key() != Some(b"canary"));
+        ensure_eq!(
+            ids(left).into_iter().collect::<BTreeSet<_>>(),
+            expected,
+            "what comes again of {destination} to {group}"
+        );
+    }
+    Ok(())
+}
+
+async fn takes_nothing_more(env: &Env) -> Proof {
+    let (destination, group) = (env.destination("d"), env.group("g"));
+    let (client, other) = (env.client().await?, env.client().await?);
+    let mut closed = client.subscribe(env.spec(&destination, &group)).await?;
+    // A receive that is given up may leave a request behind that asks for messages.
+    let receiving = closed.receive(10, env.patience());
+    if let Ok(came) = tokio::time::timeout(env.quiet(), receiving).await {
+        fail!("{} deliveries of nothing", came?.len());
+    }
+    closed.close().await?;
+    // Its connection stays open.
+    let count = env.at_once(12);
+    let mut sent = BTreeSet::new();
+    for number in 0..count {
+        sent.extend(ids(&other.fill(&destination, format!("key {number}").as_str(), 1).await?));
+    }
+    // The closed one has the time to take it, should it still be at work.
+    tokio::time::sleep(env.quiet()).await;
+    let mut consumer = other.subscribe(env.spec(&destination, &group)).await?;
+    let came = consumer.take(count).await?;
+    ensure_eq!(held_ids(&came).into_iter().collect::<BTreeSet<_>>(), sent, "what comes to who is there");
+    ack_all(came).await?;
+    consumer.silence_then_canary(&other, "all were acked").await?;
+    client.close().await
+}
+
+async fn hands_nothing_out(env: &Env) -> Proof {
+    let (destination, group) = (env.destination("d"), env.group("g"));
+    let client = env.client().await?;
+    let mut consumer = client.subscribe(env.spec(&destination, &group)).await?;
+    let count = env.of_one_key(8);
+    let sent = client.fill(&destination, "k", count).await?;
+    // Less than there is: the rest may have come as well.
+    let held = consumer.take(2).await?;
+    client.close().await?;
+    match consumer.try_receive(10, Duration::from_millis(100)).await? {
+        Ok(came) => fail!("a receive after the close brings {} deliveries", came.len()),
+        Err(error) => ensure_eq!(error.kind(), ErrorKind::Closed, "a receive after the close ({error})"),
+    }
+    drop((held, consumer));
+    let left = env.client().await?.drain(env.spec(&destination, &group)).await?;
+    ensure_eq!(
+        ids(&left).into_iter().collect::<BTreeSet<_>>(),
+        ids(&sent).into_iter().collect::<BTreeSet<_>>(),
+        "what comes after the close"
+    );
     Ok(())
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use anybroker_core::{Effect, ErrorKind, PublishOptions, PublishOrder, RESERVED_HEADER_PREFIX, TopologySpec};
-use futures_util::FutureExt;
+use futures_util::{FutureExt, StreamExt};
 
 use super::case;
 use crate::Case;
@@ -194,9 +194,11 @@ async fn pipelined(env: &Env) -> Proof {
     let spec = env.spec(&destination, &env.group("g")).with_order(anybroker_core::Order::Key);
     let mut consumer = client.subscribe(spec).await?;
     let batches: Vec<_> = (0..30).map(|_| client.messages(&destination, "k", 3)).collect();
-    // Handed over in order, all on their way before the first answer is waited for.
-    let publishing = futures_util::future::join_all(batches.iter().map(|batch| client.publish(batch.clone())));
-    for outcomes in publishing.await {
+    // Called in order, all before the first answer is waited for. Whichever is woken first goes on first, as for anybody
+    // who publishes a stream of batches; the first ones of a destination may have to look it up.
+    let calls: Vec<_> = batches.iter().map(|batch| client.publish(batch.clone())).collect();
+    let outcomes: Vec<_> = futures_util::stream::iter(calls).buffered(batches.len()).collect().await;
+    for outcomes in outcomes {
         for outcome in outcomes? {
             outcome?;
         }

@@ -27,7 +27,7 @@ pub use address::{routes_of, url_through};
 pub(crate) use plan::{Kind, Planned, plan};
 use proxy::Way;
 pub(crate) use proxy::{End, Proxy};
-pub(crate) use trial::{Disturbance, Trial};
+pub(crate) use trial::{Disturbance, HEALED_TIMEOUT, Trial, is_publishing_in_a_fault, is_settling_in_a_fault};
 
 /// An address of the server that a proxy can stand in front of.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anybroker_core::{
-    Destination, Effect, ErrorKind, Group, Message, MessageId, Nack, Retry, Settlement, SubscribeSpec,
+    Destination, Effect, Error, ErrorKind, Group, Message, MessageId, Nack, Retry, Settlement, SubscribeSpec,
 };
 use futures_util::future::{BoxFuture, try_join_all};
 use parking_lot::Mutex;
@@ -29,7 +29,7 @@ const KEYS: usize = 16;
 /// Every publish ends by then, whatever the fault does.
 const PUBLISH_TIMEOUT: Duration = Duration::from_secs(2);
 /// And by then when no fault lasts any more: how soon a busy machine answers is not what is tried here.
-const HEALED_TIMEOUT: Duration = Duration::from_secs(10);
+pub(crate) const HEALED_TIMEOUT: Duration = Duration::from_secs(10);
 /// One in so many messages whose publish failed or is unknown is left as it is: then nothing hides what became of it.
 const ABANDONED: usize = 4;
 /// One in so many deliveries is nacked, where that is possible.
@@ -239,9 +239,7 @@ impl<'e> Trial<'e> {
                         progress.stored.lock().insert(message.id().clone());
                     }
                     Err(error) => {
-                        let passes = matches!(error.retry(), Retry::Later(_)) || error.effect() == Effect::Unknown;
-                        // What was not attempted for order's sake is no failure of its own.
-                        ensure!(passes || error.effect() == Effect::NotDone, "publishing in a fault: {error:?}");
+                        is_publishing_in_a_fault(&error)?;
                         if random.random_range(0..ABANDONED) > 0 {
                             again.push(message);
                         }
@@ -301,11 +299,7 @@ impl<'e> Trial<'e> {
                 Ok(_) => true,
                 // Dropped with its error it comes back, unless it is settled.
                 Err((_, error)) => {
-                    let kind = error.kind();
-                    let is_of_faults =
-                        matches!(kind, ErrorKind::StaleDelivery | ErrorKind::Timeout | ErrorKind::Unavailable)
-                            || error.effect() == Effect::Unknown;
-                    ensure!(is_of_faults, "settling in a fault: {error:?}");
+                    is_settling_in_a_fault(error)?;
                     error.effect() == Effect::Unknown
                 }
             };
@@ -316,4 +310,20 @@ impl<'e> Trial<'e> {
         self.progress.tell();
         Ok(())
     }
+}
+
+/// What a settle may fail with while connections come and go.
+pub(crate) fn is_settling_in_a_fault(error: &Error) -> Proof {
+    let is_of_faults = matches!(error.kind(), ErrorKind::StaleDelivery | ErrorKind::Timeout | ErrorKind::Unavailable)
+        || error.effect() == Effect::Unknown;
+    ensure!(is_of_faults, "settling in a fault: {error:?}");
+    Ok(())
+}
+
+/// What a publish may fail with while connections come and go.
+pub(crate) fn is_publishing_in_a_fault(error: &Error) -> Proof {
+    let passes = matches!(error.retry(), Retry::Later(_)) || error.effect() == Effect::Unknown;
+    // What was not attempted for order's sake is no failure of its own.
+    ensure!(passes || error.effect() == Effect::NotDone, "publishing in a fault: {error:?}");
+    Ok(())
 }

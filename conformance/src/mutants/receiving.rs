@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anybroker_core::{
     AckLevel, Delivery, DeliveryFacts, Headers, Lane, Message, OnFailure, Order, Received, Result, Settlement,
-    Settling, Start, SubscribeSpec, Token,
+    Settling, Start, SubscribeSpec, Subscription, Token,
 };
 use async_trait::async_trait;
 
@@ -68,6 +68,24 @@ pub(super) const MUTANTS: &[Mutant] = &[
         fault: "it prefetches whatever there is, beyond max_in_flight",
         killed_by: "flow/a-full-member-leaves-the-rest-to-others",
         make: || Arc::new(Hoards),
+    },
+    Mutant {
+        name: "goes-on-when-closed",
+        fault: "a subscription that is closed goes on receiving, for nobody",
+        killed_by: "lifecycle/a-closed-consumer-takes-nothing-any-more",
+        make: || Arc::new(GoesOnWhenClosed),
+    },
+    Mutant {
+        name: "hands-out-when-closed",
+        fault: "what had come before a close is handed out after it",
+        killed_by: "lifecycle/what-had-come-before-a-close-is-not-handed-out-after-it",
+        make: || Arc::new(HandsOutWhenClosed),
+    },
+    Mutant {
+        name: "overstays",
+        fault: "a receive that brings nothing ends five seconds after its wait",
+        killed_by: "flow/a-receive-of-nothing-ends-with-its-wait",
+        make: || Arc::new(Overstays),
     },
     Mutant {
         name: "pause-no-op",
@@ -319,6 +337,47 @@ impl Fault for Hoards {
             }
         }
         kept_first(tap, max, wait).await
+    }
+}
+
+struct GoesOnWhenClosed;
+
+#[async_trait]
+impl Fault for GoesOnWhenClosed {
+    async fn close(&self, mut inner: Box<dyn Subscription>, _: Duration) -> Result<()> {
+        tokio::spawn(async move {
+            let mut taken = Vec::new();
+            // Until its connection is closed.
+            while let Ok(received) = inner.receive(100, Duration::from_secs(1)).await {
+                taken.extend(received.deliveries);
+            }
+        });
+        Ok(())
+    }
+}
+
+struct HandsOutWhenClosed;
+
+#[async_trait]
+impl Fault for HandsOutWhenClosed {
+    async fn receive(&self, tap: &mut Tap, max: usize, wait: Duration) -> Result<Received> {
+        if tap.kept.is_empty() {
+            let Received { deliveries, events } = tap.inner.receive(max.saturating_add(5), wait).await?;
+            tap.kept = deliveries;
+            if tap.kept.is_empty() {
+                return Ok(Received { deliveries: Vec::new(), events });
+            }
+        }
+        kept_first(tap, max, wait).await
+    }
+}
+
+struct Overstays;
+
+#[async_trait]
+impl Fault for Overstays {
+    async fn receive(&self, tap: &mut Tap, max: usize, wait: Duration) -> Result<Received> {
+        tap.inner.receive(max, wait.saturating_add(Duration::from_secs(5))).await
     }
 }
 

@@ -62,6 +62,14 @@ pub(super) trait Fault: Send + Sync + 'static {
         let _ = inner;
     }
 
+    /// Closes the inner subscription.
+    async fn close(&self, inner: Box<dyn Subscription>, grace: Duration) -> Result<()> {
+        let context = Arc::clone(inner.context());
+        let closed = inner.close(grace).await;
+        context.close();
+        closed
+    }
+
     async fn dead_letters(
         &self,
         broker: &Arc<dyn Broker>,
@@ -267,9 +275,7 @@ impl Subscription for TamperedSubscription {
     async fn close(self: Box<Self>, grace: Duration) -> Result<()> {
         let Some(tap) = self.tap else { return Ok(()) };
         self.fault.closing(&tap.side).await;
-        let closed = tap.inner.close(grace).await;
-        tap.side.context.close();
-        closed
+        self.fault.close(tap.inner, grace).await
     }
 }
 

@@ -112,6 +112,53 @@ fn kept(name: &str) -> Option<Capabilities> {
     Some(serde_json::from_str(&text).unwrap_or_else(|error| panic!("docs/capabilities/{name}.json: {error}")))
 }
 
+/// Names of brokers in refusals, and the modes that are meant.
+const MEANT: &[(&str, &[&str])] = &[
+    ("the embedded broker", &["embedded"]),
+    ("Kafka", &["kafka", "kafka-in-place"]),
+    ("RabbitMQ", &["rabbitmq", "rabbitmq-classic", "rabbitmq-stream"]),
+    ("JetStream", &["jetstream"]),
+    ("NATS", &["jetstream"]),
+    ("SQS FIFO", &["sqs-fifo", "sqs-fifo-total", "sqs-sns-fifo"]),
+    ("SQS", &["sqs", "sqs-fifo", "sqs-fifo-total", "sqs-sns", "sqs-sns-fifo"]),
+    ("Pulsar", &["pulsar"]),
+];
+
+/// Who follows the advice of a refusal must not be refused there as well.
+#[test]
+fn a_refusal_recommends_only_what_another_broker_has() {
+    let records: Vec<(&str, Value)> = ENDPOINTS
+        .iter()
+        .filter_map(|endpoint| Some((endpoint.name, serde_json::to_value(kept(endpoint.name)?).expect("JSON"))))
+        .collect();
+    let has = |mode: &&str, field: &str| {
+        let record = records.iter().find(|(name, _)| name == mode);
+        record.is_some_and(|(_, record)| record[field].get("refused").is_none())
+    };
+    let (mut wrong, mut met) = (Vec::new(), 0);
+    for (endpoint, record) in &records {
+        for (field, value) in record.as_object().expect("an object") {
+            let Some(advice) = value.get("refused").and_then(Value::as_str) else { continue };
+            let mut rest = advice.to_owned();
+            for (broker, modes) in MEANT {
+                if !rest.contains(broker) {
+                    continue;
+                }
+                rest = rest.replace(broker, "");
+                if modes.iter().any(|mode| mode == endpoint) {
+                    continue;
+                }
+                met += 1;
+                if !modes.iter().any(|mode| has(mode, field)) {
+                    wrong.push(format!("{endpoint}.{field}: \"{advice}\", and {broker} refuses it too"));
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(met > 10, "only {met} refusals name another broker");
+}
+
 #[test]
 fn the_example_is_the_one_that_is_compiled() {
     let readme = fs::read_to_string(readme()).expect("README.md");

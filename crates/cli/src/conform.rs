@@ -144,14 +144,17 @@ impl CommandHarness {
         let mut config = connect::settings(global)?;
         let bus = connect::connect(global).await?;
         let name = args.name.clone().unwrap_or_else(|| bus.endpoint().url.clone());
-        if let Some(named) = private(global)
+        let mut apart = config.clone();
+        if let Some((named, other)) = private(global)
             && !is_shared(&bus, &config).await?
         {
             config = config.with("url", named);
+            // The setting belongs to the broker there, which has it the other way.
+            apart = apart.with("url", other);
         }
         connect::close(&bus).await?;
         let strict = config.scheme().filter(|scheme| has_setting(scheme, CREATE_DESTINATIONS));
-        let strict = strict.map(|scheme| config.clone().with(format!("{scheme}.{CREATE_DESTINATIONS}"), false));
+        let strict = strict.map(|scheme| apart.with(format!("{scheme}.{CREATE_DESTINATIONS}"), false));
         let native = native(&config);
         let about = About { client: args.client.clone(), emulated: args.emulated.clone() };
         let (lease, quiet, patience) = (args.lease, args.quiet, args.patience);
@@ -168,16 +171,17 @@ fn native(config: &Config) -> Result<Arc<dyn NativeChannel>, String> {
     anybroker_conformance_native::channel(config.endpoint_url().unwrap_or_default(), given)
 }
 
-/// Where the URL names neither host nor path: the same URL with a name. Connections to an in-process broker without a
-/// name may each have one of their own, and the suite needs several to the same.
-fn private(global: &Global) -> Option<String> {
+/// Where the URL names neither host nor path: the same URL with a name, and with another one. Connections to an in-process
+/// broker without a name may each have one of their own, and the suite needs several to the same.
+fn private(global: &Global) -> Option<(String, String)> {
     let url = global.url.clone().or_else(|| std::env::var("ANYBROKER_URL").ok())?;
     let parsed = EndpointUrl::parse(&url).ok()?;
     if !parsed.hosts().is_empty() || !parsed.path().is_empty() {
         return None;
     }
     let (scheme, rest) = url.split_once("://")?;
-    Some(format!("{scheme}://conform-{}{rest}", std::process::id()))
+    let named = |what| format!("{scheme}://conform-{}{what}{rest}", std::process::id());
+    Some((named(""), named("-strict")))
 }
 
 /// Whether a second connection sees what the first one declared.

@@ -146,6 +146,13 @@ fn a_broker_in_this_process_is_one_broker_for_the_whole_run() {
 }
 
 #[test]
+fn a_client_that_creates_nothing_is_had_of_a_broker_in_this_process_too() {
+    let ran = bare(&["conform", "--url", "memory://", "--case", "publish/a-client-that-creates-nothing-*", "--json"]);
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    assert_eq!(ran.objects()[0]["outcome"], "pass");
+}
+
+#[test]
 fn a_pattern_that_matches_no_case_is_wrong_usage() {
     let ran = bare(&["conform", "--url", "memory://", "--case", "nothing/*", "--json"]);
     assert_eq!(ran.code, Some(2));

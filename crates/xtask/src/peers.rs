@@ -14,8 +14,12 @@ const BUILD_LIMIT: Duration = Duration::from_secs(40 * 60);
 const RUN_LIMIT: Duration = Duration::from_secs(60 * 60);
 
 /// A package of the workspace in `peers`, and the broker that it is run on.
-const PEERS: &[(&str, &str)] =
-    &[("ruststream-nats", "nats"), ("ruststream-rabbitmq", "rabbitmq"), ("omniqueue-rabbitmq", "rabbitmq")];
+const PEERS: &[(&str, &str)] = &[
+    ("ruststream-nats", "nats"),
+    ("ruststream-rabbitmq", "rabbitmq"),
+    ("omniqueue-rabbitmq", "rabbitmq"),
+    ("mq-bridge-rabbitmq", "rabbitmq"),
+];
 
 /// Run the conformance suite on published crates of other projects
 ///

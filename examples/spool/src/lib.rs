@@ -88,7 +88,7 @@ fn record() -> Capabilities {
         kept_before_group: native(),
         replay: Support::refused("a group starts at the earliest or the latest; embedded starts anywhere"),
         start_latest: native(),
-        patterns: Support::refused("list the destinations; NATS JetStream has patterns"),
+        patterns: Support::refused("name the destinations one by one"),
         delayed_publish: Support::refused("nothing is held back before its first delivery; embedded does"),
         ttl: Support::refused("nothing expires; embedded and RabbitMQ expire messages"),
         publish_confirm: native(),

@@ -37,6 +37,7 @@ impl Shared {
         let lane = Lane { index: feed, epoch: own.epoch };
         state.remember(feed);
         state.entries.retain(|_, entry| entry.feed != feed);
+        state.out = state.entries.values().filter(|entry| entry.is_out()).count();
         state.places.retain(|(other, _), _| *other != feed);
         if is_lane && was_attached && !state.is_closing {
             state.events.push_back(SubscriptionEvent::Lost { lane });

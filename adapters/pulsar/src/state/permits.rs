@@ -1,5 +1,6 @@
 //! How many messages the broker may send for each feed. Permits cannot be taken back, so that a feed for which nothing comes
-//! keeps what it was granted.
+//! keeps what it was granted. Under a small bound the one permit of each idle source is not reckoned, so that a busy one may have
+//! all of it; what then comes beyond it goes back, or waits here and is not handed out.
 
 use super::{FeedState, State};
 
@@ -26,13 +27,19 @@ impl State {
             let least = (max_in_flight / 10).min(MOST_BACK).div_ceil(number).max(1);
             (least, max_in_flight.saturating_sub(self.entries.len()))
         } else {
+            let here: usize = self.out + self.feeds.iter().map(|other| other.ready.len()).sum::<usize>();
+            if here >= max_in_flight {
+                // What came now would go back at once, and come again.
+                return 0;
+            }
             let least = (max_in_flight / (2 * number)).max(1);
             let came_back: usize = self.feeds.iter().filter(|other| other.is_back).map(|other| other.held).sum();
-            let pool = max_in_flight.saturating_sub(number * least + came_back);
             let others =
                 self.feeds.iter().enumerate().filter(|(index, other)| !other.is_back && *index != feed as usize);
-            let taken: usize = others.map(|(_, other)| other.used().saturating_sub(least)).sum();
-            let bound = least + pool.saturating_sub(taken);
+            let idle = usize::from(least == 1);
+            let reckoned = |other: &FeedState| other.used().max(least) - other.permits.min(idle);
+            let taken: usize = others.map(|(_, other)| reckoned(other)).sum();
+            let bound = max_in_flight.saturating_sub(taken + came_back).max(least);
             (least, bound.saturating_sub(self.feeds[feed as usize].used()))
         };
         let own = &mut self.feeds[feed as usize];
@@ -110,6 +117,19 @@ mod tests {
             }
             assert_eq!(state.feeds[0].held, max);
         }
+    }
+
+    #[test]
+    fn a_busy_source_may_have_all_of_a_small_bound_beside_idle_ones() {
+        let mut state = state(3);
+        for source in [0, 2, 4] {
+            assert_eq!(grant(&mut state, source, 4), 1);
+        }
+        for _ in 0..10 {
+            comes(&mut state, 0);
+            grant(&mut state, 0, 4);
+        }
+        assert_eq!(state.feeds[0].held, 4);
     }
 
     #[test]

@@ -56,3 +56,38 @@ fn of_a_connection_that_has_ended_nothing_is_handed_out_while_its_feed_has_not_n
     shared.arrive(0, vec![arrival(1), arrival(2)]);
     assert_eq!(take().len(), 2);
 }
+
+#[test]
+fn no_more_than_the_bound_is_handed_out_whatever_has_come_and_a_settled_one_makes_room() {
+    let feed = FeedState::new("d".into(), "g".into(), false, 0, false);
+    let shared = Shared::new(Duration::from_secs(60), 2, false, vec![feed]);
+    let context = DeliveryContext::new("g".into(), None, Arc::new(Nobody));
+    let take = || {
+        let received = shared.take(10, &context, &mut Vec::new()).unwrap();
+        received.map_or_else(Vec::new, |received| received.deliveries)
+    };
+    shared.attached(0, &Arc::new(Conn::new(None)), 1, None);
+    let of_a_batch = |index| {
+        let mut one = arrival(1);
+        (one.id.batch_index, one.siblings) = (Some(index), Some(Siblings::new(5.into())));
+        one
+    };
+    assert!(shared.arrive(0, (0..5).map(of_a_batch).collect()).is_empty(), "a batch comes whole");
+    let mut held = take();
+    assert_eq!(held.len(), 2);
+    assert!(take().is_empty());
+    let settled = held.pop().unwrap();
+    let taken = shared.begin(settled.token(), settled.lane()).unwrap();
+    assert!(take().is_empty(), "it is still being settled");
+    assert!(shared.settled(taken.key));
+    held.extend(take());
+    assert_eq!(held.len(), 2);
+    // What is given back has its place again, and is the next one.
+    let given_back = held.pop().unwrap();
+    assert!(shared.give_back(given_back.token(), given_back.lane(), false));
+    assert_eq!(take().len(), 1);
+    shared.detached(0, false);
+    shared.attached(0, &Arc::new(Conn::new(None)), 1, None);
+    shared.arrive(0, vec![arrival(7), arrival(8)]);
+    assert_eq!(take().len(), 2, "what was out of a lost connection takes no room");
+}

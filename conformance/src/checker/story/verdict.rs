@@ -1,6 +1,7 @@
 //! What is wrong with a message when nothing more comes.
 
 use super::{Returned, Story};
+use crate::history::Verb;
 
 impl Story {
     /// How often it was met in this reading, this time included.
@@ -38,7 +39,9 @@ impl Story {
         if is_letter || self.buried > 0 {
             return None;
         }
-        if self.was_acked {
+        // Of two who had it at once, one may settle what the other failed, where the server cannot tell them apart.
+        let is_acked_late = self.too_late.iter().any(|late| late.verb == Verb::Ack);
+        if self.was_acked || is_acked_late && matches!(self.owed.last(), Some(Returned::Nacked)) {
             return None;
         }
         match self.owed.last() {

@@ -167,6 +167,24 @@ fn what_was_acked_is_not_lost_when_somebody_else_fails_it_and_what_was_only_fail
 }
 
 #[test]
+fn what_one_of_two_who_had_it_failed_is_not_lost_when_the_other_acks_it_too_late() {
+    let acked_by_the_other = |answer: Option<Effect>| {
+        let mut script = Script::new();
+        script.member().published("a", "k", 1).delivered(1, "a", 1).wait(LEASE);
+        script.subscribed(2, Order::None, OnFailure::GoPast).delivered_to(2, 2, "a", 1).settled(2, Verb::Nack);
+        script.push(What::SettleInvoke { delivery: 1, verb: Verb::Ack });
+        match answer {
+            Some(effect) => script.push(What::SettleFail { delivery: 1, kind: ErrorKind::StaleDelivery, effect }),
+            None => script.answered(1),
+        };
+        script.drained().names()
+    };
+    assert_eq!(acked_by_the_other(None), [""; 0]);
+    assert_eq!(acked_by_the_other(Some(Effect::Unknown)), [""; 0]);
+    assert_eq!(acked_by_the_other(Some(Effect::NotDone)), ["nack-lost"]);
+}
+
+#[test]
 fn what_needs_no_lost_connection_is_not_asked_for_one() {
     // The nack of the first leaves a copy and its source; the second, whose connection a fault hits, has one of them.
     let mut script = Script::new();

@@ -3,6 +3,7 @@
 pub(crate) mod disturb;
 pub(crate) mod modes;
 mod state;
+mod summary;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -181,6 +182,8 @@ impl Conform {
             let mut merge = Command::new(command);
             merge.args(["conform", "report", "merge"]).args(&reports).arg("--to").arg(folder);
             green = child::watched(&mut merge, BUILD_LIMIT)?.success();
+            let merged = std::fs::read_to_string(folder.join("report.json")).context("the reports were not merged")?;
+            std::fs::write(folder.join("summary.md"), summary::text(&state.run, &merged)?)?;
             println!("{}", folder.join("report.html").display());
         }
         println!();

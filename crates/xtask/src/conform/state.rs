@@ -12,25 +12,26 @@ use crate::child::output_of;
 #[derive(Debug)]
 pub(super) struct State {
     folder: PathBuf,
+    pub(super) run: Run,
 }
 
 /// What all reports of one folder have in common; kept in `run.json`.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Run {
+pub(super) struct Run {
     /// The commit, and whether there were changes beyond it.
-    revision: String,
-    level: String,
-    cases: Vec<String>,
+    pub(super) revision: String,
+    pub(super) level: String,
+    pub(super) cases: Vec<String>,
 }
 
 impl State {
     /// Begins a run, or goes on with one: reports of other revisions or other cases are not mixed with this one's.
     pub(super) fn begin(folder: &Path, resume: bool, level: &str, cases: &[String]) -> Result<Self> {
         let run = Run { revision: revision()?, level: level.to_owned(), cases: cases.to_vec() };
-        Self::begin_as(folder, resume, &run)
+        Self::begin_as(folder, resume, run)
     }
 
-    fn begin_as(folder: &Path, resume: bool, run: &Run) -> Result<Self> {
+    fn begin_as(folder: &Path, resume: bool, run: Run) -> Result<Self> {
         let (file, modes) = (folder.join("run.json"), folder.join("modes"));
         let earlier = match std::fs::read_to_string(&file) {
             Ok(text) => {
@@ -42,7 +43,7 @@ impl State {
         match earlier {
             Some(earlier) if resume => {
                 ensure!(
-                    earlier == *run,
+                    earlier == run,
                     "{} holds a run of {} (level {}, cases {:?}), and this one is of {} (level {}, cases {:?}): run it without \
                      --resume",
                     folder.display(),
@@ -63,8 +64,8 @@ impl State {
             None => {}
         }
         std::fs::create_dir_all(&modes)?;
-        std::fs::write(&file, format!("{:#}\n", serde_json::to_value(run)?))?;
-        Ok(Self { folder: folder.to_owned() })
+        std::fs::write(&file, format!("{:#}\n", serde_json::to_value(&run)?))?;
+        Ok(Self { folder: folder.to_owned(), run })
     }
 
     pub(super) fn folder_of(&self, mode: &str) -> PathBuf {
@@ -116,18 +117,18 @@ mod tests {
     #[test]
     fn a_resumed_run_keeps_what_is_done_and_a_new_one_begins_from_nothing() {
         let folder = tempfile::tempdir().unwrap();
-        let state = State::begin_as(folder.path(), false, &run("a")).unwrap();
+        let state = State::begin_as(folder.path(), false, run("a")).unwrap();
         finish(&state, "memory");
-        assert!(State::begin_as(folder.path(), true, &run("a")).unwrap().has("memory"));
-        assert!(!State::begin_as(folder.path(), false, &run("a")).unwrap().has("memory"));
+        assert!(State::begin_as(folder.path(), true, run("a")).unwrap().has("memory"));
+        assert!(!State::begin_as(folder.path(), false, run("a")).unwrap().has("memory"));
     }
 
     #[test]
     fn reports_of_another_revision_are_not_gone_on_with() {
         let folder = tempfile::tempdir().unwrap();
-        let state = State::begin_as(folder.path(), false, &run("a")).unwrap();
+        let state = State::begin_as(folder.path(), false, run("a")).unwrap();
         finish(&state, "memory");
-        let refused = State::begin_as(folder.path(), true, &run("b")).unwrap_err().to_string();
+        let refused = State::begin_as(folder.path(), true, run("b")).unwrap_err().to_string();
         assert!(refused.contains("without --resume"), "{refused}");
         assert!(state.has("memory"), "nothing is deleted");
     }
@@ -136,7 +137,7 @@ mod tests {
     fn a_folder_of_something_else_is_left_alone() {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("thesis.txt"), "dear").unwrap();
-        assert!(State::begin_as(folder.path(), false, &run("a")).is_err());
+        assert!(State::begin_as(folder.path(), false, run("a")).is_err());
         assert!(folder.path().join("thesis.txt").is_file());
     }
 
