@@ -75,6 +75,8 @@ struct Gathering {
     pending: u64,
     up_to: u64,
     until: Instant,
+    /// Not before that more is asked for than there is room for.
+    again: Instant,
 }
 
 impl Feed {
@@ -162,7 +164,7 @@ impl Feed {
                 () = room => {}
                 () = tokio::time::sleep_until(rest.unwrap_or(watchdog)), if rest.is_some() => {}
                 () = tokio::time::sleep_until(self.held_until.unwrap_or(watchdog)), if self.held_until.is_some() => {}
-                () = tokio::time::sleep_until(self.gathering.map_or(watchdog, |gathering| gathering.until)),
+                () = tokio::time::sleep_until(self.gathering.map_or(watchdog, Gathering::next)),
                     if self.gathering.is_some() => {}
                 () = tokio::time::sleep_until(look), if self.owner.is_some() => {}
                 // Sent before the next pull is.
@@ -230,7 +232,10 @@ impl Feed {
         self.is_resting = rests;
         self.echo().await;
         loop {
-            let batch = self.desk.shared.reserve(self.index);
+            let batch = match self.desk.shared.reserve(self.index) {
+                0 => self.gather_more(),
+                batch => batch,
+            };
             if batch == 0 {
                 return Ok(());
             }
