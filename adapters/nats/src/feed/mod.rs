@@ -427,6 +427,12 @@ impl Feed {
                 // Not handed out before it is known whether the server still knows that it is here.
                 self.desk.shared.hold(self.index, true);
             }
+            if !state.is_connected {
+                // The client would subscribe to the old one again before anything else, and the server may know a pull for it
+                // still: what that pull is sent would be nobody's until its lease ends. What nobody reads any more it does not
+                // subscribe to again (async-nats 0.51, `handle_reconnect`). Found by the suite's lone member.
+                let _ = tokio::time::timeout(LAST, self.renew_inbox()).await;
+            }
             if !std::mem::replace(&mut self.is_degraded, true) {
                 let cause = "the connection is lost; it is made anew".to_owned();
                 self.desk.shared.tell(SubscriptionEvent::Degraded { cause });
