@@ -22,6 +22,17 @@ const AT_ONCE: Duration = Duration::from_millis(200);
 /// are waited for.
 const MOST_CALLED: u64 = 20_000;
 
+impl Gathering {
+    fn needed(self) -> usize {
+        usize::try_from(self.pending.min(MOST_CALLED)).unwrap_or(usize::MAX)
+    }
+
+    /// When there is something to be done for it.
+    pub(super) fn next(self) -> Instant {
+        if self.again > Instant::now() { self.again.min(self.until) } else { self.until }
+    }
+}
+
 impl Feed {
     pub(super) async fn look_after_turn(&mut self, look: &mut Instant) -> Result<()> {
         let Some(owner) = self.owner.as_mut().filter(|_| Instant::now() >= *look) else { return Ok(()) };
@@ -212,16 +223,31 @@ impl Feed {
         shared.hold(self.index, true);
         let (pending, up_to) = (info.num_ack_pending, info.delivered.stream_seq);
         (self.held_until, self.gathering) =
-            (None, Some(Gathering { pending, up_to, until: Instant::now() + self.patience() }));
+            (None, Some(Gathering { pending, up_to, until: Instant::now() + self.patience(), again: Instant::now() }));
         Ok(true)
     }
 
-    /// Hands out again, once all is here that had to come back, or as much of it as there is room for.
+    /// How much to ask for beyond what there is room for, because it must be here before anything is handed out. The room may be
+    /// full of what is new: the last member can have renewed a lease of what it held, and then the server sends what is new first.
+    /// And there may be more to come back than has room, where the last member's connections were cut one after the other.
+    /// Both were found by the suite's faults. Each time something new may come instead, so it is asked for now and then.
+    pub(super) fn gather_more(&mut self) -> usize {
+        let Some(gathering) = self.gathering.as_mut().filter(|gathering| gathering.again <= Instant::now()) else {
+            return 0;
+        };
+        let batch = self.desk.shared.reserve_for(self.index, gathering.needed(), gathering.up_to);
+        if batch > 0 {
+            gathering.again = Instant::now() + AT_ONCE;
+        }
+        batch
+    }
+
+    /// Hands out again, once all is here that had to come back.
     pub(super) fn gathered(&mut self) {
-        let Some(Gathering { pending, up_to, until }) = self.gathering else { return };
+        let Some(gathering) = self.gathering else { return };
         let shared = &self.desk.shared;
-        let here = shared.held(self.index, up_to);
-        if !self.is_missing && (here >= pending.min(shared.max_in_flight as u64) || Instant::now() >= until) {
+        let here = shared.held(self.index, gathering.up_to);
+        if !self.is_missing && (here >= gathering.needed() as u64 || Instant::now() >= gathering.until) {
             self.gathering = None;
             shared.hold(self.index, false);
         }

@@ -7,6 +7,7 @@ use async_nats::Subject;
 use tokio::time::Instant;
 
 use super::entry::{Acking, Arrival, Entry, Key, Looking, Phase, Renewal, Taken};
+use super::slots::Slot;
 use super::{REMEMBERED, Shared, State};
 use crate::desk::Telling;
 use crate::record::Record;
@@ -52,6 +53,7 @@ impl Shared {
         let mut guard = self.lock();
         let state = &mut *guard;
         let mut received = Received { deliveries: Vec::new(), events: state.events.drain(..).collect() };
+        let max = max.min(self.room_to_hand_out(state));
         received.deliveries.reserve(max.min(state.feeds.iter().map(|feed| feed.ready.len()).sum()));
         if state.failure.is_none() && !state.is_paused {
             let lease_until = Timestamp::now().after(self.lease);
@@ -73,6 +75,17 @@ impl Shared {
             return state.failure.as_ref().map_or(Ok(None), |failure| Err(failure.duplicate()));
         }
         Ok(Some(received))
+    }
+
+    /// How many more may be out. What is here is seldom more than that: after a takeover it may be.
+    fn room_to_hand_out(&self, state: &State) -> usize {
+        if state.count <= self.max_in_flight {
+            return self.max_in_flight;
+        }
+        let is_out = |slot: &&Slot| {
+            slot.entry.as_ref().is_some_and(|entry| matches!(entry.phase, Phase::Out { .. } | Phase::Settling { .. }))
+        };
+        self.max_in_flight.saturating_sub(state.slots.iter().filter(is_out).count())
     }
 
     fn hand_out(
@@ -154,12 +167,16 @@ impl Shared {
     /// They are settled: none of them is here any more.
     pub(crate) fn all_settled(&self, keys: impl Iterator<Item = Key>) {
         let mut state = self.lock();
+        let was_over = state.count > self.max_in_flight;
         for key in keys {
             if state.entry(key).is_some() {
                 state.remove(key.0);
             }
         }
         drop(state);
+        if was_over {
+            self.arrived.notify_one();
+        }
         self.room.notify_waiters();
     }
 

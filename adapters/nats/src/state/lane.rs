@@ -34,6 +34,20 @@ impl Shared {
         wanted
     }
 
+    /// Of `needed` messages up to a place, which have to be here together before any of them can be handed out: how many to ask
+    /// for, whether there is room or not. None while what was asked for has not come. Counts them as asked for.
+    pub(crate) fn reserve_for(&self, feed: u32, needed: usize, up_to: u64) -> usize {
+        let here = usize::try_from(self.held(feed, up_to)).unwrap_or(usize::MAX);
+        let mut state = self.lock();
+        let is_stopped = state.is_closing || state.failure.is_some();
+        let own = &mut state.feeds[feed as usize];
+        if is_stopped || !own.is_active || own.asked > 0 {
+            return 0;
+        }
+        own.asked = needed.saturating_sub(here);
+        own.asked
+    }
+
     /// The server will not send `count` of what it was asked for; all of it with `None`.
     pub(crate) fn unasked(&self, feed: u32, count: Option<usize>) {
         let mut state = self.lock();

@@ -68,7 +68,7 @@ impl Shared {
         let mut over = Vec::new();
         for (place, slot) in state.slots.iter_mut().enumerate() {
             let Some(entry) = slot.entry.as_mut() else { continue };
-            let FeedState { ack_wait, keeps_order, .. } = state.feeds[entry.feed as usize];
+            let FeedState { ack_wait, keeps_order, fence, .. } = state.feeds[entry.feed as usize];
             next = next.min(ack_wait / 5);
             match entry.phase {
                 Phase::Out { until } if until <= now => {
@@ -84,7 +84,9 @@ impl Shared {
                 _ => {}
             }
             let was_asked = entry.asked_at.is_some_and(|asked| now < asked + ack_wait / 8);
-            if entry.server_until < now + ack_wait / 2 && !was_asked {
+            // Under order somebody else may have the turn by then, and would wait for what is kept here.
+            let is_fenced = fence.is_some_and(|fence| fence <= now);
+            if entry.server_until < now + ack_wait / 2 && !was_asked && !is_fenced {
                 entry.asked_at = Some(now);
                 let key = (u32::try_from(place).expect("slots are numbered in 32 bits"), slot.generation);
                 let _ = self.renewals.send(Renewal { key, ack: entry.ack.clone() });

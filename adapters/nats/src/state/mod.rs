@@ -7,6 +7,9 @@ mod entry;
 mod lane;
 mod lease;
 mod slots;
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;

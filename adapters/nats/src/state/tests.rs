@@ -1,0 +1,69 @@
+use anybroker_core::{Delivery, DeliveryContext, Lane, Result, Settlement, Settler, Settling, Token};
+use async_trait::async_trait;
+
+use super::*;
+
+/// Nothing is settled here.
+struct Nobody;
+
+#[async_trait]
+impl Settler for Nobody {
+    fn settle(&self, _: Vec<(Delivery, Settlement)>) -> Settling {
+        unreachable!("nothing is settled here")
+    }
+
+    async fn extend(&self, _: &[&Delivery], _: Duration) -> Vec<Result<()>> {
+        unreachable!("nothing is extended here")
+    }
+
+    fn abandoned(&self, _: &Token, _: Lane) {}
+}
+
+fn arrival(sequence: u64) -> Arrival {
+    Arrival {
+        feed: 0,
+        sequence,
+        ack: "a".into(),
+        message: Arc::new(Message::new("d", "m")),
+        delivered: 1,
+        redrives: 0,
+        since: Instant::now(),
+        expires: None,
+        must_look: false,
+    }
+}
+
+#[tokio::test]
+async fn what_must_be_here_together_may_be_more_than_may_be_out_and_goes_out_in_order_within_the_bound() {
+    let lease = Duration::from_secs(60);
+    let feed = FeedState::new("d".into(), "g".into(), true, lease * 2);
+    let (shared, _tasks) = Shared::new(lease, 2, vec![feed]);
+    shared.gain(0, "d".into(), Instant::now() + lease);
+    shared.receiving(true);
+    let context = DeliveryContext::new("g".into(), None, Arc::new(Nobody));
+    let take = || {
+        let received = shared.take(10, &context).unwrap();
+        received.map_or_else(Vec::new, |received| received.deliveries)
+    };
+    let places = |held: &[Delivery]| -> Vec<u64> { held.iter().map(|held| held.position().unwrap().major).collect() };
+    shared.hold(0, true);
+    assert_eq!(shared.reserve(0), 2);
+    assert_eq!(shared.reserve_for(0, 5, 5), 0, "what was asked for has not come");
+    // Out of order, as they come back, and what is new between them.
+    shared.arrive(&mut [4, 6].map(arrival).into());
+    assert_eq!(shared.reserve(0), 0);
+    assert_eq!(shared.reserve_for(0, 5, 5), 4, "beyond the bound");
+    shared.arrive(&mut [5, 3, 1, 2].map(arrival).into());
+    assert_eq!(shared.reserve_for(0, 5, 5), 0);
+    take();
+    shared.hold(0, false);
+    let held = take();
+    assert_eq!(held.len(), 2);
+    assert!(take().is_empty());
+    assert_eq!(shared.reserve(0), 0);
+    let begun = shared.begin_acks(held.iter());
+    assert!(take().is_empty(), "they are still being settled");
+    shared.all_settled(begun.into_iter().flatten().map(|(acking, _)| acking.key));
+    let next = take();
+    assert_eq!((places(&held), places(&next)), (vec![1, 2], vec![3, 4]));
+}
