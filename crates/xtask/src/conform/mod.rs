@@ -1,5 +1,6 @@
 //! `cargo xtask conform`: the conformance suite on every mode of every adapter, one report of all.
 
+mod counts;
 pub(crate) mod disturb;
 pub(crate) mod modes;
 mod state;
@@ -15,6 +16,7 @@ use clap::{Args, ValueEnum};
 use crate::brokers::{Endpoint, How, PrivateInstance};
 use crate::child::{self, cargo};
 use crate::workspace;
+pub(crate) use counts::Counts;
 use modes::{MODES, Mode};
 use state::State;
 pub(crate) use state::revision;

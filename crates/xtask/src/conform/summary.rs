@@ -6,6 +6,7 @@ use std::fmt::Write as _;
 use anyhow::{Context, Result};
 use serde::Deserialize;
 
+use super::counts::Counts;
 use super::state::Run;
 
 #[derive(Deserialize)]
@@ -50,16 +51,6 @@ struct Case {
     counts: Counts,
 }
 
-#[derive(Default, Deserialize)]
-struct Counts {
-    published_ok: u64,
-    published_failed: u64,
-    published_unknown: u64,
-    delivered: u64,
-    duplicates_justified: u64,
-    duplicates_unjustified: u64,
-}
-
 /// The summary of a merged report, `report.json` of `anybroker conform report merge`.
 pub(super) fn text(run: &Run, merged: &str) -> Result<String> {
     let merged: Merged = serde_json::from_str(merged).context("the merged report cannot be read")?;
@@ -74,7 +65,8 @@ pub(super) fn text(run: &Run, merged: &str) -> Result<String> {
              |---|---|---|---|---|---|---|---|---|---|\n";
     for report in &merged.reports {
         let of = |outcome: Outcome| report.cases.iter().filter(|case| case.outcome == outcome).count();
-        let sum = |count: fn(&Counts) -> u64| report.cases.iter().map(|case| count(&case.counts)).sum::<u64>();
+        let mut sum = Counts::default();
+        report.cases.iter().for_each(|case| sum += case.counts);
         let _ = writeln!(
             text,
             "| {} | {} | {} | {} | {} | {} | {} / {} / {} | {} | {} / {} | {:.0} |",
@@ -84,12 +76,12 @@ pub(super) fn text(run: &Run, merged: &str) -> Result<String> {
             of(Outcome::Fail),
             of(Outcome::Inconclusive),
             of(Outcome::NotRun),
-            sum(|counts| counts.published_ok),
-            sum(|counts| counts.published_failed),
-            sum(|counts| counts.published_unknown),
-            sum(|counts| counts.delivered),
-            sum(|counts| counts.duplicates_justified),
-            sum(|counts| counts.duplicates_unjustified),
+            sum.published_ok,
+            sum.published_failed,
+            sum.published_unknown,
+            sum.delivered,
+            sum.duplicates_justified,
+            sum.duplicates_unjustified,
             report.duration_ms as f64 / 1_000.0
         );
     }
@@ -137,7 +129,7 @@ mod tests {
         let case = |name: &str, outcome: &str, detail: &str| {
             serde_json::json!({"name": name, "outcome": outcome, "detail": detail, "counts": {
                 "published_ok": 2, "published_failed": 0, "published_unknown": 1, "delivered": 3,
-                "duplicates_justified": 1, "duplicates_unjustified": 0}})
+                "duplicates_justified": 1, "duplicates_unjustified": 0, "faults": 0, "faults_met": 0}})
         };
         let report = |mode: &str| {
             serde_json::json!({"endpoint": {"name": mode, "server": "NATS 2.15", "client": null}, "duration_ms": 4_000,

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
-use crate::conform::revision;
+use crate::conform::{Counts, revision};
 
 /// A run with fewer messages is too small to count.
 const MESSAGES: u64 = 2_000;
@@ -19,19 +19,6 @@ pub(super) struct Run {
     outcome: String,
     detail: String,
     counts: Counts,
-}
-
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-struct Counts {
-    published_ok: u64,
-    published_failed: u64,
-    published_unknown: u64,
-    delivered: u64,
-    duplicates_justified: u64,
-    duplicates_unjustified: u64,
-    faults: u64,
-    faults_met: u64,
 }
 
 impl Run {
@@ -157,15 +144,7 @@ impl Tally {
             *counted += u64::from(run.counts());
             *failed += u64::from(run.outcome == "fail");
             *inconclusive += u64::from(!run.counts());
-            let counts = run.counts;
-            sum.published_ok += counts.published_ok;
-            sum.published_failed += counts.published_failed;
-            sum.published_unknown += counts.published_unknown;
-            sum.delivered += counts.delivered;
-            sum.duplicates_justified += counts.duplicates_justified;
-            sum.duplicates_unjustified += counts.duplicates_unjustified;
-            sum.faults += counts.faults;
-            sum.faults_met += counts.faults_met;
+            *sum += run.counts;
         }
         let Kept { broker, revision, first_seed, .. } = &self.kept;
         let mut text = format!(
