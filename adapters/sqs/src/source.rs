@@ -28,7 +28,7 @@ use crate::topology::Prepared;
 /// How long an answer is taken to travel, at most.
 const TRAVEL: Duration = Duration::from_millis(250);
 /// How long a message waits for somebody to take it, where the member holds nothing.
-const UNTAKEN: Duration = Duration::from_secs(1);
+pub(crate) const UNTAKEN: Duration = Duration::from_secs(1);
 /// The same in parts of the lease, where the member works on others and will come for it.
 const UNTAKEN_SHARE: u32 = 4;
 /// Between two requests where the server does not wait.
@@ -61,6 +61,11 @@ impl Source {
     /// Whether it reads a FIFO queue.
     pub(crate) fn is_fifo(&self) -> bool {
         self.queues.retry.is_some()
+    }
+
+    /// Whether its receives have come back full of late: there is more.
+    pub(crate) fn is_full(&self) -> bool {
+        self.width.load(Ordering::Acquire) > 1
     }
 
     /// Opens receives for `wanted` more messages, as far as `receivers` allows. The first waits as long as the caller does;
