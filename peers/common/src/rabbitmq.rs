@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::LazyLock;
 
 use anybroker_core::naming::{escape, shorten};
-use anybroker_core::{Destination, Error, ErrorKind, Group, Result};
+use anybroker_core::{Destination, ErrorKind, Group, Result};
 use lapin::options::{ExchangeDeclareOptions, ExchangeDeleteOptions, QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, ConnectionProperties, ExchangeKind};
@@ -14,30 +14,6 @@ use crate::failed;
 
 /// The groups that this process has made: AMQP lists no queues.
 static GROUPS: LazyLock<Mutex<HashMap<Destination, BTreeSet<String>>>> = LazyLock::new(Mutex::default);
-
-/// The group of each destination, where a destination is a queue.
-static OWNERS: LazyLock<Mutex<HashMap<Destination, Group>>> = LazyLock::new(Mutex::default);
-
-/// Takes a destination's queue for its one group.
-///
-/// # Errors
-/// `Unsupported` for a second group.
-pub fn one_group(destination: &Destination, group: &Group, operation: &'static str) -> Result<()> {
-    let mut owners = OWNERS.lock();
-    let found = owners.entry(destination.clone()).or_insert_with(|| group.clone());
-    if found == group { Ok(()) } else { Err(Error::unsupported(operation, "a queue has one group")) }
-}
-
-/// Whether it is the destination's one group.
-#[must_use]
-pub fn is_owner(destination: &Destination, group: &Group) -> bool {
-    OWNERS.lock().get(destination) == Some(group)
-}
-
-/// Forgets the destination's group.
-pub fn disown(destination: &Destination) {
-    OWNERS.lock().remove(destination);
-}
 
 /// One connection.
 pub struct Topology(Connection);
