@@ -1,7 +1,7 @@
 //! What a bare client does on RabbitMQ beside the peer.
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use anybroker_core::naming::{escape, shorten};
 use anybroker_core::{Destination, ErrorKind, Group, Result};
@@ -15,8 +15,11 @@ use crate::failed;
 /// The groups that this process has made: AMQP lists no queues.
 static GROUPS: LazyLock<Mutex<HashMap<Destination, BTreeSet<String>>>> = LazyLock::new(Mutex::default);
 
-/// One connection.
-pub struct Topology(Connection);
+/// One connection, opened anew when it was lost: what a case cuts must not stop what is beside the peer.
+pub struct Topology {
+    url: String,
+    connection: Mutex<Arc<Connection>>,
+}
 
 fn token(name: &str) -> String {
     let escaped = escape(name, "=", |byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_');
@@ -41,13 +44,23 @@ impl Topology {
     /// # Errors
     /// What the server or the network says, as with all of these.
     pub async fn connect(url: &str) -> Result<Self> {
+        let connection = Mutex::new(Arc::new(Self::open(url).await?));
+        Ok(Self { url: url.to_owned(), connection })
+    }
+
+    async fn open(url: &str) -> Result<Connection> {
         let connected = Connection::connect(url, ConnectionProperties::default()).await;
-        connected.map(Self).map_err(|error| failed(ErrorKind::Unavailable, "connect", error))
+        connected.map_err(|error| failed(ErrorKind::Unavailable, "connect", error))
     }
 
     /// A channel of its own: what is not there closes the channel on which it was asked for.
     async fn channel(&self) -> Result<Channel> {
-        self.0.create_channel().await.map_err(|error| failed(ErrorKind::Unavailable, "topology", error))
+        let mut connection = Arc::clone(&self.connection.lock());
+        if !connection.status().connected() {
+            connection = Arc::new(Self::open(&self.url).await?);
+            *self.connection.lock() = Arc::clone(&connection);
+        }
+        connection.create_channel().await.map_err(|error| failed(ErrorKind::Unavailable, "topology", error))
     }
 
     /// Whether the destination's exchange is there.
@@ -139,7 +152,8 @@ impl Topology {
 
     /// Closes the connection.
     pub async fn close(&self) {
-        let _ = self.0.close(200, "OK".into()).await;
+        let connection = Arc::clone(&self.connection.lock());
+        let _ = connection.close(200, "OK".into()).await;
     }
 }
 

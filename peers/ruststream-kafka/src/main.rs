@@ -156,8 +156,8 @@ impl Peer for Kafka {
     }
 
     async fn declare(&self, spec: &TopologySpec) -> Result<Declared> {
-        let is_new = !self.topology.has_topic(&spec.destination).await?
-            && self.topology.create_topic(&spec.destination).await?;
+        let is_new =
+            !self.topology.has_topic(&spec.destination).await? && self.topology.create_topic(&spec.destination).await?;
         let declared = if is_new { Declared::Created } else { Declared::Existed };
         match &spec.group {
             Some(group) if is_new || !self.topology.has_group(&spec.destination, group).await? => {

@@ -215,7 +215,8 @@ impl Peer for Nats {
                 let now = statistics.connects.load(Ordering::Relaxed);
                 let mut place = Some(place);
                 if std::mem::replace(&mut connects, now) != now {
-                    let told = Error::new(ErrorKind::Unavailable, "receive", "the connection was lost, and is there again");
+                    let told =
+                        Error::new(ErrorKind::Unavailable, "receive", "the connection was lost, and is there again");
                     place.take().into_iter().for_each(|place| place.send(Err(told.duplicate())));
                     if item.is_none() {
                         continue;

@@ -74,7 +74,9 @@ fn record() -> Capabilities {
         unroutable_detected: Support::Native,
         publish_dedup: refused("FIFO queues have it; this adapter uses standard ones"),
         key_order: refused("FIFO queues have it; this adapter uses standard ones"),
-        dead_letter: refused("the queue's redrive policy moves what is spent, without a reason; no word to read letters"),
+        dead_letter: refused(
+            "the queue's redrive policy moves what is spent, without a reason; no word to read letters",
+        ),
         survives_process_kill: refused("the emulator keeps nothing"),
         limits: Limits {
             // The emulator's 256 KiB, of which base64 takes a third and headers their part.

@@ -141,8 +141,7 @@ impl Peer for Bridge {
     }
 
     async fn consume(&self, destination: &Destination, spec: &SubscribeSpec, into: Sender) -> Result<Deliveries> {
-        let config =
-            KafkaConfig { group_id: Some(group_id(destination, &spec.group)), ..self.config(destination) };
+        let config = KafkaConfig { group_id: Some(group_id(destination, &spec.group)), ..self.config(destination) };
         let built = KafkaConsumer::new(&config).await;
         let mut consumer = built.map_err(|error| failed(ErrorKind::Unavailable, "subscribe", error))?;
         let in_flight = InFlight::new(spec.max_in_flight);
@@ -175,8 +174,8 @@ impl Peer for Bridge {
     }
 
     async fn declare(&self, spec: &TopologySpec) -> Result<Declared> {
-        let is_new = !self.topology.has_topic(&spec.destination).await?
-            && self.topology.create_topic(&spec.destination).await?;
+        let is_new =
+            !self.topology.has_topic(&spec.destination).await? && self.topology.create_topic(&spec.destination).await?;
         let declared = if is_new { Declared::Created } else { Declared::Existed };
         match &spec.group {
             Some(group) if is_new || !self.topology.has_group(&spec.destination, group).await? => {

@@ -71,7 +71,9 @@ fn record() -> Capabilities {
         nack_delay: refused("MessageDisposition::Nack takes no delay"),
         // JetStream's, at the server's default.
         lease: Support::Native,
-        groups: refused("its durable is named after stream and subject; those of subscriber_mode live with their connection"),
+        groups: refused(
+            "its durable is named after stream and subject; those of subscriber_mode live with their connection",
+        ),
         // NatsConfig::deliver_policy: "The delivery policy for the consumer. Defaults to \"all\"."
         kept_before_group: Support::Native,
         start_latest: Support::Native,
@@ -162,8 +164,7 @@ impl Bridge {
         prefetch: Option<usize>,
     ) -> Result<(NatsConfig, NatsConsumer)> {
         let policy = if start == Start::Latest { NatsDeliverPolicy::New } else { NatsDeliverPolicy::All };
-        let config =
-            NatsConfig { deliver_policy: Some(policy), prefetch_count: prefetch, ..self.config(destination) };
+        let config = NatsConfig { deliver_policy: Some(policy), prefetch_count: prefetch, ..self.config(destination) };
         let built = NatsConsumer::new(&config).await;
         let consumer = built.map_err(|error| failed(ErrorKind::Unavailable, "subscribe", error))?;
         Ok((config, consumer))

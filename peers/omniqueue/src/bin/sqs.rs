@@ -57,9 +57,9 @@ fn record() -> Capabilities {
         // separate collection". On SQS it does nothing; the visibility timeout brings the message back.
         nack: Support::Native,
         nack_delay: refused("Delivery::nack takes no delay"),
-        // The queue's visibility timeout, and Delivery::set_ack_deadline, which "corresponds to the 'visibility timeout' in SQS".
+        // The queue's visibility timeout.
         lease: Support::Native,
-        lease_extension: Support::Native,
+        lease_extension: refused("Delivery::set_ack_deadline is behind its feature `beta`"),
         groups: refused("a queue has one group"),
         kept_before_group: Support::Native,
         // send_raw is SendMessage, which has an answer.
@@ -238,11 +238,6 @@ impl Held for Delivered {
 
     async fn ack(self: Box<Self>) -> Result<()> {
         self.0.ack().await.map_err(|(error, _)| failed(ErrorKind::StaleDelivery, "settle", error))
-    }
-
-    async fn extend(&mut self, lease: Duration) -> Result<()> {
-        let extended = self.0.set_ack_deadline(lease).await;
-        extended.map_err(|error| failed(ErrorKind::StaleDelivery, "extend", error))
     }
 
     async fn nack(self: Box<Self>, _delay: Duration) -> Result<()> {
