@@ -83,3 +83,17 @@ async fn the_server_is_not_told_of_each_message_that_it_waits_no_longer_for_than
     assert_eq!(shared.take(10, &context).unwrap().unwrap().deliveries.len(), 1);
     assert!(tasks.renewed.try_recv().is_ok(), "less than half of the time is left");
 }
+
+#[tokio::test]
+async fn a_paused_member_asks_for_nothing_not_even_for_what_must_be_here_together() {
+    let lease = Duration::from_secs(60);
+    let feed = FeedState::new("d".into(), "g".into(), true, lease * 2);
+    let (shared, _tasks) = Shared::new(lease, 2, vec![feed]);
+    shared.gain(0, "d".into(), Instant::now() + lease);
+    shared.receiving(true);
+    shared.hold(0, true);
+    shared.lock().is_paused = true;
+    assert_eq!((shared.reserve(0), shared.reserve_for(0, 5, 5)), (0, 0));
+    shared.lock().is_paused = false;
+    assert_eq!(shared.reserve_for(0, 5, 5), 5);
+}
