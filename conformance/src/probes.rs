@@ -95,7 +95,11 @@ const PROBES: &[Probe] = &[
     ),
     probe(
         "ack_level",
-        Cases(&["settle/an-ack-answers-the-level-of-the-record", "lifecycle/a-consumer-that-vanishes-loses-nothing"]),
+        Cases(&[
+            "settle/an-ack-answers-the-level-of-the-record",
+            "lifecycle/a-consumer-that-vanishes-loses-nothing",
+            "faults/an-ack-that-never-arrives-is-not-told-as-confirmed",
+        ]),
         Cases(&["settle/an-ack-answers-the-level-of-the-record"]),
     ),
     probe(

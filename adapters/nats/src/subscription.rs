@@ -20,7 +20,7 @@ use crate::names::Names;
 use crate::owner::Owner;
 use crate::settle::{self, NatsSettler};
 use crate::state::{FeedState, Renewal, Shared, Tasks};
-use crate::topology::Topology;
+use crate::topology::{Topology, ack_wait};
 
 /// Renewals that are told together.
 const AT_ONCE: usize = 256;
@@ -41,9 +41,7 @@ impl NatsSubscription {
         link: &Arc<Link>,
     ) -> Result<Self> {
         let keeps_order = spec.order != Order::None;
-        // The server waits a little longer than the lease: most deliveries are handed out within that time, and need not
-        // be renewed for it.
-        let ack_wait = spec.lease + (spec.lease / 4).max(Duration::from_millis(500));
+        let ack_wait = ack_wait(spec.lease);
         let (mut scopes, mut feeds) = (Vec::new(), Vec::new());
         for destination in &spec.destinations {
             let group = &spec.group;

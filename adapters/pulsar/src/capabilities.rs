@@ -45,7 +45,9 @@ pub(crate) fn capabilities(settings: &Settings, max_message: u64) -> Capabilitie
         ),
         nack_delay: Support::emulated("as a nack; the copy is held back by the broker"),
         release: Support::emulated("handed out again by the same member"),
-        lease: Support::emulated("kept by the member; what a dead member held comes back when its connection ends"),
+        lease: Support::emulated(
+            "kept by the member; what a dead member held comes back when its connection ends; what comes back may be with two members at once unless the broker has dispatcherDispatchMessagesInSubscriptionThread=false",
+        ),
         lease_extension: Support::emulated("kept by the member"),
         attempt_count: AttemptCount::Exact,
         crash_count: Support::emulated(

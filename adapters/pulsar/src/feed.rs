@@ -266,7 +266,7 @@ impl Feed {
                         }
                         let returned = shared.arrive(self.index, arrivals);
                         if !returned.is_empty() {
-                            self.desk.give_back(returned);
+                            Desk::give_back(returned);
                         }
                         if is_closed {
                             return End::Lost("the broker closed the consumer; attaching again");
@@ -329,6 +329,9 @@ impl Feed {
     /// What cannot be read becomes a dead letter with its bytes as they are; it is acked once that is stored. Otherwise it
     /// comes again when the consumer is attached again.
     fn bury(&self, id: proto::MessageIdData, payload: pulsar::message::Payload, why: &str, attached: &Attached) {
+        // The broker counts the messages of a batch, whether they can be read or not.
+        let messages = payload.metadata.num_messages_in_batch.and_then(|count| usize::try_from(count).ok());
+        self.desk.shared.spent(self.index, messages.unwrap_or(1).max(1));
         let letter = dead_letter::malformed(&self.destination, &id, payload, why);
         let desk = Arc::clone(&self.desk);
         let (conn, consumer) = (Arc::clone(&attached.conn), attached.consumer);

@@ -80,10 +80,26 @@ impl Producer {
                 return Err(error.with_effect(Effect::NotDone));
             }
         };
+        self.opened(
+            &conn,
+            producer_id,
+            answer.producer_success.map(|created| created.producer_name).unwrap_or_default(),
+        )
+    }
+
+    /// It is there, unless the broker has closed it in the moment since: nothing that is sent to such a one is ever answered.
+    fn opened(&self, conn: &Arc<Conn>, id: u64, name: String) -> Result<()> {
         let mut inner = self.inner.lock();
-        inner.name = answer.producer_success.map(|created| created.producer_name).unwrap_or_default();
-        inner.open = Some((conn, producer_id));
-        Ok(())
+        (inner.name, inner.open) = (name, Some((Arc::clone(conn), id)));
+        drop(inner);
+        // Looked for when it is open: a close from now on finds it so.
+        if conn.has_producer(id) {
+            return Ok(());
+        }
+        let text = "the broker closed the producer as soon as it was opened (its topic moves or was deleted)";
+        let why = Error::new(ErrorKind::Unavailable, "publish", text);
+        self.cut(id, &why.duplicate().with_effect(Effect::Unknown));
+        Err(why.with_effect(Effect::NotDone))
     }
 
     /// Sends, and answers under which opening; the outcome goes to the batch. With `opening` only under that one: what was
@@ -174,6 +190,23 @@ mod tests {
     use tokio::time::Instant;
 
     use super::*;
+
+    #[tokio::test]
+    async fn a_producer_that_the_broker_closed_as_soon_as_it_was_opened_is_not_open() {
+        let producer = Producer::new("t".into(), Window::new());
+        let conn = Arc::new(Conn::new(None));
+        for is_closed in [false, true] {
+            let id = conn.next_id();
+            conn.add_producer(id, &producer);
+            if is_closed {
+                conn.close_producer(id);
+            }
+            producer.inner.lock().open = None;
+            let opened = producer.opened(&conn, id, String::new());
+            assert_eq!(opened.err().map(|error| error.kind()), is_closed.then_some(ErrorKind::Unavailable));
+            assert_eq!(producer.is_open(), !is_closed);
+        }
+    }
 
     #[tokio::test]
     async fn what_is_on_its_way_when_it_is_closed_has_an_outcome_and_takes_no_room() {

@@ -26,6 +26,8 @@ use crate::state::{Attachment, Returned, Shared, Siblings, Taken};
 use crate::topology::Topology;
 use crate::wire::{Conn, command};
 
+const LOST: &str = "its consumer was lost before the broker confirmed; the message may come back";
+
 /// Messages that one ack carries at most.
 const ACKS: usize = 5_000;
 
@@ -182,15 +184,14 @@ async fn ack(desk: &Arc<Desk>, jobs: Vec<Job>, deadline: Instant) -> Vec<(usize,
             continue;
         }
         let attached = &job.taken.attached;
-        let same = |other: &Attachment| other.1 == attached.1 && Arc::ptr_eq(&other.0, &attached.0);
-        match shares.iter_mut().find(|(other, share)| same(other) && share.len() < ACKS) {
+        match shares.iter_mut().find(|(other, share)| is_same(other, attached) && share.len() < ACKS) {
             Some((_, share)) => share.push(job),
             None => shares.push((attached.clone(), vec![job])),
         }
     }
     let acking = shares.into_iter().map(|((conn, consumer), share)| async move {
         let ids = share.iter().map(|job| entry_id(&job.taken.id)).collect();
-        let told = tokio::time::timeout_at(deadline, tell(&conn, consumer, ids, "settle")).await;
+        let told = tokio::time::timeout_at(deadline, tell_while_there(&conn, consumer, ids)).await;
         let told = told.unwrap_or_else(|_| Err(late("settle")));
         share.into_iter().map(|job| (job.index, conclude(desk, job, &told))).collect::<Vec<_>>()
     });
@@ -215,6 +216,10 @@ fn conclude(desk: &Desk, job: Job, told: &Result<()>) -> SettleOutcome {
         }
         Err(_) => Err(stale_unknown(job.delivery)),
     }
+}
+
+fn is_same(one: &Attachment, other: &Attachment) -> bool {
+    one.1 == other.1 && Arc::ptr_eq(&one.0, &other.0)
 }
 
 fn is_last(siblings: &Siblings) -> bool {
@@ -253,19 +258,29 @@ pub(crate) async fn tell(
     }
 }
 
+/// Acks entries as long as their consumer is there: brokers answer nothing to an ack of one that they have closed (`handleAck`,
+/// ServerCnx.java).
+async fn tell_while_there(conn: &Conn, consumer: u64, ids: Vec<MessageIdData>) -> Result<()> {
+    tokio::select! {
+        biased;
+        told = tell(conn, consumer, ids, "settle") => told,
+        () = conn.consumer_lost(consumer) => {
+            Err(Error::new(ErrorKind::StaleDelivery, "settle", LOST).with_effect(Effect::Unknown))
+        }
+    }
+}
+
 impl Desk {
     /// Gives messages back to the broker, for any member of the group.
-    pub(crate) fn give_back(&self, returned: Returned) {
-        let mut shares: Vec<(u32, Vec<MessageIdData>)> = Vec::new();
-        for (feed, id) in returned {
-            match shares.iter_mut().find(|(other, _)| *other == feed) {
+    pub(crate) fn give_back(returned: Returned) {
+        let mut shares: Vec<(Attachment, Vec<MessageIdData>)> = Vec::new();
+        for (by, id) in returned {
+            match shares.iter_mut().find(|(other, _)| is_same(other, &by)) {
                 Some((_, share)) => share.push(id),
-                None => shares.push((feed, vec![id])),
+                None => shares.push((by, vec![id])),
             }
         }
-        for (feed, message_ids) in shares {
-            // A consumer that is gone has given them back already.
-            let Some((conn, consumer_id)) = self.shared.consumer(feed) else { continue };
+        for ((conn, consumer_id), message_ids) in shares {
             let redeliver =
                 proto::CommandRedeliverUnacknowledgedMessages { consumer_id, message_ids, ..Default::default() };
             conn.tell(BaseCommand {
@@ -333,10 +348,34 @@ fn stale(delivery: Delivery) -> SettleError {
 }
 
 fn stale_unknown(delivery: Delivery) -> SettleError {
-    let text = "its consumer was lost before the broker confirmed; the message may come back";
-    let error = Error::new(ErrorKind::StaleDelivery, "settle", text)
+    let error = Error::new(ErrorKind::StaleDelivery, "settle", LOST)
         .with_effect(Effect::Unknown)
         .with("group", delivery.group())
         .with("id", delivery.message().id());
     SettleError::new(delivery, error)
+}
+
+#[cfg(test)]
+mod tests {
+    use pulsar::message::Message;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn an_ack_of_a_consumer_that_the_broker_closes_is_not_waited_for() {
+        let conn = Arc::new(Conn::new(None));
+        let _inbound = conn.add_consumer(1);
+        let acking = tokio::spawn({
+            let conn = Arc::clone(&conn);
+            async move { tell_while_there(&conn, 1, Vec::new()).await }
+        });
+        tokio::task::yield_now().await;
+        assert!(!acking.is_finished());
+        let close = proto::CommandCloseConsumer { consumer_id: 1, ..Default::default() };
+        let command = BaseCommand { close_consumer: Some(close), ..command(Type::CloseConsumer) };
+        conn.take_in(Message { command, payload: None });
+        let told = tokio::time::timeout(Duration::from_secs(60), acking).await;
+        let error = told.expect("nothing else ends it").expect("it does not panic").expect_err("nobody confirmed");
+        assert_eq!((error.kind(), error.effect()), (ErrorKind::StaleDelivery, Effect::Unknown));
+    }
 }

@@ -116,10 +116,10 @@ impl FeedState {
         }
     }
 
-    /// Its connection has ended, and it has not come round to that yet: the broker gives everything of it out again, so that
-    /// nothing of it may be handed out here any more, least of all what was dropped because its settling failed.
+    /// Its connection or its consumer has ended, and it has not come round to that yet: the broker gives everything of it out
+    /// again, so that nothing of it may be handed out here any more, least of all what was dropped because its settling failed.
     fn is_cut_off(&self) -> bool {
-        self.attached.as_ref().is_some_and(|(conn, _)| conn.is_closed())
+        self.attached.as_ref().is_some_and(|(conn, consumer)| !conn.has_consumer(*consumer))
     }
 }
 
@@ -181,8 +181,8 @@ pub(crate) struct Taken {
     pub(crate) attached: Attachment,
 }
 
-/// Messages that go back to the broker, by feed.
-pub(crate) type Returned = Vec<(u32, MessageIdData)>;
+/// Messages that go back to the broker, each by the consumer that it came by: another one of the feed may have got it since.
+pub(crate) type Returned = Vec<(Attachment, MessageIdData)>;
 
 impl Shared {
     pub(crate) fn new(lease: Duration, max_in_flight: usize, keeps_order: bool, feeds: Vec<FeedState>) -> Self {
@@ -240,6 +240,13 @@ impl Shared {
         wanted
     }
 
+    /// So many messages came that are not taken in: the broker has counted them.
+    pub(crate) fn spent(&self, feed: u32, permits: usize) {
+        let mut state = self.lock();
+        let own = &mut state.feeds[feed as usize];
+        own.permits = own.permits.saturating_sub(permits);
+    }
+
     /// Takes arrivals of a feed in; answers those that go back to the broker at once, because there is no room for them.
     pub(crate) fn arrive(&self, feed: u32, arrivals: Vec<Arrival>) -> Returned {
         let mut returned = Vec::new();
@@ -259,7 +266,7 @@ impl Shared {
             }
             let is_full = state.entries.len() >= self.max_in_flight;
             if may_return && arrival.siblings.is_none() && (is_full || is_resting) {
-                returned.push((feed, arrival.id));
+                returned.extend(state.returned(feed, arrival.id));
                 continue;
             }
             let until = Timestamp::from_millis(arrival.notes.not_before);
@@ -401,11 +408,6 @@ impl Shared {
         self.lock().entries.contains_key(&key)
     }
 
-    /// Where a feed's commands go.
-    pub(crate) fn consumer(&self, feed: u32) -> Option<Attachment> {
-        self.lock().feeds[feed as usize].attached.clone()
-    }
-
     /// Prefetched and delayed messages of this member that the broker counts as in flight.
     pub(crate) fn kept_back(&self, destination: &Destination, group: &Group) -> (u64, u64) {
         let state = self.lock();
@@ -427,6 +429,11 @@ impl Shared {
 }
 
 impl State {
+    /// How a message of the feed goes back. A consumer that is gone has given it back already.
+    fn returned(&self, feed: u32, id: MessageIdData) -> Option<(Attachment, MessageIdData)> {
+        Some((self.feeds[feed as usize].attached.clone()?, id))
+    }
+
     /// A feed is served again; whether that was the last one which was not.
     fn recovered(&mut self, feed: u32) -> bool {
         let was_degraded = std::mem::take(&mut self.feeds[feed as usize].is_degraded);

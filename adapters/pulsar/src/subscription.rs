@@ -145,7 +145,7 @@ async fn keep(desk: Arc<Desk>) {
     loop {
         let (returned, next) = desk.shared.look_after();
         if !returned.is_empty() {
-            desk.give_back(returned);
+            Desk::give_back(returned);
         }
         tokio::select! {
             () = tokio::time::sleep_until(next) => {}

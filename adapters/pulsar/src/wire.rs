@@ -65,6 +65,8 @@ pub(crate) struct Conn {
     /// `None` once it is closed.
     requests: Mutex<Option<HashMap<u64, oneshot::Sender<BaseCommand>>>>,
     consumers: Mutex<HashMap<u64, mpsc::UnboundedSender<Inbound>>>,
+    /// The broker has closed one.
+    consumer_closed: Notify,
     producers: Mutex<HashMap<u64, Arc<Producer>>>,
     ids: AtomicU64,
     closed: watch::Sender<bool>,
@@ -154,6 +156,7 @@ impl Conn {
             written: Notify::new(),
             requests: Mutex::new(Some(HashMap::new())),
             consumers: Mutex::default(),
+            consumer_closed: Notify::new(),
             producers: Mutex::default(),
             ids: AtomicU64::new(1),
             closed: watch::Sender::new(false),
@@ -219,6 +222,22 @@ impl Conn {
         receiver
     }
 
+    /// Whether it is there still, as far as is known here.
+    pub(crate) fn has_consumer(&self, id: u64) -> bool {
+        !self.is_closed() && self.consumers.lock().contains_key(&id)
+    }
+
+    /// Resolves when the broker has closed that consumer.
+    pub(crate) async fn consumer_lost(&self, id: u64) {
+        loop {
+            let closed = self.consumer_closed.notified();
+            if !self.has_consumer(id) {
+                return;
+            }
+            closed.await;
+        }
+    }
+
     /// Subscribes to a topic that must exist. The caller bounds the time.
     pub(crate) async fn subscribe(&self, operation: &'static str, consumer: proto::CommandSubscribe) -> Result<()> {
         let subscribe = |request_id| BaseCommand {
@@ -252,6 +271,11 @@ impl Conn {
         self.producers.lock().insert(id, Arc::clone(producer));
     }
 
+    /// Whether it is there still, as far as is known here.
+    pub(crate) fn has_producer(&self, id: u64) -> bool {
+        !self.is_closed() && self.producers.lock().contains_key(&id)
+    }
+
     /// Ends a producer that is not needed any more. Nobody waits for it.
     pub(crate) fn close_producer(&self, producer_id: u64) {
         if self.producers.lock().remove(&producer_id).is_some() {
@@ -275,7 +299,7 @@ impl Conn {
         self.written.notify_one();
     }
 
-    fn take_in(&self, message: Message) {
+    pub(crate) fn take_in(&self, message: Message) {
         let Message { command: came, payload } = message;
         match Type::try_from(came.r#type) {
             Ok(Type::Message) => {
@@ -302,7 +326,8 @@ impl Conn {
             }
             Ok(Type::CloseProducer) => {
                 let Some(close) = came.close_producer else { return };
-                if let Some(producer) = self.producers.lock().remove(&close.producer_id) {
+                let closed = self.producers.lock().remove(&close.producer_id);
+                if let Some(producer) = closed {
                     let text = "the broker closed the producer (its topic moves or was deleted) before it confirmed";
                     let why = Error::new(ErrorKind::Unavailable, "publish", text);
                     producer.cut(close.producer_id, &why.with_effect(anybroker_core::Effect::Unknown));
@@ -310,8 +335,10 @@ impl Conn {
             }
             Ok(Type::CloseConsumer) => {
                 let Some(close) = came.close_consumer else { return };
-                if let Some(consumer) = self.consumers.lock().remove(&close.consumer_id) {
+                let closed = self.consumers.lock().remove(&close.consumer_id);
+                if let Some(consumer) = closed {
                     let _ = consumer.send(Inbound::Closed);
+                    self.consumer_closed.notify_waiters();
                 }
             }
             Ok(Type::Ping) => {

@@ -171,7 +171,17 @@ impl Broker for SqsBroker {
         subscriptions.retain(|other| other.strong_count() > 0);
         subscriptions.push(Arc::downgrade(&inbox));
         let receivers = self.settings.receivers;
-        Ok(Box::new(SqsSubscription { sources, context, inbox, on_their_way, receivers, is_paused: false, turn: 0 }))
+        Ok(Box::new(SqsSubscription {
+            sources,
+            context,
+            inbox,
+            on_their_way,
+            receivers,
+            is_paused: false,
+            turn: 0,
+            max_in_flight: spec.max_in_flight,
+            taken_at: None,
+        }))
     }
 
     async fn dead_letters(

@@ -6,11 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::{
-    ByteString, Bytes, DeadLetter, DeadLetterId, DeadLetterPage, DeadLetterScope, Error, ErrorKind, Reason, Result,
-    Timestamp,
+    ByteString, Bytes, DeadLetter, DeadLetterId, DeadLetterPage, DeadLetterScope, Effect, Error, ErrorKind, Reason,
+    Result, Timestamp,
 };
 use aws_sdk_sqs::types::QueueAttributeName as Attribute;
 use parking_lot::Mutex;
+use tokio::time::Instant;
 
 use crate::clients::Clients;
 use crate::codec::{self, Carried, Decoded};
@@ -18,7 +19,7 @@ use crate::error::failed;
 use crate::letters::Note;
 use crate::parcel::{self, BATCH, Parcel, Route, lane_of};
 use crate::queues::figure;
-use crate::requests;
+use crate::requests::{self, Leased};
 use crate::settle::REQUEST;
 use crate::source::{raw, receiving};
 use crate::topology::{Prepared, Topology};
@@ -54,6 +55,8 @@ pub(crate) struct Reading {
 struct Found {
     id: String,
     handle: Bytes,
+    /// When its lease ends.
+    until: Instant,
     decoded: Decoded,
 }
 
@@ -165,16 +168,17 @@ impl Letters {
             let wait = if number == 0 { WAIT } else { 0 };
             let count = share.min(wanted - number * BATCH);
             let answer = receiving(&self.clients.queues, url, count, wait, LEASE).send().await;
-            Ok::<_, Error>(answer.map_err(|error| failed(operation, &error))?.messages.unwrap_or_default())
+            let messages = answer.map_err(|error| failed(operation, &error))?.messages.unwrap_or_default();
+            Ok::<_, Error>((messages, Instant::now() + LEASE))
         });
         let mut found = Vec::new();
         let mut problem = None;
         for answer in futures_util::future::join_all(receives).await {
             match answer {
-                Ok(messages) => found.extend(messages.into_iter().filter_map(|mut message| {
+                Ok((messages, until)) => found.extend(messages.into_iter().filter_map(|mut message| {
                     let handle = Bytes::from(message.receipt_handle.take()?);
                     let raw = raw(message);
-                    Some(Found { id: raw.id.clone(), handle, decoded: codec::decode(raw, &scope.source) })
+                    Some(Found { id: raw.id.clone(), handle, until, decoded: codec::decode(raw, &scope.source) })
                 })),
                 Err(error) => problem = Some(error),
             }
@@ -268,7 +272,7 @@ impl Letters {
                 Some(letter) => match sent.next().expect("one outcome per letter") {
                     Ok(_) => {
                         places.push(place);
-                        done.push(letter.handle);
+                        done.push((letter.handle, letter.until));
                         Ok(())
                     }
                     Err(error) => {
@@ -280,7 +284,8 @@ impl Letters {
         }
         let deleted = requests::delete(&self.clients, &prepared.letters, &done).await;
         for (place, deleted) in places.into_iter().zip(deleted) {
-            outcomes[place] = deleted;
+            // Its message is back already: something has been done, whatever became of the letter.
+            outcomes[place] = deleted.map_err(|error| error.with_effect(Effect::Unknown));
         }
         self.give_back(&prepared.letters, kept).await;
         outcomes
@@ -293,9 +298,9 @@ impl Letters {
             Err(error) => return ids.iter().map(|_| Err(error.duplicate())).collect(),
         };
         let missing = self.absence(&prepared.letters, ids, &found, operation).await;
-        let handles: Vec<Option<Bytes>> =
-            ids.iter().map(|id| found.remove(&*id.0).map(|letter| letter.handle)).collect();
-        let present: Vec<Bytes> = handles.iter().flatten().cloned().collect();
+        let handles: Vec<Option<Leased>> =
+            ids.iter().map(|id| found.remove(&*id.0).map(|letter| (letter.handle, letter.until))).collect();
+        let present: Vec<Leased> = handles.iter().flatten().cloned().collect();
         let mut deleted = requests::delete(&self.clients, &prepared.letters, &present).await.into_iter();
         let absent = || missing.as_ref().map_or_else(|| Error::closed(operation), Error::duplicate);
         handles

@@ -96,7 +96,7 @@ pub(crate) async fn bury_expired(source: &Source, expired: Vec<Arrival>) {
     let mut buried = Vec::new();
     for (arrival, answer) in expired.into_iter().zip(stored) {
         match answer {
-            Ok(_) => buried.push(arrival.handle),
+            Ok(_) => buried.push((arrival.handle, arrival.until)),
             Err(error) => tracing::warn!(%error, "an expired message could not be buried; it is tried again"),
         }
     }

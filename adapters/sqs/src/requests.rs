@@ -8,19 +8,28 @@ use aws_sdk_sqs::types::{
     BatchResultErrorEntry, ChangeMessageVisibilityBatchRequestEntry, DeleteMessageBatchRequestEntry,
 };
 use futures_util::future::join_all;
+use tokio::time::Instant;
 
 use crate::clients::Clients;
 use crate::error::{failed, failed_entry, unmentioned};
 use crate::parcel::BATCH;
 
-/// How often a delete is asked for while nobody knows whether it is done, and how long an answer may take.
-const DELETES: u32 = 3;
+/// How often something is asked for while nobody knows whether it is done.
+pub(crate) const TRIES: u32 = 3;
+/// How long the answer of a delete may take.
 const ANSWER: Duration = Duration::from_secs(10);
+
+/// A receipt handle, and when the lease ends that it stands for.
+pub(crate) type Leased = (Bytes, Instant);
 
 /// Deletes; one outcome per handle, in order. Asked again where an answer is lost: then "no such receipt handle" may say that
 /// the earlier request has deleted it, and comes as [`ErrorKind::StaleDelivery`] with an unknown effect.
-pub(crate) async fn delete(clients: &Clients, url: &str, handles: &[Bytes]) -> Vec<Result<()>> {
-    let requests = handles.chunks(BATCH).map(|chunk| delete_ten(clients, url, chunk));
+///
+/// Not asked again when the lease is over. Another one may have received it by then, and "if you use an old `ReceiptHandle`, the
+/// request will succeed, but the message might not be deleted"
+/// (<https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/API_DeleteMessage.html>).
+pub(crate) async fn delete(clients: &Clients, url: &str, leased: &[Leased]) -> Vec<Result<()>> {
+    let requests = leased.chunks(BATCH).map(|chunk| delete_ten(clients, url, chunk));
     join_all(requests).await.into_iter().flatten().collect()
 }
 
@@ -46,13 +55,16 @@ fn text(handle: &Bytes) -> String {
 }
 
 /// By the client without retries of its own: it would not tell that an answer before was lost.
-async fn delete_ten(clients: &Clients, url: &str, handles: &[Bytes]) -> Vec<Result<()>> {
+async fn delete_ten(clients: &Clients, url: &str, leased: &[Leased]) -> Vec<Result<()>> {
+    let mut answers: Vec<Option<Result<()>>> = Vec::new();
+    answers.resize_with(leased.len(), || None);
+    let mut left: Vec<usize> = (0..leased.len()).collect();
     let mut may_be_done = false;
     for asked in 1.. {
-        let entries = handles.iter().enumerate().map(|(index, handle)| {
+        let entries = left.iter().map(|index| {
             DeleteMessageBatchRequestEntry::builder()
                 .id(index.to_string())
-                .receipt_handle(text(handle))
+                .receipt_handle(text(&leased[*index].0))
                 .build()
                 .expect("id and handle are set")
         });
@@ -60,30 +72,47 @@ async fn delete_ten(clients: &Clients, url: &str, handles: &[Bytes]) -> Vec<Resu
         let error = match tokio::time::timeout(ANSWER, request.send()).await {
             Ok(Ok(answer)) => {
                 let done = answer.successful().iter().map(|entry| entry.id());
-                let mut outcomes = outcomes("settle", handles.len(), done, answer.failed());
-                for error in outcomes.iter_mut().filter_map(|outcome| outcome.as_mut().err()) {
-                    if may_be_done && error.kind() == ErrorKind::StaleDelivery {
-                        *error = error.duplicate().with_effect(Effect::Unknown);
-                    }
+                let mut told = outcomes("settle", leased.len(), done, answer.failed());
+                for index in left {
+                    let answer = std::mem::replace(&mut told[index], Ok(()));
+                    answers[index] = Some(answer.map_err(|error| match error.kind() {
+                        ErrorKind::StaleDelivery if may_be_done => error.with_effect(Effect::Unknown),
+                        _ => error,
+                    }));
                 }
-                return outcomes;
+                break;
             }
             Ok(Err(error)) => failed("settle", &error),
             Err(_) => Error::new(ErrorKind::Timeout, "settle", format!("no answer within {ANSWER:?}")),
         };
         may_be_done |= error.effect() == Effect::Unknown;
-        let passes = matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Timeout | ErrorKind::RateLimited);
-        if !passes || asked >= DELETES {
-            let error = if may_be_done { error.with_effect(Effect::Unknown) } else { error };
-            return all(handles.len(), &error);
+        let error = if may_be_done { error.with_effect(Effect::Unknown) } else { error };
+        let is_last = !passes(&error) || asked >= TRIES;
+        if !is_last {
+            tokio::time::sleep(pause(asked)).await;
         }
-        tokio::time::sleep(pause(asked)).await;
+        let now = Instant::now();
+        left.retain(|index| {
+            let is_over = is_last || leased[*index].1 <= now;
+            if is_over {
+                answers[*index] = Some(Err(error.duplicate()));
+            }
+            !is_over
+        });
+        if left.is_empty() {
+            break;
+        }
     }
-    unreachable!("the last time answers")
+    answers.into_iter().map(|answer| answer.expect("it ends when nothing is left")).collect()
+}
+
+/// Whether it is worth to ask again.
+pub(crate) fn passes(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Timeout | ErrorKind::RateLimited)
 }
 
 /// Longer each time, and not the same for all who were cut off at once.
-fn pause(asked: u32) -> Duration {
+pub(crate) fn pause(asked: u32) -> Duration {
     let spread = uuid::Uuid::new_v4().as_bytes()[0];
     Duration::from_millis(200 * u64::from(asked * asked) + u64::from(spread))
 }

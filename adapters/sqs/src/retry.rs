@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::{Bytes, Error, ErrorKind, Result, SettleOutcome, Timestamp};
+use tokio::time::Instant;
 
 use crate::codec::{self, Carried};
 use crate::config::LONGEST_POLL;
@@ -99,7 +100,7 @@ async fn once(source: &Source, retry: &str) -> Result<()> {
     let wait = requests::seconds(LONGEST_POLL);
     let answer = receiving(queues, retry, parcel::BATCH, wait, LEASE).send().await;
     let answer = answer.map_err(|error| failed("receive", &error))?;
-    let now = Timestamp::now();
+    let (now, until) = (Timestamp::now(), Instant::now() + LEASE);
     let (mut early, mut due, mut parcels): (Vec<(Bytes, Duration)>, Vec<Bytes>, Vec<Parcel>) = Default::default();
     for mut message in answer.messages.unwrap_or_default() {
         let Some(handle) = message.receipt_handle.take().map(Bytes::from) else { continue };
@@ -129,7 +130,7 @@ async fn once(source: &Source, retry: &str) -> Result<()> {
     let mut brought = Vec::new();
     for (handle, outcome) in due.into_iter().zip(sent) {
         match outcome {
-            Ok(_) => brought.push(handle),
+            Ok(_) => brought.push((handle, until)),
             Err(error) => problem = Some(error),
         }
     }

@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use crate::inbox::Arrival;
 use crate::leases::Lease;
 use crate::letters::bury;
-use crate::requests;
+use crate::requests::{self, Leased};
 use crate::retry::send_copies;
 use crate::source::Source;
 
@@ -199,8 +199,8 @@ impl Share {
 
 /// Deletes, and tells what became of each.
 pub(crate) async fn delete(entries: Vec<Entry>, source: &Source) -> Vec<(usize, SettleOutcome)> {
-    let handles: Vec<Bytes> = entries.iter().map(|entry| entry.handle.clone()).collect();
-    let answers = requests::delete(&source.clients, &source.queues.queue, &handles).await;
+    let leased: Vec<Leased> = entries.iter().map(|entry| (entry.handle.clone(), entry.lease.until)).collect();
+    let answers = requests::delete(&source.clients, &source.queues.queue, &leased).await;
     entries
         .into_iter()
         .zip(answers)

@@ -28,7 +28,7 @@ use crate::topology::Prepared;
 /// How long an answer is taken to travel, at most.
 const TRAVEL: Duration = Duration::from_millis(250);
 /// How long a message waits for somebody to take it, where the member holds nothing.
-const UNTAKEN: Duration = Duration::from_secs(1);
+pub(crate) const UNTAKEN: Duration = Duration::from_secs(1);
 /// The same in parts of the lease, where the member works on others and will come for it.
 const UNTAKEN_SHARE: u32 = 4;
 /// Between two requests where the server does not wait.
@@ -63,6 +63,11 @@ impl Source {
         self.queues.retry.is_some()
     }
 
+    /// Whether its receives have come back full of late: there is more.
+    pub(crate) fn is_full(&self) -> bool {
+        self.width.load(Ordering::Acquire) > 1
+    }
+
     /// Opens receives for `wanted` more messages, as far as `receivers` allows. The first waits as long as the caller does;
     /// those beside it do not wait, because what they brought later might find nobody.
     pub(crate) fn ask(self: &Arc<Self>, wanted: usize, wait: Duration, receivers: usize) {
@@ -95,8 +100,6 @@ impl Source {
     /// Receives once, into the inbox. Answers how many messages came.
     async fn receive(&self, count: usize, wait: Duration) -> usize {
         let wait = wait.min(LONGEST_POLL);
-        // The client's own retry of a lost answer then brings the same messages, instead of waiting for their lease.
-        let attempt = self.is_fifo().then(|| uuid::Uuid::new_v4().simple().to_string());
         let deadline = Instant::now() + wait;
         let (since, messages) = loop {
             let since = Instant::now();
@@ -104,11 +107,10 @@ impl Source {
                 Polls::Long => requests::seconds(wait),
                 Polls::Short => 0,
             };
-            let request = receiving(&self.clients.queues, &self.queues.queue, count, held, self.lease);
-            let messages = match request.set_receive_request_attempt_id(attempt.clone()).send().await {
-                Ok(answer) => answer.messages.unwrap_or_default(),
+            let messages = match self.request(count, held).await {
+                Ok(messages) => messages,
                 Err(error) => {
-                    self.trouble(failed("receive", &error)).await;
+                    self.trouble(error).await;
                     return 0;
                 }
             };
@@ -142,6 +144,35 @@ impl Source {
         self.put_off(early, time).await;
         letters::bury_expired(self, expired).await;
         brought
+    }
+
+    /// Asks for messages. Of a FIFO queue by the client without retries of its own: asked again with the same attempt id, SQS
+    /// hands over what a lost answer held, instead of waiting for its lease. That is so "during a visibility timeout"
+    /// (<https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/API_ReceiveMessage.html>); behind it ElasticMQ
+    /// (1.6.16) takes the messages from who has got them since (ReceiveRequestAttemptCache.scala, `allValid`).
+    async fn request(&self, count: usize, held: i32) -> Result<Vec<Received>, Error> {
+        let receiving = |client| receiving(client, &self.queues.queue, count, held, self.lease);
+        if !self.is_fifo() {
+            let answer = receiving(&self.clients.queues).send().await;
+            return answer.map(|answer| answer.messages.unwrap_or_default()).map_err(|error| failed("receive", &error));
+        }
+        let fresh = || (uuid::Uuid::new_v4().simple().to_string(), Instant::now());
+        let (mut attempt, mut since) = fresh();
+        for asked in 1.. {
+            if since.elapsed() + TRAVEL >= self.lease {
+                (attempt, since) = fresh();
+            }
+            let request = receiving(&self.clients.sender).receive_request_attempt_id(attempt.clone());
+            let error = match request.send().await {
+                Ok(answer) => return Ok(answer.messages.unwrap_or_default()),
+                Err(error) => failed("receive", &error),
+            };
+            if !requests::passes(&error) || asked >= requests::TRIES {
+                return Err(error);
+            }
+            tokio::time::sleep(requests::pause(asked)).await;
+        }
+        unreachable!("the last try answers")
     }
 
     fn arrival(&self, mut message: Received, since: Instant, until: Instant) -> Option<Arrival> {

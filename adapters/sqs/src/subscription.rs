@@ -1,6 +1,7 @@
 //! The receiving side: one member of a group, over one queue for each destination.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anybroker_core::{Delivery, DeliveryContext, Error, ErrorKind, Received, Result, Subscription};
@@ -11,7 +12,8 @@ use tokio::time::Instant;
 
 use crate::config::LONGEST_POLL;
 use crate::inbox::Inbox;
-use crate::source::Source;
+use crate::parcel::BATCH;
+use crate::source::{Source, UNTAKEN};
 
 pub(crate) struct SqsSubscription {
     pub(crate) sources: Vec<Arc<Source>>,
@@ -23,6 +25,9 @@ pub(crate) struct SqsSubscription {
     pub(crate) is_paused: bool,
     /// Where the next wish begins, so that no queue comes first always.
     pub(crate) turn: usize,
+    pub(crate) max_in_flight: usize,
+    /// When the caller took something last.
+    pub(crate) taken_at: Option<Instant>,
 }
 
 impl SqsSubscription {
@@ -46,6 +51,28 @@ impl SqsSubscription {
             source.ask(share + usize::from(number < wanted % count), wait, self.receivers);
         }
     }
+
+    /// Asks, while the caller is at work on `taken` messages, for those that it comes for next: of queues whose receives came
+    /// back full, as much as it takes within [`UNTAKEN`] at its pace. A message that lies here is leased, and no other member
+    /// gets it.
+    fn read_ahead(&mut self, taken: usize) {
+        let now = Instant::now();
+        let Some(before) = self.taken_at.replace(now) else { return };
+        let pace = (now - before).max(Duration::from_micros(1));
+        if taken == 0 || self.is_paused || pace > UNTAKEN {
+            return;
+        }
+        let times = usize::try_from(UNTAKEN.as_micros() / pace.as_micros()).unwrap_or(usize::MAX);
+        let asked: usize = self.sources.iter().map(|source| source.asked.load(Ordering::Acquire)).sum();
+        let coming = asked + self.inbox.ready.lock().len();
+        let room = self.max_in_flight.saturating_sub(self.context.in_flight() + taken + coming);
+        let wanted = taken.saturating_mul(times).min(self.receivers * BATCH).saturating_sub(coming).min(room);
+        let full: Vec<_> = self.sources.iter().filter(|source| source.is_full()).collect();
+        for source in &full {
+            let own = source.asked.load(Ordering::Acquire);
+            source.ask(own + wanted / full.len(), Duration::ZERO, self.receivers);
+        }
+    }
 }
 
 #[async_trait]
@@ -65,6 +92,7 @@ impl Subscription for SqsSubscription {
             let events: Vec<_> = self.inbox.events.lock().drain(..).collect();
             let deliveries = if self.is_paused { Vec::new() } else { self.take(max) };
             if !events.is_empty() || !deliveries.is_empty() {
+                self.read_ahead(deliveries.len());
                 return Ok(Received { deliveries, events });
             }
             if let Some(error) = self.inbox.failure() {

@@ -30,8 +30,9 @@ const TOPICS_SHARE: &[&str] = &[
     "dead-letter/letters-belong-*",
     "native/*",
 ];
-/// Of the faults those that SQS found hard: an answer that is lost leaves a message leased to nobody, or deleted.
-const FAULTS_SHARE: &[&str] = &["faults/answers-that*"];
+/// Of the faults those that SQS found hard: an answer that is lost leaves a message leased to nobody, or deleted; an ack that is lost
+/// is asked for again.
+const FAULTS_SHARE: &[&str] = &["faults/answers-that*", "faults/an-ack-that*"];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn standard_queues_hold_what_their_record_claims() {

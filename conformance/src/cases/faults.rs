@@ -2,9 +2,10 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anybroker_core::{Message, MessageId, Order, Settlement, SubscribeSpec};
+use anybroker_core::{AckLevel, Message, MessageId, Order, Settlement, SubscribeSpec};
 use futures_util::future::BoxFuture;
 use rand::RngExt;
 use rand::rngs::StdRng;
@@ -55,6 +56,13 @@ pub(super) const CASES: &[Case] = &[
         [],
         "Lost connections: every client recovers by itself, also where no other could stand in for it.",
         alone
+    ),
+    fault!(
+        "faults/an-ack-that-never-arrives-is-not-told-as-confirmed",
+        false,
+        [],
+        "`Ok` says its level: what is told as confirmed is settled at the server, and comes to nobody again.",
+        lost_acks
     ),
     fault!(
         "faults/a-black-hole-ends-no-call-late-and-loses-nothing",
@@ -336,6 +344,69 @@ async fn acked(batch: Vec<Held<'_>>) -> Proof {
         if let Err((_, error)) = outcome {
             is_settling_in_a_fault(&error)?;
         }
+    }
+    Ok(())
+}
+
+/// For how long nothing arrives that a member says.
+const ACKS_LOST: Duration = Duration::from_secs(2);
+/// The least lease beside it: there is time to ask again, and to be told, before it ends.
+const ASKED_AGAIN: Duration = Duration::from_secs(6);
+
+/// One member, whose acks do not arrive, whatever connection they take. Where acks are confirmed, `Ok` is the server's own, and
+/// a fresh client gets none of them. Where they are sent or recorded it promises less: the history says what may come again.
+async fn lost_acks(env: &Env) -> Proof {
+    let network = Network::open(env).await?;
+    let line = network.line().await?;
+    let (publisher, member) = (env.client().await?, line.client(env).await?);
+    let longest = env.record.limits.lease_max_ms.map_or(Duration::MAX, Duration::from_millis);
+    let lease = env.lease().max(ASKED_AGAIN).min(longest);
+    let spec = env.spec(&env.destination("d"), &env.group("g")).with_lease(lease);
+    let mut consumer = member.subscribe(spec.clone()).await?;
+    let leased = env.now();
+    let message = |number| publisher.message(&spec.destinations[0], format!("key {number}").as_str());
+    publisher.publish_ok((0..env.at_once(5)).map(message).collect()).await?;
+    let held = consumer.take(env.at_once(5)).await?;
+    let handed_out = env.now();
+    let ids: Vec<MessageId> = held.iter().map(|held| held.message().id().clone()).collect();
+    let planned = Planned { kind: Kind::DropRequests, lasts: ACKS_LOST, publishing: false, whom: 0 };
+    let is_over = AtomicBool::new(false);
+    let suffering = async {
+        line.suffer(env, &planned).await;
+        is_over.store(true, Ordering::Relaxed);
+    };
+    let settling = async {
+        let outcomes = settle(held.into_iter().map(|held| (held, Settlement::Ack)).collect()).await?;
+        Ok::<_, Breach>((outcomes, is_over.load(Ordering::Relaxed), !env.has_waited(leased, lease)))
+    };
+    // The first is polled first: the fault has begun when the acks are asked for.
+    let ((), settled) = futures_util::join!(suffering, settling);
+    let (outcomes, is_over, is_in_time) = settled?;
+    let mut confirmed = HashSet::new();
+    for (id, outcome) in ids.into_iter().zip(outcomes) {
+        match outcome {
+            Ok(AckLevel::Confirmed) => {
+                ensure!(is_over, "the ack of {id} is told as confirmed before anything can have reached the server");
+                // On a machine that stood still, the lease may have ended in truth.
+                confirmed.extend(is_in_time.then_some(id));
+            }
+            Ok(_) => {}
+            // Dropped with its error it comes back, unless it is settled.
+            Err((_, error)) => is_settling_in_a_fault(&error)?,
+        }
+    }
+    let mut again = Vec::new();
+    while !env.has_waited(handed_out, lease) {
+        again.extend(consumer.receive(10, Duration::from_millis(500)).await?);
+    }
+    drop(again);
+    consumer.close().await?;
+    for message in env.client().await?.drain(spec).await? {
+        let id = message.id();
+        ensure!(!confirmed.contains(id), "the ack of {id} was told as confirmed, and it comes again");
+    }
+    for client in [publisher, member] {
+        client.close().await?;
     }
     Ok(())
 }

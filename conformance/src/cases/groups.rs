@@ -39,7 +39,7 @@ pub(super) const CASES: &[Case] = &[
     ),
     case!(
         "groups/latest-is-fixed-when-subscribe-returns",
-        [need::START_LATEST],
+        [need::START_LATEST, need::GROUPS],
         "When subscribe returns it is effective: latest is fixed then, and everything confirmed afterwards belongs to the group.",
         latest_is_fixed
     ),

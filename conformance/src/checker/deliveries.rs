@@ -54,9 +54,12 @@ impl Checker {
 
         let (rules, number) = (self.rules, self.counts.delivered);
         let moved = self.lanes_moved(&place.0);
-        // A broker's own count counts what a member had fetched and never handed out, before it went or the lease ended.
-        let is_gone =
-            |member: &Member| member.group == place.0 && member.losses.iter().any(|loss| *loss >= published_at);
+        // A broker's own count counts what a member had fetched and never handed out, before it went or the lease ended; or before
+        // a fault hit its connection, whether it tells that or not.
+        let is_hit = |member: &Member| member.exposed.is_some_and(|(_, until)| published_at <= until);
+        let is_gone = |member: &Member| {
+            member.group == place.0 && (is_hit(member) || member.losses.iter().any(|loss| *loss >= published_at))
+        };
         let had_others = rules.attempts == AttemptCount::Approximate && self.members.values().any(is_gone);
         let story = self.story_of(&place, &seen.id);
         let has_cause = story.justify(at, with_resent, moved);

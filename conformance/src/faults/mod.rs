@@ -157,6 +157,7 @@ impl Line {
             Kind::BlackHole => self.set(Way::Hold, Way::Hold),
             Kind::DeafServer => self.set(Way::Hold, Way::Pass),
             Kind::DropAnswers => self.set(Way::Pass, Way::Lose),
+            Kind::DropRequests => self.set(Way::Lose, Way::Pass),
             Kind::Slow { delay, bytes_per_second } => {
                 let way = Way::Slow { delay, bytes_per_second };
                 self.set(way, way);

@@ -21,6 +21,8 @@ pub(crate) enum Kind {
     DeafServer,
     /// What the server says is lost; what the client says arrives.
     DropAnswers,
+    /// What the client says is lost; what the server says arrives.
+    DropRequests,
     /// Late and narrow.
     Slow {
         /// How late each piece is.
@@ -46,6 +48,7 @@ impl fmt::Display for Kind {
             Self::BlackHole => f.write_str("black hole"),
             Self::DeafServer => f.write_str("black hole towards the server"),
             Self::DropAnswers => f.write_str("answers dropped"),
+            Self::DropRequests => f.write_str("requests dropped"),
             Self::Slow { delay, bytes_per_second } => write!(f, "slow ({delay:?} late, {bytes_per_second} B/s)"),
             Self::CutAfter { bytes, answers: false } => write!(f, "cut after {bytes} B of the client's"),
             Self::CutAfter { bytes, answers: true } => write!(f, "cut after {bytes} B of the server's"),

@@ -13,13 +13,30 @@ use crate::workspace;
 const BUILD_LIMIT: Duration = Duration::from_secs(40 * 60);
 const RUN_LIMIT: Duration = Duration::from_secs(60 * 60);
 
-/// A package of the workspace in `peers`, and the broker that it is run on.
-const PEERS: &[(&str, &str)] = &[
-    ("ruststream-nats", "nats"),
-    ("ruststream-rabbitmq", "rabbitmq"),
-    ("omniqueue-rabbitmq", "rabbitmq"),
-    ("mq-bridge-rabbitmq", "rabbitmq"),
+/// A program of the workspace in `peers`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Peer {
+    name: &'static str,
+    broker: &'static str,
+    /// Whether a proxy in front of the broker is in the way of its clients. Kafka's are told another address to come to.
+    has_proxy: bool,
+}
+
+const PEERS: &[Peer] = &[
+    peer("ruststream-nats", "nats"),
+    peer("mq-bridge-nats", "nats"),
+    peer("ruststream-rabbitmq", "rabbitmq"),
+    peer("omniqueue-rabbitmq", "rabbitmq"),
+    peer("mq-bridge-rabbitmq", "rabbitmq"),
+    peer("ruststream-sqs", "sqs"),
+    peer("omniqueue-sqs", "sqs"),
+    Peer { has_proxy: false, ..peer("ruststream-kafka", "kafka") },
+    Peer { has_proxy: false, ..peer("mq-bridge-kafka", "kafka") },
 ];
+
+const fn peer(name: &'static str, broker: &'static str) -> Peer {
+    Peer { name, broker, has_proxy: true }
+}
 
 /// Run the conformance suite on published crates of other projects
 ///
@@ -56,20 +73,18 @@ impl Peers {
         };
         // A folder of its own: the two workspaces resolve the same crates to other versions.
         let target = workspace::target()?.join("peers-build");
+        // All of them: chosen alone, each would have shared crates built anew with its own features.
+        let mut build = cargo(["build", "--locked", "--manifest-path", "peers/Cargo.toml", "--workspace", "--bins"]);
+        child::run(build.env("CARGO_TARGET_DIR", &target), BUILD_LIMIT)?;
         let mut failed = Vec::new();
-        for share in chosen.chunk_by(|one, other| one.1 == other.1) {
-            for (peer, _) in share {
-                let mut build = cargo(["build", "--locked", "--manifest-path", "peers/Cargo.toml", "-p"]);
-                build.arg(format!("peer-{peer}")).env("CARGO_TARGET_DIR", &target);
-                child::run(&mut build, BUILD_LIMIT)?;
-            }
+        for share in chosen.chunk_by(|one, other| one.broker == other.broker) {
             let mut instance = PrivateInstance::new()?;
-            let broker = share[0].1;
+            let broker = share[0].broker;
             let url = instance.up_one(broker, self.how)?.url;
             let version = brokers::recipes(&[broker.to_owned()])?[0].version();
-            for (peer, _) in share {
-                if !self.one(&target.join("debug").join(peer), &url, version, &folder.join(peer))? {
-                    failed.push(*peer);
+            for peer in share {
+                if !self.one(peer, &target.join("debug"), &url, version, &folder)? {
+                    failed.push(peer.name);
                 }
             }
         }
@@ -78,29 +93,29 @@ impl Peers {
         Ok(())
     }
 
-    fn chosen(&self) -> Result<Vec<(&'static str, &'static str)>> {
+    fn chosen(&self) -> Result<Vec<Peer>> {
         let Some(name) = &self.peer else { return Ok(PEERS.to_vec()) };
-        match PEERS.iter().find(|(peer, _)| peer == name) {
+        match PEERS.iter().find(|peer| peer.name == name) {
             Some(found) => Ok(vec![*found]),
             None => {
-                let names: Vec<&str> = PEERS.iter().map(|(peer, _)| *peer).collect();
+                let names: Vec<&str> = PEERS.iter().map(|peer| peer.name).collect();
                 bail!("no peer is called `{name}`; there are: {}", names.join(", "))
             }
         }
     }
 
     /// Whether no case failed.
-    fn one(&self, command: &Path, url: &str, server: &str, report: &Path) -> Result<bool> {
-        let mut run = std::process::Command::new(command);
+    fn one(&self, peer: &Peer, programs: &Path, url: &str, server: &str, report: &Path) -> Result<bool> {
+        let mut run = std::process::Command::new(programs.join(peer.name));
         child::clean(&mut run);
         run.args(["--url", url, "--server", server, "--level", &self.level, "--seed", &self.seed.to_string()]);
-        if self.level != "conformance" {
+        if self.level != "conformance" && peer.has_proxy {
             run.arg("--proxy");
         }
         for case in &self.cases {
             run.args(["--case", case]);
         }
-        run.arg("--report").arg(report);
+        run.arg("--report").arg(report.join(peer.name));
         Ok(child::watched(&mut run, RUN_LIMIT)?.success())
     }
 }
@@ -120,7 +135,8 @@ mod tests {
             how: How::Auto,
         };
         assert_eq!(peers(None).chosen().unwrap().len(), PEERS.len());
-        assert_eq!(peers(Some("ruststream-nats")).chosen().unwrap(), [("ruststream-nats", "nats")]);
+        let found = peers(Some("ruststream-nats")).chosen().unwrap();
+        assert_eq!(found, [peer("ruststream-nats", "nats")]);
         let told = peers(Some("ruststream")).chosen().unwrap_err().to_string();
         assert!(told.contains("`ruststream`") && told.contains("omniqueue-rabbitmq"), "{told}");
     }

@@ -54,7 +54,7 @@ impl<P: Peer> PeerBroker<P> {
 type Known = Option<Arc<Mutex<HashSet<Destination>>>>;
 
 async fn publish_one<P: Peer>(peer: &P, message: &Message, known: &Known, deadline: Instant) -> Result<Receipt> {
-    let parcel = Parcel::pack(message, |name, value| peer.carries(name, value));
+    let parcel = Parcel::pack(message, peer.room(), |name, value| peer.carries(name, value));
     let name = message.destination();
     let publish = async {
         if let Some(known) = known.as_ref().filter(|known| !known.lock().contains(name)) {

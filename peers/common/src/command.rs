@@ -22,6 +22,10 @@ pub struct Setup {
     pub lease: Duration,
     /// How long nothing must happen before an absence counts.
     pub quiet: Duration,
+    /// How long something may take that must happen.
+    pub patience: Duration,
+    /// Whether the peer, on this server, has a setting with which a publish creates nothing.
+    pub has_strict: bool,
 }
 
 /// Runs the suite of AnyBroker on a published crate that is not AnyBroker's
@@ -97,10 +101,14 @@ async fn drive(setup: Setup, command: Command) -> Result<ExitCode> {
         false => UrlHarness::new(setup.peer, move || connect(url.clone(), true)),
     };
     let harness = harness
-        .with_strict(move || connect(strict.clone(), false))
         .with_about(About { client: Some(format!("{} on {}", setup.peer, setup.client)), emulated: None })
         .with_lease(setup.lease)
-        .with_quiet(setup.quiet);
+        .with_quiet(setup.quiet)
+        .with_patience(setup.patience);
+    let harness = match setup.has_strict {
+        true => harness.with_strict(move || connect(strict.clone(), false)),
+        false => harness,
+    };
     let mut options = Options::default().with_level(command.level).with_parallelism(command.parallelism);
     for case in &command.cases {
         options = options.with_filter(case);

@@ -5,13 +5,21 @@
 
 mod broker;
 mod command;
+mod in_flight;
+#[cfg(feature = "kafka")]
+pub mod kafka;
+mod owners;
 mod parcel;
 mod peer;
 #[cfg(feature = "rabbitmq")]
 pub mod rabbitmq;
+#[cfg(feature = "sqs")]
+pub mod sqs;
 mod subscription;
 
 pub use broker::PeerBroker;
 pub use command::{Setup, main, server};
+pub use in_flight::{Counted, InFlight};
+pub use owners::{disown, is_owner, one_group};
 pub use parcel::Parcel;
 pub use peer::{Deliveries, Held, Peer, Sender, failed, modest, refused};

@@ -27,6 +27,11 @@ pub trait Peer: Send + Sync + 'static {
     /// Whether the peer's documentation says that it carries such a header.
     fn carries(&self, name: &str, value: &[u8]) -> bool;
 
+    /// How many headers the peer's documentation says that it carries, less what this adapter adds.
+    fn room(&self) -> usize {
+        usize::MAX
+    }
+
     /// Publishes one message, and says what the peer says about it.
     async fn publish(&self, message: &Message, parcel: Parcel) -> Result<Receipt>;
 
@@ -85,6 +90,11 @@ pub trait Held: Send {
 
     /// The peer's ack.
     async fn ack(self: Box<Self>) -> Result<()>;
+
+    /// The peer's way to keep it for longer, where the record gives one.
+    async fn extend(&mut self, _lease: Duration) -> Result<()> {
+        Err(Error::unsupported("extend", "the peer has no word for it"))
+    }
 
     /// The peer's nack. A delay is asked for only where the record gives one.
     async fn nack(self: Box<Self>, delay: Duration) -> Result<()>;

@@ -1,10 +1,10 @@
 //! What a bare client does on RabbitMQ beside the peer.
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use anybroker_core::naming::{escape, shorten};
-use anybroker_core::{Destination, Error, ErrorKind, Group, Result};
+use anybroker_core::{Destination, ErrorKind, Group, Result};
 use lapin::options::{ExchangeDeclareOptions, ExchangeDeleteOptions, QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, ConnectionProperties, ExchangeKind};
@@ -15,32 +15,11 @@ use crate::failed;
 /// The groups that this process has made: AMQP lists no queues.
 static GROUPS: LazyLock<Mutex<HashMap<Destination, BTreeSet<String>>>> = LazyLock::new(Mutex::default);
 
-/// The group of each destination, where a destination is a queue.
-static OWNERS: LazyLock<Mutex<HashMap<Destination, Group>>> = LazyLock::new(Mutex::default);
-
-/// Takes a destination's queue for its one group.
-///
-/// # Errors
-/// `Unsupported` for a second group.
-pub fn one_group(destination: &Destination, group: &Group, operation: &'static str) -> Result<()> {
-    let mut owners = OWNERS.lock();
-    let found = owners.entry(destination.clone()).or_insert_with(|| group.clone());
-    if found == group { Ok(()) } else { Err(Error::unsupported(operation, "a queue has one group")) }
+/// One connection, opened anew when it was lost: what a case cuts must not stop what is beside the peer.
+pub struct Topology {
+    url: String,
+    connection: Mutex<Arc<Connection>>,
 }
-
-/// Whether it is the destination's one group.
-#[must_use]
-pub fn is_owner(destination: &Destination, group: &Group) -> bool {
-    OWNERS.lock().get(destination) == Some(group)
-}
-
-/// Forgets the destination's group.
-pub fn disown(destination: &Destination) {
-    OWNERS.lock().remove(destination);
-}
-
-/// One connection.
-pub struct Topology(Connection);
 
 fn token(name: &str) -> String {
     let escaped = escape(name, "=", |byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_');
@@ -65,13 +44,23 @@ impl Topology {
     /// # Errors
     /// What the server or the network says, as with all of these.
     pub async fn connect(url: &str) -> Result<Self> {
+        let connection = Mutex::new(Arc::new(Self::open(url).await?));
+        Ok(Self { url: url.to_owned(), connection })
+    }
+
+    async fn open(url: &str) -> Result<Connection> {
         let connected = Connection::connect(url, ConnectionProperties::default()).await;
-        connected.map(Self).map_err(|error| failed(ErrorKind::Unavailable, "connect", error))
+        connected.map_err(|error| failed(ErrorKind::Unavailable, "connect", error))
     }
 
     /// A channel of its own: what is not there closes the channel on which it was asked for.
     async fn channel(&self) -> Result<Channel> {
-        self.0.create_channel().await.map_err(|error| failed(ErrorKind::Unavailable, "topology", error))
+        let mut connection = Arc::clone(&self.connection.lock());
+        if !connection.status().connected() {
+            connection = Arc::new(Self::open(&self.url).await?);
+            *self.connection.lock() = Arc::clone(&connection);
+        }
+        connection.create_channel().await.map_err(|error| failed(ErrorKind::Unavailable, "topology", error))
     }
 
     /// Whether the destination's exchange is there.
@@ -163,7 +152,8 @@ impl Topology {
 
     /// Closes the connection.
     pub async fn close(&self) {
-        let _ = self.0.close(200, "OK".into()).await;
+        let connection = Arc::clone(&self.connection.lock());
+        let _ = connection.close(200, "OK".into()).await;
     }
 }
 

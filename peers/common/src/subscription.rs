@@ -224,8 +224,25 @@ impl Settler for Member {
         })
     }
 
-    async fn extend(&self, deliveries: &[&Delivery], _lease: Duration) -> Vec<Result<()>> {
-        deliveries.iter().map(|_| Err(Error::unsupported("extend", "the peer has no word for it"))).collect()
+    async fn extend(&self, deliveries: &[&Delivery], lease: Duration) -> Vec<Result<()>> {
+        let mut outcomes = Vec::with_capacity(deliveries.len());
+        for delivery in deliveries {
+            let stale = || Error::new(ErrorKind::StaleDelivery, "extend", "it was settled before, or is gone");
+            let Token::Pair(number, _) = delivery.token() else {
+                outcomes.push(Err(stale()));
+                continue;
+            };
+            let held = self.held.lock().remove(number);
+            outcomes.push(match held {
+                Some(mut held) => {
+                    let extended = held.extend(lease).await;
+                    self.held.lock().insert(*number, held);
+                    extended
+                }
+                None => Err(stale()),
+            });
+        }
+        outcomes
     }
 
     /// What a service does that does not want a delivery after all: the peer's nack.

@@ -4,6 +4,7 @@
 //! streams and durables are made by the JetStream context that it hands out for that.
 
 use std::process::ExitCode;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anybroker_core::capability::{AttemptCount, Capabilities, Limits, Support};
@@ -35,6 +36,8 @@ fn main() -> ExitCode {
         connect: |url, creates| Box::pin(async move { connect(url, creates).await }),
         lease: Duration::from_secs(3),
         quiet: Duration::from_secs(2),
+        patience: Duration::from_secs(30),
+        has_strict: true,
     })
 }
 
@@ -195,15 +198,42 @@ impl Peer for Nats {
             .subscribe_with(source)
             .await
             .map_err(|error| failed(ErrorKind::Unavailable, "subscribe", error))?;
+        let statistics = connected.client().statistics();
         Ok(Deliveries::driven_by(async move {
             let mut stream = std::pin::pin!(subscriber.stream());
+            let mut connects = statistics.connects.load(Ordering::Relaxed);
+            let mut look = tokio::time::interval(Duration::from_millis(100));
             // A place first: what is fetched ahead stays in ruststream's stream.
             while let Ok(place) = into.reserve().await {
-                let Some(item) = stream.next().await else { break };
-                place.send(match item {
+                let item = loop {
+                    tokio::select! {
+                        item = stream.next() => break item,
+                        _ = look.tick() => if statistics.connects.load(Ordering::Relaxed) != connects { break None },
+                    }
+                };
+                // ruststream's stream tells nothing of a connection that was lost; the client that it hands out does.
+                let now = statistics.connects.load(Ordering::Relaxed);
+                let mut place = Some(place);
+                if std::mem::replace(&mut connects, now) != now {
+                    let told =
+                        Error::new(ErrorKind::Unavailable, "receive", "the connection was lost, and is there again");
+                    place.take().into_iter().for_each(|place| place.send(Err(told.duplicate())));
+                    if item.is_none() {
+                        continue;
+                    }
+                }
+                let Some(item) = item else { break };
+                let item: Result<Box<dyn Held>> = match item {
                     Ok(message) => Ok(Box::new(Delivered(message))),
                     Err(error) => Err(receive_error(error)),
-                });
+                };
+                let Ok(place) = (match place {
+                    Some(place) => Ok(place),
+                    None => into.reserve().await,
+                }) else {
+                    break;
+                };
+                place.send(item);
             }
         }))
     }

@@ -37,6 +37,8 @@ fn main() -> ExitCode {
         connect: |url, creates| Box::pin(async move { connect(url, creates).await }),
         lease: Duration::from_secs(1),
         quiet: Duration::from_secs(2),
+        patience: Duration::from_secs(30),
+        has_strict: true,
     })
 }
 

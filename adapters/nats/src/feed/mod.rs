@@ -4,12 +4,14 @@
 //! while disconnected (nats.rs #1584), fetches ahead on its own (#1418), and cannot be told how much room there is.
 
 mod fresh;
+mod gather;
+mod line;
 mod turn;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use anybroker_core::{Destination, Error, ErrorKind, Result, SubscriptionEvent, Timestamp};
+use anybroker_core::{Destination, Error, ErrorKind, Result, Timestamp};
 use async_nats::{HeaderMap, Message, StatusCode};
 use futures_util::FutureExt;
 use tokio::sync::watch;
@@ -24,6 +26,7 @@ use crate::lookup::{apply, look_up};
 use crate::owner::Owner;
 use crate::state::{Arrival, Looking};
 use fresh::Fresh;
+use gather::Gathering;
 
 /// How long a pull waits at the server.
 const EXPIRES: Duration = Duration::from_secs(30);
@@ -66,17 +69,6 @@ pub(crate) struct Feed {
     ack_prefix: Option<String>,
     /// What was read and has not arrived: many at once.
     arrivals: Vec<Arrival>,
-}
-
-/// What is waited for under order.
-#[derive(Debug, Clone, Copy)]
-struct Gathering {
-    /// How many messages, of those up to that place, there must be here.
-    pending: u64,
-    up_to: u64,
-    until: Instant,
-    /// Not before that more is asked for than there is room for.
-    again: Instant,
 }
 
 impl Feed {
@@ -224,12 +216,12 @@ impl Feed {
         {
             return Ok(());
         }
-        self.gathered();
         let rests = self.desk.shared.is_resting();
         if rests && !self.is_resting {
             self.rest().await?;
         }
-        self.is_resting = rests;
+        let has_rested = std::mem::replace(&mut self.is_resting, rests);
+        self.gathered(rests || has_rested);
         self.echo().await;
         loop {
             let batch = match self.desk.shared.reserve(self.index) {
@@ -401,85 +393,6 @@ impl Feed {
             }
             _ => Ok(()),
         }
-    }
-
-    /// The server has forgotten a pull, or this side of the connection is dead.
-    async fn on_silence(&mut self) {
-        self.heard = Instant::now();
-        let is_waiting = self.desk.shared.lock().feeds[self.index as usize].asked > 0;
-        if !is_waiting || !self.link.borrow().is_connected {
-            return;
-        }
-        tracing::debug!(destination = %self.destination, "a pull was forgotten; asking anew");
-        if let Err(error) = self.check_consumer().await {
-            return self.desk.shared.fail(error);
-        }
-        self.desk.shared.unasked(self.index, None);
-    }
-
-    async fn on_link(&mut self) {
-        let state = *self.link.borrow_and_update();
-        if state.epoch != self.epoch {
-            self.take_buffered();
-            self.epoch = state.epoch;
-            self.is_ready = false;
-            if self.owner.is_none() {
-                // Not handed out before it is known whether the server still knows that it is here.
-                self.desk.shared.hold(self.index, true);
-            }
-            if !state.is_connected {
-                // The client would subscribe to the old one again before anything else, and the server may know a pull for it
-                // still: what that pull is sent would be nobody's until its lease ends. What nobody reads any more it does not
-                // subscribe to again (async-nats 0.51, `handle_reconnect`). Found by the suite's lone member.
-                let _ = tokio::time::timeout(LAST, self.renew_inbox()).await;
-            }
-            if !std::mem::replace(&mut self.is_degraded, true) {
-                let cause = "the connection is lost; it is made anew".to_owned();
-                self.desk.shared.tell(SubscriptionEvent::Degraded { cause });
-            }
-        }
-        if state.is_connected && self.is_degraded {
-            // A new inbox: a pull that the server still knows must not fill beside the new one.
-            if self.renew_inbox().await.is_ok() {
-                self.is_degraded = false;
-                if self.owner.is_none() {
-                    self.look_at_server().await;
-                }
-                self.desk.shared.tell(SubscriptionEvent::Recovered);
-            }
-        }
-    }
-
-    /// A killed server may have forgotten what it sent, and give it to others at once. Under order there are none, and what is
-    /// here keeps its place.
-    async fn look_at_server(&mut self) {
-        let client = &self.desk.link.client;
-        // The client says that it is connected before it says to which server (async-nats 0.51, `connector.rs`); what it is told
-        // to do comes after both.
-        let is_told = tokio::time::timeout(LAST, client.flush()).await.is_ok_and(|flushed| flushed.is_ok());
-        let server = client.server_info().server_id;
-        if !is_told || server != self.server {
-            self.desk.shared.forget_prefetched(self.index);
-        }
-        self.server = server;
-        self.desk.shared.hold(self.index, false);
-    }
-
-    /// What came before the connection was lost.
-    fn take_buffered(&mut self) {
-        while let Some(Some(message)) = self.inbox.next().now_or_never() {
-            if message.status.is_none() {
-                self.read(message);
-            }
-        }
-        self.arrive();
-    }
-
-    async fn renew_inbox(&mut self) -> Result<()> {
-        self.fresh = Fresh::new(Instant::now(), Some(&self.fresh));
-        self.inbox = Inbox::open(&self.desk.link.client).await?;
-        self.desk.shared.unasked(self.index, None);
-        Ok(())
     }
 
     /// Takes in what is still on its way, waits for settles, and gives the rest back at once.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anybroker_core::Result;
 use tokio::time::Instant;
 
-use super::{Feed, Gathering, HEARTBEAT, is_final};
+use super::{Feed, HEARTBEAT, is_final};
 use crate::desk::{Telling, nak};
 use crate::owner::{Change, Owner};
 
@@ -16,22 +16,11 @@ const SETTLED: Duration = Duration::from_secs(4);
 const LATE: Duration = Duration::from_millis(300);
 
 /// How soon a claim is looked after again that could not be.
-const AT_ONCE: Duration = Duration::from_millis(200);
+pub(super) const AT_ONCE: Duration = Duration::from_millis(200);
 
 /// So many deliveries are called back one by one. Where there may be more, because something from long ago is still open, they
 /// are waited for.
-const MOST_CALLED: u64 = 20_000;
-
-impl Gathering {
-    fn needed(self) -> usize {
-        usize::try_from(self.pending.min(MOST_CALLED)).unwrap_or(usize::MAX)
-    }
-
-    /// When there is something to be done for it.
-    pub(super) fn next(self) -> Instant {
-        if self.again > Instant::now() { self.again.min(self.until) } else { self.until }
-    }
-}
+pub(super) const MOST_CALLED: u64 = 20_000;
 
 impl Feed {
     pub(super) async fn look_after_turn(&mut self, look: &mut Instant) -> Result<()> {
@@ -104,7 +93,7 @@ impl Feed {
     }
 
     /// How long the server may wait for an ack of what it has sent, before it gives it to somebody else.
-    fn patience(&self) -> Duration {
+    pub(super) fn patience(&self) -> Duration {
         self.desk.shared.lock().feeds[self.index as usize].ack_wait + LATE
     }
 
@@ -118,7 +107,7 @@ impl Feed {
     /// with the old one. It has been this member's turn all the time, so nobody has it. It is given back in its name, and comes
     /// again in its order: the server looks at the message that a nak names, and at whether the delivery's number can be
     /// (nats-server 2.15, `processNak`). What is acked by then stays so.
-    async fn call_back(&mut self) -> Result<()> {
+    pub(super) async fn call_back(&mut self) -> Result<()> {
         let deadline = Instant::now() + SETTLED;
         // What is being settled is pending at the server or not: it has to be told first.
         while self.desk.shared.is_settling(self.index) && Instant::now() < deadline {
@@ -185,71 +174,6 @@ impl Feed {
                 Ok(())
             }
             Ok(()) => Ok(()),
-        }
-    }
-
-    /// What was lost is due by now, and may be asked for; false while more was lost meanwhile.
-    ///
-    /// The server hands out what has come back in the order in which it came back, which is not its order in the stream. So
-    /// nothing is handed out here before all of it is here, or the server has had the time to send it a second time: what comes
-    /// later than that was delayed by the last member. (After two seconds some of it was still missing in two of ten fault runs on
-    /// a busy machine, and what had been published behind it was handed out first.)
-    pub(super) async fn gather(&mut self) -> Result<bool> {
-        let scope = &self.desk.scopes[self.index as usize];
-        let info = match self.desk.topology.api.consumer("receive", &scope.stream, &scope.consumer).await {
-            Ok(Some(info)) => info,
-            Err(error) if is_final(&error) => return Err(error),
-            unknown => {
-                self.check_consumer().await?;
-                tracing::debug!(error = ?unknown.err(), "it could not be counted what was lost");
-                self.held_until = Some(Instant::now() + AT_ONCE);
-                return Ok(false);
-            }
-        };
-        let shared = &self.desk.shared;
-        let sent = info.delivered.consumer_seq;
-        if self.last.replace(sent).is_some_and(|last| last != sent) {
-            // Nothing was asked for here: the server still sends to the connection that is lost, until it has sent there what
-            // was asked for. Who is there hands nothing out any more.
-            return match self.call_back().await {
-                Err(error) if is_final(&error) => Err(error),
-                called => {
-                    tracing::debug!(?called, "the server still sends elsewhere");
-                    self.held_until = self.held_until.max(Some(Instant::now() + AT_ONCE));
-                    Ok(false)
-                }
-            };
-        }
-        shared.hold(self.index, true);
-        let (pending, up_to) = (info.num_ack_pending, info.delivered.stream_seq);
-        (self.held_until, self.gathering) =
-            (None, Some(Gathering { pending, up_to, until: Instant::now() + self.patience(), again: Instant::now() }));
-        Ok(true)
-    }
-
-    /// How much to ask for beyond what there is room for, because it must be here before anything is handed out. The room may be
-    /// full of what is new: the last member can have renewed a lease of what it held, and then the server sends what is new first.
-    /// And there may be more to come back than has room, where the last member's connections were cut one after the other.
-    /// Both were found by the suite's faults. Each time something new may come instead, so it is asked for now and then.
-    pub(super) fn gather_more(&mut self) -> usize {
-        let Some(gathering) = self.gathering.as_mut().filter(|gathering| gathering.again <= Instant::now()) else {
-            return 0;
-        };
-        let batch = self.desk.shared.reserve_for(self.index, gathering.needed(), gathering.up_to);
-        if batch > 0 {
-            gathering.again = Instant::now() + AT_ONCE;
-        }
-        batch
-    }
-
-    /// Hands out again, once all is here that had to come back.
-    pub(super) fn gathered(&mut self) {
-        let Some(gathering) = self.gathering else { return };
-        let shared = &self.desk.shared;
-        let here = shared.held(self.index, gathering.up_to);
-        if !self.is_missing && (here >= gathering.needed() as u64 || Instant::now() >= gathering.until) {
-            self.gathering = None;
-            shared.hold(self.index, false);
         }
     }
 }

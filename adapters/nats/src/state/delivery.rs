@@ -100,7 +100,9 @@ impl Shared {
         let entry = state.slots[slot as usize].entry.as_mut().expect("what is ready is an entry");
         let feed = &state.feeds[entry.feed as usize];
         let until = now + self.lease;
-        if entry.server_until < until {
+        // What the keeper of leases does in time anyway is not done for each message.
+        let helps = feed.kept_until(now) >= until || entry.server_until < now + feed.ack_wait / 2;
+        if entry.server_until < until && helps {
             entry.asked_at = Some(now);
             let _ = self.renewals.send(Renewal { key: (slot, generation), ack: entry.ack.clone() });
         }

@@ -35,8 +35,12 @@ impl Shared {
     }
 
     /// Of `needed` messages up to a place, which have to be here together before any of them can be handed out: how many to ask
-    /// for, whether there is room or not. None while what was asked for has not come. Counts them as asked for.
+    /// for, whether there is room or not. None while what was asked for has not come, or while the member rests. Counts them as
+    /// asked for.
     pub(crate) fn reserve_for(&self, feed: u32, needed: usize, up_to: u64) -> usize {
+        if self.is_resting() {
+            return 0;
+        }
         let here = usize::try_from(self.held(feed, up_to)).unwrap_or(usize::MAX);
         let mut state = self.lock();
         let is_stopped = state.is_closing || state.failure.is_some();

@@ -67,3 +67,33 @@ async fn what_must_be_here_together_may_be_more_than_may_be_out_and_goes_out_in_
     let next = take();
     assert_eq!((places(&held), places(&next)), (vec![1, 2], vec![3, 4]));
 }
+
+#[tokio::test]
+async fn the_server_is_not_told_of_each_message_that_it_waits_no_longer_for_than_the_lease() {
+    let lease = Duration::from_secs(30);
+    let feed = FeedState::new("d".into(), "g".into(), false, lease);
+    let (shared, mut tasks) = Shared::new(lease, 10, vec![feed]);
+    let context = DeliveryContext::new("g".into(), None, Arc::new(Nobody));
+    let lay_for =
+        |seconds, sequence| Arrival { since: Instant::now() - Duration::from_secs(seconds), ..arrival(sequence) };
+    shared.arrive(&mut vec![arrival(1), lay_for(5, 2)]);
+    assert_eq!(shared.take(10, &context).unwrap().unwrap().deliveries.len(), 2);
+    assert!(tasks.renewed.try_recv().is_err(), "they are renewed in time, should they still be out then");
+    shared.arrive(&mut vec![lay_for(20, 3)]);
+    assert_eq!(shared.take(10, &context).unwrap().unwrap().deliveries.len(), 1);
+    assert!(tasks.renewed.try_recv().is_ok(), "less than half of the time is left");
+}
+
+#[tokio::test]
+async fn a_paused_member_asks_for_nothing_not_even_for_what_must_be_here_together() {
+    let lease = Duration::from_secs(60);
+    let feed = FeedState::new("d".into(), "g".into(), true, lease * 2);
+    let (shared, _tasks) = Shared::new(lease, 2, vec![feed]);
+    shared.gain(0, "d".into(), Instant::now() + lease);
+    shared.receiving(true);
+    shared.hold(0, true);
+    shared.lock().is_paused = true;
+    assert_eq!((shared.reserve(0), shared.reserve_for(0, 5, 5)), (0, 0));
+    shared.lock().is_paused = false;
+    assert_eq!(shared.reserve_for(0, 5, 5), 5);
+}

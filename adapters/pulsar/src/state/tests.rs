@@ -1,7 +1,9 @@
 use anybroker_core::{Result, Settlement, Settler, Settling};
 use async_trait::async_trait;
+use tokio::sync::mpsc;
 
 use super::*;
+use crate::wire::Inbound;
 
 /// Nothing is settled here.
 struct Nobody;
@@ -24,6 +26,40 @@ fn arrival(entry_id: u64) -> Arrival {
     Arrival { id, siblings: None, message: Message::new("d", "m"), notes: Notes::default() }
 }
 
+/// A connection on which consumer 1 is there.
+fn consumer() -> (Arc<Conn>, mpsc::UnboundedReceiver<Inbound>) {
+    let conn = Arc::new(Conn::new(None));
+    let inbound = conn.add_consumer(1);
+    (conn, inbound)
+}
+
+#[test]
+fn of_a_consumer_that_the_broker_has_closed_nothing_is_handed_out_while_its_feed_has_not_noticed() {
+    let feed = FeedState::new("d".into(), "g".into(), false, 0, false);
+    let shared = Shared::new(Duration::from_secs(60), 10, false, vec![feed]);
+    let context = DeliveryContext::new("g".into(), None, Arc::new(Nobody));
+    let (conn, _inbound) = consumer();
+    shared.attached(0, &conn, 1, None);
+    shared.arrive(0, vec![arrival(1)]);
+    conn.abandon_consumer(1);
+    assert!(shared.take(10, &context, &mut Vec::new()).unwrap().is_none());
+}
+
+#[test]
+fn what_goes_back_goes_by_the_consumer_that_it_came_by_though_there_is_another_one_by_now() {
+    let feed = FeedState::new("d".into(), "g".into(), false, 0, false);
+    let shared = Shared::new(Duration::from_secs(60), 1, false, vec![feed]);
+    let (conn, _inbound) = consumer();
+    shared.attached(0, &conn, 1, None);
+    let returned = shared.arrive(0, vec![arrival(1), arrival(2)]);
+    let (next, _inbound) = consumer();
+    shared.detached(0, false);
+    shared.attached(0, &next, 1, None);
+    let [((by, _), id)] = returned.as_slice() else { panic!("{} went back", returned.len()) };
+    assert_eq!(id.entry_id, 2);
+    assert!(Arc::ptr_eq(by, &conn));
+}
+
 #[test]
 fn of_a_connection_that_has_ended_nothing_is_handed_out_while_its_feed_has_not_noticed() {
     let feed = FeedState::new("d".into(), "g".into(), false, 0, false);
@@ -38,7 +74,7 @@ fn of_a_connection_that_has_ended_nothing_is_handed_out_while_its_feed_has_not_n
             assert!(shared.give_back(delivery.token(), delivery.lane(), false));
         }
     };
-    let conn = Arc::new(Conn::new(None));
+    let (conn, _inbound) = consumer();
     shared.attached(0, &conn, 1, None);
     assert!(shared.arrive(0, vec![arrival(1)]).is_empty());
     // Given back, it comes again: the connection is there.
@@ -50,7 +86,7 @@ fn of_a_connection_that_has_ended_nothing_is_handed_out_while_its_feed_has_not_n
     shared.arrive(0, vec![arrival(2)]);
     assert!(take().is_empty());
     // The broker gives them out again, to whoever comes.
-    let next = Arc::new(Conn::new(None));
+    let (next, _inbound) = consumer();
     shared.detached(0, false);
     shared.attached(0, &next, 1, None);
     shared.arrive(0, vec![arrival(1), arrival(2)]);
@@ -66,7 +102,8 @@ fn no_more_than_the_bound_is_handed_out_whatever_has_come_and_a_settled_one_make
         let received = shared.take(10, &context, &mut Vec::new()).unwrap();
         received.map_or_else(Vec::new, |received| received.deliveries)
     };
-    shared.attached(0, &Arc::new(Conn::new(None)), 1, None);
+    let (conn, _inbound) = consumer();
+    shared.attached(0, &conn, 1, None);
     let of_a_batch = |index| {
         let mut one = arrival(1);
         (one.id.batch_index, one.siblings) = (Some(index), Some(Siblings::new(5.into())));
@@ -87,7 +124,7 @@ fn no_more_than_the_bound_is_handed_out_whatever_has_come_and_a_settled_one_make
     assert!(shared.give_back(given_back.token(), given_back.lane(), false));
     assert_eq!(take().len(), 1);
     shared.detached(0, false);
-    shared.attached(0, &Arc::new(Conn::new(None)), 1, None);
+    shared.attached(0, &conn, 1, None);
     shared.arrive(0, vec![arrival(7), arrival(8)]);
     assert_eq!(take().len(), 2, "what was out of a lost connection takes no room");
 }

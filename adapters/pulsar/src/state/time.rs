@@ -69,7 +69,7 @@ impl Shared {
                 state.ready_again(*key);
             } else if let Some(entry) = state.remove(*key) {
                 state.keep_count(&entry);
-                returned.push((entry.feed, entry.id));
+                returned.extend(state.returned(entry.feed, entry.id));
             }
         }
         drop(state);

@@ -4,10 +4,12 @@ use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::Mutex;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
 
 /// What becomes of a request.
 #[derive(Debug, Clone)]
@@ -16,6 +18,10 @@ pub(crate) enum Fault {
     Answer(u16, &'static str),
     /// The server has done it, and its answer is lost behind this one.
     DoneBut(u16, &'static str),
+    /// The server does not see it, and this answer takes so long.
+    Late(Duration, u16, &'static str),
+    /// The server has done it, which `done` tells. Its answer is lost behind this one, which waits for `goes`.
+    DoneThenHeld { done: Arc<Notify>, goes: Arc<Notify>, answer: (u16, &'static str) },
     /// These entries of the batch are refused, with this code; the server does the others.
     Entries { failed: Vec<usize>, code: &'static str, is_senders: bool },
     /// The server does all of it, and its answer leaves these entries out.
@@ -73,6 +79,16 @@ async fn serve(mut client: TcpStream, target: &str, scripts: &Scripts) -> std::i
             ask(target, &head, &body).await?;
             answer(status, text.as_bytes())
         }
+        Some(Fault::Late(time, status, text)) => {
+            tokio::time::sleep(time).await;
+            answer(status, text.as_bytes())
+        }
+        Some(Fault::DoneThenHeld { done, goes, answer: (status, text) }) => {
+            ask(target, &head, &body).await?;
+            done.notify_one();
+            goes.notified().await;
+            answer(status, text.as_bytes())
+        }
         Some(Fault::Entries { failed, code, is_senders }) => {
             let mut request: Value = serde_json::from_slice(&body)?;
             let entries = request["Entries"].as_array_mut().expect("a batch");
@@ -102,6 +118,10 @@ async fn serve(mut client: TcpStream, target: &str, scripts: &Scripts) -> std::i
 
 fn fault_of(head: &str, body: &[u8], scripts: &Scripts) -> Option<Fault> {
     let body = String::from_utf8_lossy(body);
+    // The queue of delayed failures is polled all the time, whatever a test does.
+    if body.contains(r#"_retry""#) {
+        return None;
+    }
     let mut scripts = scripts.lock().unwrap();
     let (_, faults) = scripts.iter_mut().find(|(action, faults)| {
         // SQS is asked in JSON, with the action in a header; SNS by a form.

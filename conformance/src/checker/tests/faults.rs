@@ -45,6 +45,25 @@ fn a_fault_justifies_a_duplicate_of_what_was_held_and_of_nothing_later() {
 }
 
 #[test]
+fn a_brokers_own_count_may_count_what_was_fetched_on_a_connection_that_a_fault_hit() {
+    let first_is_the_second = |attempts, clients: &[u32], was_there: bool| {
+        let mut script = Script::new();
+        script.rules.attempts = attempts;
+        script.member();
+        match was_there {
+            true => script.published("a", "k", 1).fault(clients),
+            false => script.fault(clients).wait(LATER).published("a", "k", 1),
+        };
+        script.delivered(1, "a", 2);
+        script.names()
+    };
+    assert_eq!(first_is_the_second(AttemptCount::Approximate, &[0], true), [""; 0]);
+    assert_eq!(first_is_the_second(AttemptCount::Approximate, &[7], true), ["attempt-mismatch"]);
+    assert_eq!(first_is_the_second(AttemptCount::Approximate, &[0], false), ["attempt-mismatch"]);
+    assert_eq!(first_is_the_second(AttemptCount::Exact, &[0], true), ["attempt-mismatch"]);
+}
+
+#[test]
 fn a_fault_of_other_clients_justifies_nothing_and_meets_nothing() {
     let mut script = held("a");
     script.fault(&[7]).delivered(2, "a", 1);

@@ -48,11 +48,18 @@ pub(crate) struct Row {
     pub(crate) task: Task,
     pub(crate) size: usize,
     pub(crate) count: usize,
+    /// Messages on their way at once.
+    #[serde(default)]
+    pub(crate) window: usize,
     pub(crate) rate: f64,
     pub(crate) sides: BTreeMap<Side, Vec<Measured>>,
 }
 
 impl Row {
+    fn new(name: String, task: Task, size: usize, count: usize, window: usize) -> Self {
+        Self { name, task, size, count, window, rate: 0.0, sides: BTreeMap::new() }
+    }
+
     pub(crate) fn side(&self, side: Side) -> &[Measured] {
         self.sides.get(&side).map_or(&[], Vec::as_slice)
     }
@@ -136,6 +143,11 @@ impl<'a> Bench<'a> {
         let shrink = |count: usize| if self.options.is_quick { (count / 10).next_multiple_of(100) } else { count };
         let (small, large) = (shrink(small), shrink(large));
         self.throughput(SMALL, small, self.options.pairs).await?;
+        if let Some(window) = self.plan.small_window {
+            let name = format!("publish {}, window {window}", text(SMALL));
+            let rows = vec![Row::new(name, Task::Publish, SMALL, small, window)];
+            self.rounds(rows, self.options.other_pairs).await?;
+        }
         self.latency(SMALL).await?;
         self.throughput(LARGE, large, self.options.other_pairs).await?;
         self.latency(LARGE).await
@@ -151,19 +163,18 @@ impl<'a> Bench<'a> {
 
     /// Publishing and consuming, of what was published.
     async fn throughput(&mut self, size: usize, count: usize, pairs: usize) -> Result<()> {
-        let names = [format!("publish {}", text(size)), format!("consume {}", text(size))];
-        if pairs == 0 || !names.iter().any(|name| self.wants(name)) {
+        let window = if size == SMALL { self.plan.window } else { self.plan.large_window };
+        let publish = Row::new(format!("publish {}", text(size)), Task::Publish, size, count, window);
+        // One more was published before the clock ran.
+        let consume = Row::new(format!("consume {}", text(size)), Task::Consume, size, count + 1, window);
+        self.rounds(vec![publish, consume], pairs).await
+    }
+
+    /// The rounds of rows that follow one another.
+    async fn rounds(&mut self, mut rows: Vec<Row>, pairs: usize) -> Result<()> {
+        if pairs == 0 || !rows.iter().any(|row| self.wants(&row.name)) {
             return Ok(());
         }
-        let row = |name: &String, task, count| Row {
-            name: name.clone(),
-            task,
-            size,
-            count,
-            rate: 0.0,
-            sides: BTreeMap::new(),
-        };
-        let mut rows = [row(&names[0], Task::Publish, count), row(&names[1], Task::Consume, count + 1)];
         let mut places: BTreeMap<Side, Place> = BTreeMap::new();
         let mut measured = Ok(());
         // Round 0 warms up.
@@ -175,7 +186,7 @@ impl<'a> Bench<'a> {
             if measured.is_err() {
                 break;
             }
-            eprintln!("{}: {} B, round {round} of {pairs}", self.plan.name, size);
+            eprintln!("{}: {}, round {round} of {pairs}", self.plan.name, rows[0].name);
         }
         self.figures.rows.extend(rows.into_iter().filter(|row| !row.sides.is_empty()));
         for place in places.into_values() {
@@ -184,10 +195,12 @@ impl<'a> Bench<'a> {
         measured
     }
 
-    async fn round(&mut self, round: usize, rows: &mut [Row; 2], places: &mut BTreeMap<Side, Place>) -> Result<()> {
+    async fn round(&mut self, round: usize, rows: &mut [Row], places: &mut BTreeMap<Side, Place>) -> Result<()> {
         let mut sides = vec![Side::Bare, Side::Adapter, Side::BareAgain];
         if round % SOME_EVERY == 1 {
-            sides.push(Side::Worker);
+            if rows.iter().any(|row| row.task == Task::Consume) {
+                sides.push(Side::Worker);
+            }
             if self.plan.has_by_hand {
                 sides.push(Side::ByHand);
             }
@@ -212,7 +225,7 @@ impl<'a> Bench<'a> {
             }
         }
         for side in &sides {
-            if self.plan.has_lag {
+            if self.plan.has_lag && rows.iter().any(|row| row.task == Task::Consume) {
                 self.check_nothing_is_left(&places[side]).await?;
             }
             if self.plan.is_fresh
@@ -243,7 +256,7 @@ impl<'a> Bench<'a> {
         if pairs == 0 || !rate.is_finite() || !self.wants(&name) {
             return Ok(());
         }
-        let mut row = Row { name, task: Task::Latency, size, count: 0, rate, sides: BTreeMap::new() };
+        let mut row = Row { rate, ..Row::new(name, Task::Latency, size, 0, self.plan.window) };
         for round in 0..pairs {
             if self.is_over() {
                 break;
@@ -274,7 +287,7 @@ impl<'a> Bench<'a> {
     }
 
     fn job(&self, row: &Row, side: Side, place: &Place, rate: f64) -> Job {
-        let Plan { window, large_window, batch, in_flight, receive, .. } = *self.plan;
+        let Plan { large_window, batch, in_flight, receive, .. } = *self.plan;
         Job {
             broker: self.plan.name.into(),
             task: row.task,
@@ -286,7 +299,7 @@ impl<'a> Bench<'a> {
             physical_group: place.physical_group.clone(),
             size: row.size,
             count: row.count,
-            window: if row.size == SMALL { window } else { large_window },
+            window: row.window,
             batch: if row.task == Task::Consume { receive } else { batch },
             in_flight: if row.size == SMALL { in_flight } else { in_flight.min(large_window) },
             rate,

@@ -258,6 +258,10 @@ forceDeleteNamespaceAllowed=true
 forceDeleteTenantAllowed=true
 # Acks are written as they come. By default a cursor is written once a second, and the rest every 60 s.
 managedLedgerDefaultMarkDeleteRateLimit=0
+# A message that is given back is dispatched to one member. By default two reads of a subscription may wait to be dispatched in its
+# thread, and after the first one the broker reads again what the second one brings (4.2.4, `sendInProgress` is one flag for
+# both, PersistentDispatcherMultipleConsumers.java).
+dispatcherDispatchMessagesInSubscriptionThread=false
 # A small machine.
 numIOThreads=2
 numHttpServerThreads=8

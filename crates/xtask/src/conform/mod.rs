@@ -161,7 +161,12 @@ impl Conform {
         let folder = tempfile::tempdir()?;
         let address = server.map(|server| server.url.as_str());
         let url = mode.url(address, folder.path().to_str().context("a temporary folder with a name in UTF-8")?);
-        let mut run = suite(mode, &url, server.and_then(|server| server.stands_in_for.as_deref()), command)?;
+        let at_once = match self.level.as_str() {
+            "conformance" => mode.pace.parallel,
+            _ => mode.pace.parallel.min(mode.pace.trials),
+        };
+        let stands_in_for = server.and_then(|server| server.stands_in_for.as_deref());
+        let mut run = suite(mode, &url, stands_in_for, at_once, command)?;
         run.args(["--level", &self.level]).args(faults).arg("--report").arg(state.folder_of(mode.name));
         for case in &self.cases {
             run.args(["--case", case]);
@@ -211,12 +216,18 @@ impl Conform {
 }
 
 /// The suite on a mode at `url`, by the command. What runs there, in the place of which image, stands in the report.
-pub(crate) fn suite(mode: &Mode, url: &str, stands_in_for: Option<&str>, command: &Path) -> Result<Command> {
+pub(crate) fn suite(
+    mode: &Mode,
+    url: &str,
+    stands_in_for: Option<&str>,
+    at_once: u16,
+    command: &Path,
+) -> Result<Command> {
     let pace = mode.pace;
     let mut run = Command::new(command);
     run.args(["conform", "--url", url, "--name", mode.name])
         .args(["--lease", pace.lease, "--quiet", pace.quiet, "--patience", pace.patience])
-        .args(["--parallel", &pace.parallel.to_string()]);
+        .args(["--parallel", &at_once.to_string()]);
     let clients = state::versions(Path::new("Cargo.lock"), mode.clients)?;
     if !clients.is_empty() {
         run.args(["--client", &clients]);

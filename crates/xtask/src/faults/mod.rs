@@ -110,7 +110,7 @@ impl Faults {
 
 fn one(mode: &Mode, server: &Endpoint, faults: &[String], seed: u64, report: &Path, command: &Path) -> Result<()> {
     let url = mode.url(Some(&server.url), "");
-    let mut run = suite(mode, &url, server.stands_in_for.as_deref(), command)?;
+    let mut run = suite(mode, &url, server.stands_in_for.as_deref(), mode.pace.trials, command)?;
     run.args(["--level", "reliability", "--case", "faults/*", "--seed", &seed.to_string()]);
     run.args(faults).arg("--report").arg(report);
     // That a case failed stands in the report.

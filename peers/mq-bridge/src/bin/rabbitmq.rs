@@ -15,15 +15,15 @@ use anybroker_core::{
     SubscribeSpec, TopologySpec,
 };
 use async_trait::async_trait;
-use mq_bridge::CanonicalMessage;
 use mq_bridge::endpoints::amqp::{AmqpConsumer, AmqpPublisher};
 use mq_bridge::models::AmqpConfig;
-use mq_bridge::traits::{CommitFunc, MessageConsumer, MessageDisposition, MessagePublisher, Received};
+use mq_bridge::traits::{MessageConsumer, MessagePublisher};
 use parking_lot::Mutex;
-use peers_common::rabbitmq::{Topology, disown, exchange, is_owner, one_group};
-use peers_common::{Deliveries, Held, Parcel, Peer, PeerBroker, Sender, Setup, failed, modest, refused};
-
-const PEER: &str = "mq-bridge 1.3.0";
+use peer_mq_bridge::{Delivered, PEER, canonical};
+use peers_common::rabbitmq::{Topology, exchange};
+use peers_common::{
+    Deliveries, Parcel, Peer, PeerBroker, Sender, Setup, disown, failed, is_owner, modest, one_group, refused,
+};
 
 fn main() -> ExitCode {
     peers_common::main(Setup {
@@ -32,6 +32,8 @@ fn main() -> ExitCode {
         connect: |url, creates| Box::pin(async move { connect(url, creates).await }),
         lease: Duration::from_secs(1),
         quiet: Duration::from_secs(2),
+        patience: Duration::from_secs(30),
+        has_strict: true,
     })
 }
 
@@ -133,10 +135,7 @@ impl Peer for Bridge {
 
     async fn publish(&self, message: &Message, parcel: Parcel) -> Result<Receipt> {
         let publisher = self.publisher(message.destination()).await?;
-        let text = |value: &[u8]| String::from_utf8_lossy(value).into_owned();
-        let metadata = parcel.headers.iter().map(|(name, value)| (name.clone(), text(value))).collect();
-        let canonical = CanonicalMessage::new_bytes(parcel.payload, None).with_metadata(metadata);
-        match publisher.send(canonical).await {
+        match publisher.send(canonical(parcel)).await {
             Ok(_) => Ok(Receipt { position: None, duplicate: false }),
             // Its errors have no kinds; this is what they say in words.
             Err(error) if error.to_string().contains("returned the message as unroutable") => {
@@ -200,39 +199,5 @@ impl Peer for Bridge {
         self.publishers.lock().clear();
         self.topology.close().await;
         Ok(())
-    }
-}
-
-struct Delivered {
-    parcel: Parcel,
-    commit: Mutex<Option<CommitFunc>>,
-}
-
-impl Delivered {
-    fn of(received: Received) -> Self {
-        let metadata = received.message.metadata.into_iter();
-        let headers = metadata.map(|(name, value)| (name, value.into_bytes().into())).collect();
-        let parcel = Parcel { headers, payload: received.message.payload };
-        Self { parcel, commit: Mutex::new(Some(received.commit)) }
-    }
-
-    async fn commit(self, disposition: MessageDisposition) -> Result<()> {
-        let Some(commit) = self.commit.into_inner() else { return Ok(()) };
-        commit(disposition).await.map_err(|error| failed(ErrorKind::StaleDelivery, "settle", error))
-    }
-}
-
-#[async_trait]
-impl Held for Delivered {
-    fn parcel(&self) -> Parcel {
-        self.parcel.clone()
-    }
-
-    async fn ack(self: Box<Self>) -> Result<()> {
-        self.commit(MessageDisposition::Ack).await
-    }
-
-    async fn nack(self: Box<Self>, _delay: Duration) -> Result<()> {
-        self.commit(MessageDisposition::Nack).await
     }
 }

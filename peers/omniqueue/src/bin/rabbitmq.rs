@@ -20,8 +20,10 @@ use omniqueue::backends::rabbitmq::{
 use omniqueue::backends::{RabbitMqBackend, RabbitMqConfig, RabbitMqProducer};
 use omniqueue::{Delivery, QueueError};
 use parking_lot::Mutex;
-use peers_common::rabbitmq::{Topology, disown, exchange, is_owner, one_group};
-use peers_common::{Deliveries, Held, Parcel, Peer, PeerBroker, Sender, Setup, failed, modest, refused};
+use peers_common::rabbitmq::{Topology, exchange};
+use peers_common::{
+    Deliveries, Held, Parcel, Peer, PeerBroker, Sender, Setup, disown, failed, is_owner, modest, one_group, refused,
+};
 
 const PEER: &str = "omniqueue 0.3.0";
 
@@ -32,6 +34,8 @@ fn main() -> ExitCode {
         connect: |url, creates| Box::pin(async move { connect(url, creates).await }),
         lease: Duration::from_secs(1),
         quiet: Duration::from_secs(2),
+        patience: Duration::from_secs(30),
+        has_strict: true,
     })
 }
 

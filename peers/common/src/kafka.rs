@@ -1,0 +1,174 @@
+//! What a bare client does on Kafka beside the peer.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::{Arc, LazyLock};
+use std::time::Duration;
+
+use anybroker_core::naming::{escape, shorten};
+use anybroker_core::{Destination, ErrorKind, Group, Result, Start};
+use parking_lot::Mutex;
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
+use rdkafka::error::RDKafkaErrorCode;
+use rdkafka::{ClientConfig, Offset, TopicPartitionList};
+
+use crate::failed;
+
+/// How many partitions a topic gets.
+pub const PARTITIONS: i32 = 3;
+const LIMIT: Duration = Duration::from_secs(20);
+
+/// The groups that this process has made, so that they are deleted with their topic.
+static GROUPS: LazyLock<Mutex<HashMap<Destination, BTreeSet<Group>>>> = LazyLock::new(Mutex::default);
+
+/// The servers of a URL.
+#[must_use]
+pub fn servers(url: &str) -> String {
+    url.trim_start_matches("kafka://").to_owned()
+}
+
+/// Letters, digits, dots and dashes: an underscore is the mark.
+fn token(name: &str) -> String {
+    let escaped = escape(name, "_", |byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'.');
+    if escaped.len() <= 160 { escaped } else { shorten(&escaped, "_", 100, name) }
+}
+
+/// The topic of a destination.
+#[must_use]
+pub fn topic(destination: &Destination) -> String {
+    format!("peers.{}", token(destination))
+}
+
+/// The consumer group of a group on a destination: Kafka's belong to no topic.
+#[must_use]
+pub fn group_id(destination: &Destination, group: &Group) -> String {
+    format!("{}.{}", topic(destination), token(group))
+}
+
+/// One administrator.
+#[derive(Clone)]
+pub struct Topology {
+    config: ClientConfig,
+    admin: Arc<AdminClient<DefaultClientContext>>,
+}
+
+impl Topology {
+    /// To some servers.
+    ///
+    /// # Errors
+    /// What the client says.
+    pub fn new(servers: &str) -> Result<Self> {
+        let mut config = ClientConfig::new();
+        config.set("bootstrap.servers", servers);
+        let admin = config.create().map_err(|error| failed(ErrorKind::Unavailable, "connect", error))?;
+        Ok(Self { config, admin: Arc::new(admin) })
+    }
+
+    /// The client's calls that wait go to a thread of their own.
+    async fn apart<T: Send + 'static>(
+        &self,
+        operation: &'static str,
+        work: impl FnOnce(&Self) -> rdkafka::error::KafkaResult<T> + Send + 'static,
+    ) -> Result<T> {
+        let own = self.clone();
+        match tokio::task::spawn_blocking(move || work(&own)).await {
+            Ok(done) => done.map_err(|error| failed(ErrorKind::Unavailable, operation, error)),
+            Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+        }
+    }
+
+    /// Whether the topic is there. All are asked for: a question for one may create it.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn has_topic(&self, destination: &Destination) -> Result<bool> {
+        let name = topic(destination);
+        let found = move |own: &Self| {
+            let all = own.admin.inner().fetch_metadata(None, LIMIT)?;
+            Ok(all.topics().iter().any(|topic| topic.name() == name && !topic.partitions().is_empty()))
+        };
+        self.apart("topology", found).await
+    }
+
+    /// Creates the topic; whether it is new.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn create_topic(&self, destination: &Destination) -> Result<bool> {
+        let name = topic(destination);
+        let new = NewTopic::new(&name, PARTITIONS, TopicReplication::Fixed(1));
+        let options = AdminOptions::new().operation_timeout(Some(LIMIT));
+        let made = self.admin.create_topics([&new], &options).await;
+        let made = made.map_err(|error| failed(ErrorKind::Unavailable, "declare", error))?;
+        match made.into_iter().next() {
+            Some(Err((_, RDKafkaErrorCode::TopicAlreadyExists))) => Ok(false),
+            Some(Err((_, code))) => Err(failed(ErrorKind::Unavailable, "declare", code)),
+            _ => Ok(true),
+        }
+    }
+
+    fn reader(&self, group: &str) -> rdkafka::error::KafkaResult<BaseConsumer> {
+        self.config.clone().set("group.id", group).set("enable.auto.commit", "false").create()
+    }
+
+    fn partitions(destination: &Destination) -> TopicPartitionList {
+        let mut list = TopicPartitionList::new();
+        for partition in 0..PARTITIONS {
+            list.add_partition(&topic(destination), partition);
+        }
+        list
+    }
+
+    /// Whether the group has a place in the topic.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn has_group(&self, destination: &Destination, group: &Group) -> Result<bool> {
+        let (name, list) = (group_id(destination, group), Self::partitions(destination));
+        let found = self.apart("topology", move |own| own.reader(&name)?.committed_offsets(list, LIMIT)).await?;
+        Ok(found.elements().iter().any(|element| matches!(element.offset(), Offset::Offset(_))))
+    }
+
+    /// Commits where the group starts: Kafka knows a group by that.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn create_group(&self, destination: &Destination, group: &Group, start: Start) -> Result<()> {
+        GROUPS.lock().entry(destination.clone()).or_default().insert(group.clone());
+        let (name, topic, mut list) = (group_id(destination, group), topic(destination), Self::partitions(destination));
+        let commit = move |own: &Self| {
+            let reader = own.reader(&name)?;
+            for partition in 0..PARTITIONS {
+                let (first, next) = reader.fetch_watermarks(&topic, partition, LIMIT)?;
+                let at = if start == Start::Latest { next } else { first };
+                list.set_partition_offset(&topic, partition, Offset::Offset(at))?;
+            }
+            reader.commit(&list, CommitMode::Sync)
+        };
+        self.apart("declare", commit).await
+    }
+
+    /// Deletes a topic with its groups, or one group.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn delete(&self, destination: &Destination, group: Option<&Group>) -> Result<()> {
+        let options = AdminOptions::new().operation_timeout(Some(LIMIT));
+        let unavailable = |error| failed(ErrorKind::Unavailable, "delete", error);
+        let groups = match group {
+            Some(group) => BTreeSet::from([group.clone()]),
+            None => GROUPS.lock().remove(destination).unwrap_or_default(),
+        };
+        let names: Vec<String> = groups.iter().map(|group| group_id(destination, group)).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        if group.is_none() {
+            self.admin.delete_topics(&[&topic(destination)], &options).await.map_err(unavailable)?;
+        }
+        if !names.is_empty() {
+            // One that has members stays: the topic is what matters.
+            self.admin.delete_groups(&names, &options).await.map_err(unavailable)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,90 @@
+//! What a bare client does on SQS beside the peer.
+
+use std::time::Duration;
+
+use anybroker_core::naming::{escape, shorten};
+use anybroker_core::{Destination, ErrorKind, Result};
+use aws_config::{BehaviorVersion, Region};
+use aws_sdk_sqs::Client;
+use aws_sdk_sqs::config::Credentials;
+use aws_sdk_sqs::error::DisplayErrorContext;
+use aws_sdk_sqs::types::QueueAttributeName;
+
+use crate::failed;
+
+/// Of the emulator, which has one.
+pub const REGION: &str = "elasticmq";
+
+/// The address of a URL, as an endpoint.
+#[must_use]
+pub fn endpoint(url: &str) -> String {
+    format!("http://{}", url.trim_start_matches("sqs://"))
+}
+
+/// The queue of a destination: letters, digits, dashes and underscores, at most 80.
+#[must_use]
+pub fn queue(destination: &Destination) -> String {
+    let name = format!("p-{}", escape(destination, "_", |byte| byte.is_ascii_alphanumeric() || byte == b'-'));
+    if name.len() <= 80 { name } else { shorten(&name, "_", 44, destination) }
+}
+
+/// Whether an error's text says that the queue does not exist. The peers' errors have no kinds.
+#[must_use]
+pub fn is_missing(text: &str) -> bool {
+    text.contains("NonExistentQueue") || text.contains("QueueDoesNotExist")
+}
+
+/// The client's configuration.
+pub async fn config(url: &str) -> aws_config::SdkConfig {
+    aws_config::defaults(BehaviorVersion::latest())
+        .endpoint_url(endpoint(url))
+        .region(Region::new(REGION))
+        .credentials_provider(Credentials::new("k", "s", None, None, "emulator"))
+        .load()
+        .await
+}
+
+/// One client.
+pub struct Topology(Client);
+
+impl Topology {
+    /// To the server of a URL.
+    pub async fn connect(url: &str) -> Self {
+        Self(Client::new(&config(url).await))
+    }
+
+    /// The queue's URL, where there is one.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn queue_url(&self, destination: &Destination) -> Result<Option<String>> {
+        match self.0.get_queue_url().queue_name(queue(destination)).send().await {
+            Ok(found) => Ok(found.queue_url),
+            Err(error) => {
+                let text = DisplayErrorContext(&error).to_string();
+                if is_missing(&text) { Ok(None) } else { Err(failed(ErrorKind::Unavailable, "topology", text)) }
+            }
+        }
+    }
+
+    /// Creates the queue. `visibility` is that of receives which name none.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn create_queue(&self, destination: &Destination, visibility: Duration) -> Result<()> {
+        let seconds = visibility.as_secs().to_string();
+        let made = self.0.create_queue().queue_name(queue(destination));
+        let made = made.attributes(QueueAttributeName::VisibilityTimeout, seconds).send().await;
+        let unavailable = |error| failed(ErrorKind::Unavailable, "declare", DisplayErrorContext(&error));
+        made.map(drop).map_err(unavailable)
+    }
+
+    /// Deletes the queue.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn delete_queue(&self, url: &str) -> Result<()> {
+        let gone = self.0.delete_queue().queue_url(url).send().await;
+        gone.map(drop).map_err(|error| failed(ErrorKind::Unavailable, "delete", DisplayErrorContext(&error)))
+    }
+}
