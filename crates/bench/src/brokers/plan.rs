@@ -30,6 +30,13 @@ pub(crate) struct Plan {
     pub(crate) large_window: usize,
 }
 
+impl Plan {
+    /// How many messages of a size are on their way.
+    pub(crate) fn window_of(&self, size: usize) -> usize {
+        if size == SMALL { self.window } else { self.large_window }
+    }
+}
+
 pub(crate) const SMALL: usize = 256;
 pub(crate) const LARGE: usize = 16 * 1_024;
 

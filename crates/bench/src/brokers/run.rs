@@ -163,7 +163,7 @@ impl<'a> Bench<'a> {
 
     /// Publishing and consuming, of what was published.
     async fn throughput(&mut self, size: usize, count: usize, pairs: usize) -> Result<()> {
-        let window = if size == SMALL { self.plan.window } else { self.plan.large_window };
+        let window = self.plan.window_of(size);
         let publish = Row::new(format!("publish {}", text(size)), Task::Publish, size, count, window);
         // One more was published before the clock ran.
         let consume = Row::new(format!("consume {}", text(size)), Task::Consume, size, count + 1, window);
@@ -256,7 +256,7 @@ impl<'a> Bench<'a> {
         if pairs == 0 || !rate.is_finite() || !self.wants(&name) {
             return Ok(());
         }
-        let mut row = Row { rate, ..Row::new(name, Task::Latency, size, 0, self.plan.window) };
+        let mut row = Row { rate, ..Row::new(name, Task::Latency, size, 0, self.plan.window_of(size)) };
         for round in 0..pairs {
             if self.is_over() {
                 break;
