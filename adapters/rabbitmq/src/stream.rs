@@ -151,6 +151,7 @@ impl Topology {
             Self::make_queue(channel, &progress, arguments(), operation, deadline).await?;
             bounded(operation, deadline, channel.confirm_select(ConfirmSelectOptions::default())).await?;
             write(channel.clone(), progress, place, deadline).await?;
+            self.make_owner(&queue, operation, deadline).await?;
             self.make_reader(&exchange, &queue, group, operation, deadline).await?;
         }
         turn.end(operation, deadline).await?;

@@ -50,7 +50,8 @@ pub(crate) fn text(value: &str) -> AMQPValue {
 /// out (`rabbit_fifo:handle_aux/5` of 4.0.5 appends it anew otherwise).
 const DELIVERY_LIMIT: i64 = 1_000_000_000;
 /// How long a new quorum queue is left alone. The server writes its name down some time after it answers: one that is killed
-/// before has lost the queue with all that it has confirmed ("configured member of queue … was not found on this node").
+/// before has lost the queue with all that it has confirmed ("configured member of queue … was not found on this node"), and
+/// starts it again without a leader, so that it never answers (4.0.5, also after another restart).
 pub(crate) const SETTLES: Duration = Duration::from_secs(1);
 
 /// A quorum queue that never buries a message by itself.
@@ -231,6 +232,15 @@ impl Topology {
     /// active consumer, and goes on to the next when that one goes.
     pub(crate) async fn ensure_owner(&self, queue: &str, operation: &'static str) -> Result<()> {
         let deadline = Instant::now() + REQUEST;
+        let existed = self.look(&Names::owner(queue), operation, deadline).await?.is_some();
+        self.make_owner(queue, operation, deadline).await?;
+        if !existed {
+            tokio::time::sleep(SETTLES).await;
+        }
+        Ok(())
+    }
+
+    pub(crate) async fn make_owner(&self, queue: &str, operation: &'static str, deadline: Instant) -> Result<()> {
         let mut arguments = quorum();
         arguments.insert("x-single-active-consumer".into(), AMQPValue::Boolean(true));
         let timeout = i64::from(u32::MAX);

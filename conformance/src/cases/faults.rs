@@ -446,6 +446,10 @@ impl Disturbance for Process {
         (true, 0)
     }
 
+    fn forgets(&self) -> bool {
+        self.kills
+    }
+
     fn happen<'a>(&'a self, env: &'a Env, _: usize) -> BoxFuture<'a, Proof> {
         let server = &self.server;
         Box::pin(async move {

@@ -31,6 +31,13 @@ pub(super) struct Member {
     pub(super) losses: Vec<u64>,
 }
 
+impl Member {
+    /// Whether it has said so in that time.
+    pub(super) fn has_lost_between(&self, since: u64, until: u64) -> bool {
+        self.losses.iter().any(|loss| (since..=until).contains(loss))
+    }
+}
+
 impl Checker {
     /// A member is gone: what it held comes back, and where only prefixes are kept, so may what it acked above a hole.
     pub(super) fn leave(&mut self, at: u64, subscription: u64, crash: bool) {

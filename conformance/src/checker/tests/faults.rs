@@ -257,6 +257,21 @@ fn a_copy_that_is_nacked_in_a_fault_counts_although_its_source_came_again_meanwh
 }
 
 #[test]
+fn a_source_and_a_copy_whose_acks_were_forgotten_together_are_explained_by_the_loss_that_was_told() {
+    let mut script = held("a");
+    script.rules.level = AckLevel::Sent;
+    script.wait(LATER).push(What::SettleInvoke { delivery: 1, verb: Verb::Nack });
+    script.push(What::FaultBegin { fault: 1, kind: "cut".into(), clients: vec![0], connections: 1 });
+    script.answered(1).delivered(2, "a", 2).settled(2, Verb::Ack).lost();
+    script.push(What::FaultEnd { fault: 1, connections: 1, bytes: 0 });
+    // The second of them comes while the first is out, on a connection that nothing happens to.
+    script.delivered(3, "a", 1).delivered(4, "a", 2).settled(3, Verb::Ack).settled(4, Verb::Ack);
+    assert_eq!(script.names(), [""; 0]);
+    script.wait(LATER).delivered(5, "a", 2);
+    assert_eq!(script.names(), ["unjustified-duplicate"]);
+}
+
+#[test]
 fn a_killed_server_forgets_the_last_acks_once_each_where_the_record_says_so() {
     let again = |forgets: bool, wait: u64, times: u64| {
         let mut script = held("a");
