@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, LazyLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anybroker_core::naming::{escape, shorten};
 use anybroker_core::{Destination, ErrorKind, Group, Result, Start};
@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
-use rdkafka::error::RDKafkaErrorCode;
+use rdkafka::error::{KafkaResult, RDKafkaErrorCode};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
 use crate::failed;
@@ -46,6 +46,29 @@ pub fn group_id(destination: &Destination, group: &Group) -> String {
     format!("{}.{}", topic(destination), token(group))
 }
 
+/// The first and the next offset of each partition. The controller answers a creation before the partition's leader has taken it on,
+/// and a leader that has not says so with an error that means "ask again": its clients do, and so does this.
+fn ends(reader: &BaseConsumer, topic: &str) -> KafkaResult<Vec<(i64, i64)>> {
+    let deadline = Instant::now() + LIMIT;
+    let end = |partition| loop {
+        match reader.fetch_watermarks(topic, partition, LIMIT) {
+            Err(error) if is_not_yet_there(error.rdkafka_error_code()) && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            answer => return answer,
+        }
+    };
+    (0..PARTITIONS).map(end).collect()
+}
+
+fn is_not_yet_there(code: Option<RDKafkaErrorCode>) -> bool {
+    use RDKafkaErrorCode::{
+        LeaderNotAvailable, NotLeaderForPartition, UnknownPartition, UnknownTopic, UnknownTopicOrPartition,
+    };
+    let codes = [UnknownPartition, UnknownTopic, UnknownTopicOrPartition, LeaderNotAvailable, NotLeaderForPartition];
+    code.is_some_and(|code| codes.contains(&code))
+}
+
 /// One administrator.
 #[derive(Clone)]
 pub struct Topology {
@@ -69,7 +92,7 @@ impl Topology {
     async fn apart<T: Send + 'static>(
         &self,
         operation: &'static str,
-        work: impl FnOnce(&Self) -> rdkafka::error::KafkaResult<T> + Send + 'static,
+        work: impl FnOnce(&Self) -> KafkaResult<T> + Send + 'static,
     ) -> Result<T> {
         let own = self.clone();
         match tokio::task::spawn_blocking(move || work(&own)).await {
@@ -101,14 +124,17 @@ impl Topology {
         let options = AdminOptions::new().operation_timeout(Some(LIMIT));
         let made = self.admin.create_topics([&new], &options).await;
         let made = made.map_err(|error| failed(ErrorKind::Unavailable, "declare", error))?;
-        match made.into_iter().next() {
-            Some(Err((_, RDKafkaErrorCode::TopicAlreadyExists))) => Ok(false),
-            Some(Err((_, code))) => Err(failed(ErrorKind::Unavailable, "declare", code)),
-            _ => Ok(true),
-        }
+        let is_new = match made.into_iter().next() {
+            Some(Err((_, RDKafkaErrorCode::TopicAlreadyExists))) => false,
+            Some(Err((_, code))) => return Err(failed(ErrorKind::Unavailable, "declare", code)),
+            _ => true,
+        };
+        // The peer is not to meet a topic that only the controller knows.
+        self.apart("declare", move |own| ends(&own.config.create()?, &name)).await?;
+        Ok(is_new)
     }
 
-    fn reader(&self, group: &str) -> rdkafka::error::KafkaResult<BaseConsumer> {
+    fn reader(&self, group: &str) -> KafkaResult<BaseConsumer> {
         self.config.clone().set("group.id", group).set("enable.auto.commit", "false").create()
     }
 
@@ -139,8 +165,7 @@ impl Topology {
         let (name, topic, mut list) = (group_id(destination, group), topic(destination), Self::partitions(destination));
         let commit = move |own: &Self| {
             let reader = own.reader(&name)?;
-            for partition in 0..PARTITIONS {
-                let (first, next) = reader.fetch_watermarks(&topic, partition, LIMIT)?;
+            for (partition, (first, next)) in (0..).zip(ends(&reader, &topic)?) {
                 let at = if start == Start::Latest { next } else { first };
                 list.set_partition_offset(&topic, partition, Offset::Offset(at))?;
             }
