@@ -5,7 +5,7 @@ use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use anybroker_core::naming::{escape, shorten};
-use anybroker_core::{Destination, ErrorKind, Group, Result, Start};
+use anybroker_core::{Declared, Destination, Error, ErrorKind, Group, Result, Start, TopologySpec};
 use parking_lot::Mutex;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
@@ -102,10 +102,7 @@ impl Topology {
     }
 
     /// Whether the topic is there. All are asked for: a question for one may create it.
-    ///
-    /// # Errors
-    /// `Unavailable`.
-    pub async fn has_topic(&self, destination: &Destination) -> Result<bool> {
+    async fn has_topic(&self, destination: &Destination) -> Result<bool> {
         let name = topic(destination);
         let found = move |own: &Self| {
             let all = own.admin.inner().fetch_metadata(None, LIMIT)?;
@@ -115,10 +112,7 @@ impl Topology {
     }
 
     /// Creates the topic; whether it is new.
-    ///
-    /// # Errors
-    /// `Unavailable`.
-    pub async fn create_topic(&self, destination: &Destination) -> Result<bool> {
+    async fn create_topic(&self, destination: &Destination) -> Result<bool> {
         let name = topic(destination);
         let new = NewTopic::new(&name, PARTITIONS, TopicReplication::Fixed(1));
         let options = AdminOptions::new().operation_timeout(Some(LIMIT));
@@ -147,20 +141,14 @@ impl Topology {
     }
 
     /// Whether the group has a place in the topic.
-    ///
-    /// # Errors
-    /// `Unavailable`.
-    pub async fn has_group(&self, destination: &Destination, group: &Group) -> Result<bool> {
+    async fn has_group(&self, destination: &Destination, group: &Group) -> Result<bool> {
         let (name, list) = (group_id(destination, group), Self::partitions(destination));
         let found = self.apart("topology", move |own| own.reader(&name)?.committed_offsets(list, LIMIT)).await?;
         Ok(found.elements().iter().any(|element| matches!(element.offset(), Offset::Offset(_))))
     }
 
     /// Commits where the group starts: Kafka knows a group by that.
-    ///
-    /// # Errors
-    /// `Unavailable`.
-    pub async fn create_group(&self, destination: &Destination, group: &Group, start: Start) -> Result<()> {
+    async fn create_group(&self, destination: &Destination, group: &Group, start: Start) -> Result<()> {
         GROUPS.lock().entry(destination.clone()).or_default().insert(group.clone());
         let (name, topic, mut list) = (group_id(destination, group), topic(destination), Self::partitions(destination));
         let commit = move |own: &Self| {
@@ -174,11 +162,43 @@ impl Topology {
         self.apart("declare", commit).await
     }
 
-    /// Deletes a topic with its groups, or one group.
+    /// Creates what is missing of a topic and of a group's place in it.
     ///
     /// # Errors
     /// `Unavailable`.
+    pub async fn declare(&self, spec: &TopologySpec) -> Result<Declared> {
+        let is_new = !self.has_topic(&spec.destination).await? && self.create_topic(&spec.destination).await?;
+        let declared = if is_new { Declared::Created } else { Declared::Existed };
+        match &spec.group {
+            Some(group) if is_new || !self.has_group(&spec.destination, group).await? => {
+                self.create_group(&spec.destination, group, spec.start).await?;
+                Ok(Declared::Created)
+            }
+            _ => Ok(declared),
+        }
+    }
+
+    /// Looks whether topic and group are there.
+    ///
+    /// # Errors
+    /// `NotFound`, `Unavailable`.
+    pub async fn verify(&self, spec: &TopologySpec) -> Result<()> {
+        let missing = |what: &str| Err(Error::new(ErrorKind::NotFound, "verify", format!("there is no such {what}")));
+        if !self.has_topic(&spec.destination).await? {
+            return missing("topic");
+        }
+        match &spec.group {
+            Some(group) if !self.has_group(&spec.destination, group).await? => missing("group"),
+            _ => Ok(()),
+        }
+    }
+
+    /// Deletes a topic with its groups, or one group.
+    ///
+    /// # Errors
+    /// `NotFound`, `Unavailable`.
     pub async fn delete(&self, destination: &Destination, group: Option<&Group>) -> Result<()> {
+        self.verify(&TopologySpec { group: group.cloned(), ..TopologySpec::destination(destination) }).await?;
         let options = AdminOptions::new().operation_timeout(Some(LIMIT));
         let unavailable = |error| failed(ErrorKind::Unavailable, "delete", error);
         let groups = match group {
