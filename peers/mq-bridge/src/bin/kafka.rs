@@ -117,11 +117,6 @@ impl Peer for Bridge {
         self.publishers.send(destination, KafkaPublisher::new(&config), parcel, None).await
     }
 
-    /// As many as may be out: a member that does not poll answers no rebalance.
-    fn ahead(&self, spec: &SubscribeSpec) -> usize {
-        spec.max_in_flight
-    }
-
     async fn consume(&self, destination: &Destination, spec: &SubscribeSpec, into: Sender) -> Result<Deliveries> {
         let config = KafkaConfig { group_id: Some(group_id(destination, &spec.group)), ..self.config(destination) };
         let built = KafkaConsumer::new(&config).await;
