@@ -99,10 +99,15 @@ pub(crate) fn arguments() -> FieldTable {
 }
 
 /// Replaces what is written. The channel has confirms.
-pub(crate) async fn write(channel: Channel, queue: String, place: Place, deadline: Instant) -> Result<()> {
+pub(crate) async fn write(
+    channel: Channel,
+    queue: String,
+    written: impl fmt::Display,
+    deadline: Instant,
+) -> Result<()> {
     let operation = "settle";
     let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
-    let payload = place.to_string();
+    let payload = written.to_string();
     let properties = BasicProperties::default().with_delivery_mode(PERSISTENT);
     let publishing = async {
         let key = queue.as_str().into();
@@ -111,10 +116,11 @@ pub(crate) async fn write(channel: Channel, queue: String, place: Place, deadlin
     match bounded(operation, deadline, publishing).await? {
         Confirmation::Ack(None) => Ok(()),
         Confirmation::Ack(Some(_)) => {
-            Err(Error::new(ErrorKind::NotFound, operation, "the queue of the group's progress is gone"))
+            let text = "a queue in which the group keeps what it knows is gone";
+            Err(Error::new(ErrorKind::NotFound, operation, text).with("queue", &queue))
         }
         other => {
-            let text = format!("the group's progress could not be stored: {other:?}");
+            let text = format!("what the group knows could not be stored: {other:?}");
             Err(Error::new(ErrorKind::Unavailable, operation, text))
         }
     }

@@ -375,7 +375,8 @@ impl Topology {
             Some(group) => {
                 let queue = self.expect_group(destination, group, operation).await?.0;
                 let waiting = Names::waiting(&queue, "");
-                let others = [Names::letters(&queue), Names::owner(&queue), Names::progress(&queue)];
+                let (letters, owner) = (Names::letters(&queue), Names::owner(&queue));
+                let others = [letters, owner, Names::progress(&queue), Names::failures(&queue)];
                 (std::iter::once(queue).chain(others).collect::<Vec<_>>(), vec![waiting])
             }
             None if self.has_exchange(&exchange, operation, deadline).await? => {
