@@ -36,9 +36,11 @@ impl Shared {
         own.ready.clear();
         let lane = Lane { index: feed, epoch: own.epoch };
         state.remember(feed);
-        state.entries.retain(|_, entry| entry.feed != feed);
+        let gone: Vec<_> = state.entries.extract_if(|_, entry| entry.feed == feed).map(|(_, entry)| entry).collect();
         state.out = state.entries.values().filter(|entry| entry.is_out()).count();
+        state.kept = state.entries.values().filter(|entry| entry.is_kept()).count();
         state.places.retain(|(other, _), _| *other != feed);
+        gone.iter().for_each(|entry| state.leave(feed, entry.place(), &entry.message));
         if is_lane && was_attached && !state.is_closing {
             state.events.push_back(SubscriptionEvent::Lost { lane });
         }
