@@ -144,7 +144,10 @@ impl Feed {
         let deadline = Instant::now() + REQUEST;
         let channel = Arc::new(self.link.channel("receive", deadline).await?);
         let owner = match self.keeps_order {
-            true => Some(Owner::stand_by(&self.link, &self.desk, self.queue(), self.prefetch, deadline).await?),
+            true => Some({
+                let (link, desk, queue) = (&self.link, &self.desk, self.queue());
+                Owner::stand_by(link, desk, queue, self.prefetch, self.blocks, deadline).await?
+            }),
             false => None,
         };
         let lane = self.desk.shared.attach(self.index, Arc::clone(&channel));
@@ -184,7 +187,7 @@ impl Feed {
             let due = [
                 session.reader.as_mut().and_then(|reader| reader.note(shared, self.index)),
                 session.ledger.as_mut().and_then(|ledger| ledger.note(shared, self.index)),
-                shared.resume(self.index),
+                if self.blocks { shared.resume(self.index) } else { None },
             ];
             let wake = due.into_iter().flatten().fold(looked + tick, Instant::min);
             tokio::select! {
@@ -239,8 +242,7 @@ impl Feed {
                 session.reader = Some(reader);
             }
             if let (true, Some(owner)) = (self.blocks, &session.owner) {
-                let topology = &self.desk.topology;
-                let (ledger, notes) = Ledger::open(topology, self.queue(), owner.channel(), deadline).await?;
+                let (ledger, notes) = Ledger::open(self.queue(), owner.channel(), owner.is_first(), deadline).await?;
                 let most = usize::from(owner.most_held().max(self.prefetch));
                 shared.expect(self.index, notes, most, session.reader.is_some());
                 session.ledger = Some(ledger);

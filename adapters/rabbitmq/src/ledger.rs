@@ -19,9 +19,9 @@ use tokio::time::Instant;
 
 use crate::link::bounded;
 use crate::names::Names;
-use crate::progress::{arguments, write};
+use crate::progress::write;
 use crate::state::Shared;
-use crate::topology::{SETTLES, Topology};
+use crate::topology::SETTLES;
 
 /// How long after the last one, or after one that failed, it is written again when nobody waits for that.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -33,6 +33,8 @@ const STEP: Duration = Duration::from_millis(50);
 /// What is kept of one message that failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Note {
+    /// Whether it came of the stream, rather than of the queue.
+    pub(crate) of_stream: bool,
     /// Which message.
     pub(crate) mark: u128,
     pub(crate) failures: u32,
@@ -57,6 +59,11 @@ impl Note {
     fn parse(line: &str) -> Option<Self> {
         let mut parts = line.split(' ');
         let note = Self {
+            of_stream: match parts.next()? {
+                "q" => false,
+                "s" => true,
+                _ => return None,
+            },
             mark: u128::from_str_radix(parts.next()?, 16).ok()?,
             failures: parts.next()?.parse().ok()?,
             until: parts.next()?.parse().ok()?,
@@ -73,8 +80,9 @@ impl Note {
 
 impl fmt::Display for Note {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { mark, failures, until, first, deliveries } = self;
-        write!(f, "{mark:x} {failures} {until} {first} {deliveries}")
+        let Self { of_stream, mark, failures, until, first, deliveries } = self;
+        let source = if *of_stream { 's' } else { 'q' };
+        write!(f, "{source} {mark:x} {failures} {until} {first} {deliveries}")
     }
 }
 
@@ -97,22 +105,21 @@ pub(crate) struct Ledger {
 }
 
 impl Ledger {
-    /// What is written, and the means to replace it. `stand` is the channel of the member's stand.
+    /// What is written, and the means to replace it. `stand` is the channel of the member's stand. `is_first` tells that this
+    /// member has made the queue, and left it alone for a while.
     pub(crate) async fn open(
-        topology: &Topology,
         queue: &str,
         stand: &Channel,
+        is_first: bool,
         deadline: Instant,
     ) -> Result<(Self, Vec<Note>)> {
         let (operation, name) = ("receive", Names::failures(queue));
-        let channel = topology.channel(operation, deadline).await?;
-        Topology::make_queue(&channel, &name, arguments(), operation, deadline).await?;
         if !stand.status().confirm() {
             bounded(operation, deadline, stand.confirm_select(ConfirmSelectOptions::default())).await?;
         }
-        // It is missing when the group has none yet, or for a moment when whoever looked at it before has died. A new queue is
-        // left alone for a while anyway.
-        let patience = Instant::now() + SETTLES;
+        // It is missing when another member has just made the queue, which is left alone for a while; or for a moment, when
+        // whoever looked at it before has died.
+        let patience = Instant::now() + if is_first { Duration::ZERO } else { SETTLES };
         let notes = loop {
             let getting = stand.basic_get(name.as_str().into(), BasicGetOptions::default());
             if let Some(got) = bounded(operation, deadline, getting).await? {
@@ -201,11 +208,12 @@ mod tests {
 
     #[test]
     fn notes_are_read_as_they_were_written_and_nothing_else_is_one() {
-        let note = Note { mark: u128::MAX, failures: 3, until: -1, first: i64::MAX, deliveries: u32::MAX };
-        for notes in [vec![], vec![note], vec![note, Note { mark: 0, until: 0, ..note }]] {
+        let note =
+            Note { of_stream: true, mark: u128::MAX, failures: 3, until: -1, first: i64::MAX, deliveries: u32::MAX };
+        for notes in [vec![], vec![note], vec![note, Note { of_stream: false, mark: 0, until: 0, ..note }]] {
             assert_eq!(Note::parse_all(text(&notes).as_bytes()), Some(notes));
         }
-        for other in ["\n", "x", "1 2 3 4", "1 2 3 4 5 6", "1 -2 3 4 5", "g 2 3 4 5"] {
+        for other in ["\n", "x", "q 1 2 3 4", "q 1 2 3 4 5 6", "q 1 -2 3 4 5", "q g 2 3 4 5", "x 1 2 3 4 5"] {
             assert_eq!(Note::parse_all(other.as_bytes()), None, "{other:?}");
         }
     }

@@ -12,7 +12,7 @@ use anybroker_core::{Error, ErrorKind, Result};
 use lapin::options::{
     BasicConsumeOptions, BasicGetOptions, BasicNackOptions, BasicPublishOptions, QueueDeclareOptions,
 };
-use lapin::types::{AMQPValue, FieldTable};
+use lapin::types::FieldTable;
 use lapin::{BasicProperties, Channel, Confirmation};
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -20,7 +20,7 @@ use uuid::Uuid;
 use crate::codec::PERSISTENT;
 use crate::link::{Link, bounded, passes};
 use crate::names::Names;
-use crate::topology::{quorum, text};
+use crate::topology::text;
 
 /// How soon a turn is asked for again, at first and at most.
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
@@ -88,14 +88,6 @@ impl fmt::Display for Place {
         write!(f, "{} {}", self.group.simple(), self.next)?;
         self.open.iter().try_for_each(|offset| write!(f, " {offset}"))
     }
-}
-
-/// The arguments of the queue that holds it.
-pub(crate) fn arguments() -> FieldTable {
-    let mut arguments = quorum();
-    arguments.insert("x-max-length".into(), AMQPValue::LongLongInt(1));
-    arguments.insert("x-overflow".into(), text("drop-head"));
-    arguments
 }
 
 /// Replaces what is written. The channel has confirms.

@@ -141,7 +141,7 @@ struct Entry {
     /// When it may come again, in milliseconds of Unix time; 0 for at once.
     not_before: i64,
     /// A failure that is being noted.
-    recording: Option<Recording>,
+    recording: Option<Box<Recording>>,
     phase: Phase,
 }
 

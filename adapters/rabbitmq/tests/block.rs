@@ -59,6 +59,29 @@ async fn other_keys_go_on_while_more_of_a_blocked_key_waits_than_may_be_in_fligh
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failed_message_makes_room_for_another_key_while_somebody_receives_already() {
+    let Some(url) = url() else { return };
+    for mode in MODES {
+        let bus = connect(&url, mode).await;
+        let (name, idle) = (unique("room"), unique("idle"));
+        // One of each destination may be out.
+        let both = spec(&bus, &name, 2).and_destination(idle.as_str());
+        let mut subscriber = bus.subscribe(both).await.unwrap();
+        publish(&bus, [of_key(&name, "a", 1), of_key(&name, "b", 1)].concat()).await;
+        let failed = receive(&mut subscriber, 1).await.pop().unwrap();
+        let (received, nacked) = tokio::join!(subscriber.receive(1, LONG), failed.nack(LONG * 10));
+        nacked.unwrap();
+        let other = received.unwrap().pop().unwrap();
+        assert_eq!(other.message().key(), Some(&b"b"[..]), "{mode}");
+        other.ack().await.unwrap();
+        subscriber.close(LONG).await.unwrap();
+        bus.delete(name.as_str(), None).await.unwrap();
+        bus.delete(idle.as_str(), None).await.unwrap();
+        bus.close(LONG).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn at_the_bound_of_what_may_wait_other_keys_wait_too_and_nothing_is_lost() {
     let Some(url) = url() else { return };
     let bus = connect(&url, "").await;
@@ -160,8 +183,6 @@ async fn a_killed_server_lets_nothing_pass_the_failed_message_of_a_key() {
         held.remove(0).nack(delay).await.unwrap();
         members.push((mode, bus, subscriber, held));
     }
-    // What the server is told of a new queue it writes down a moment later.
-    tokio::time::sleep(Duration::from_secs(1)).await;
     server.does("kill").await;
     server.does("restart").await;
     for (mode, bus, mut subscriber, held) in members {

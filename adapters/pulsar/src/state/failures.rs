@@ -104,10 +104,14 @@ impl Shared {
         Some(Failing { key: taken.key, feed: taken.feed, place, failure })
     }
 
-    /// That it failed is stored: it waits here for its time. False when it is not here any more.
+    /// That it failed is stored: it waits here for its time. False when it is not here any more, or its consumer is not: whoever
+    /// works on its lane by now may have looked before.
     pub(crate) fn failed(&self, failing: &Failing) -> bool {
         let mut guard = self.lock();
         let state = &mut *guard;
+        if state.feeds[failing.feed as usize].is_cut_off() {
+            return false;
+        }
         let Some(entry) = state.entries.get_mut(&failing.key) else { return false };
         let Failure { times, not_before, first_at } = failing.failure;
         (entry.in_place, entry.notes.failures) = (times, entry.notes.failures + 1);
@@ -200,5 +204,63 @@ impl State {
                 self.ready_again(key);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use pulsar::proto::MessageIdData;
+
+    use super::super::tests::{Nobody, consumer};
+    use super::super::{Arrival, DeliveryContext};
+    use super::*;
+    use crate::codec::Notes;
+
+    fn of_key(entry_id: u64) -> Arrival {
+        let id = MessageIdData { ledger_id: 1, entry_id, ..Default::default() };
+        let message = Message::new("d", entry_id.to_string()).with_key("a");
+        Arrival { id, siblings: None, message, notes: Notes::default() }
+    }
+
+    fn shared(is_counted: bool) -> (Shared, Arc<DeliveryContext>) {
+        let feed = FeedState::new("d".into(), "g".into(), false, 0, is_counted).blocking(Order::Key);
+        let context = DeliveryContext::new("g".into(), None, Arc::new(Nobody));
+        (Shared::new(Duration::from_secs(60), 10, true, vec![feed]), context)
+    }
+
+    /// Takes the first one, and fails it for long.
+    fn fail_first(shared: &Shared, context: &Arc<DeliveryContext>) -> Failing {
+        let received = shared.take(1, context, &mut Vec::new()).unwrap().unwrap();
+        let first = received.deliveries.first().unwrap();
+        let taken = shared.begin(first.token(), first.lane()).unwrap();
+        shared.failing(&taken, first.message(), i64::MAX).unwrap()
+    }
+
+    #[test]
+    fn a_failure_is_not_told_as_kept_by_a_member_whose_consumer_the_broker_has_closed_meanwhile() {
+        let (shared, context) = shared(false);
+        let (conn, _inbound) = consumer();
+        shared.attached(0, &conn, 1, None);
+        shared.arrive(0, vec![of_key(1)]);
+        let failing = fail_first(&shared, &context);
+        conn.abandon_consumer(1);
+        assert!(!shared.failed(&failing));
+    }
+
+    #[test]
+    fn a_lane_does_not_wait_for_a_message_that_waits_for_a_failed_one_when_others_shall_have_it() {
+        let (shared, context) = shared(true);
+        let (conn, _inbound) = consumer();
+        shared.reserved(0, (1, 10_000));
+        shared.attached(0, &conn, 1, None);
+        shared.arrive(0, vec![of_key(1), of_key(2)]);
+        // Others may have handed them out: that it is done once more is stored first.
+        shared.noted(&shared.hand_overs(&[0, 1]));
+        let failing = fail_first(&shared, &context);
+        assert!(shared.failed(&failing));
+        shared.balance(0..1, 0);
+        assert!(shared.leaves(0));
     }
 }

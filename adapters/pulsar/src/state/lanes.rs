@@ -139,13 +139,13 @@ impl State {
         })
     }
 
-    /// Whether a hand-over of a source is being stored, or of what came back of it, or is stored and not done.
+    /// Whether a hand-over of a source is being stored, or of what came back of it, or is stored and not done. One that waits for
+    /// a failed message may wait for long: its lane does not wait for it, and its count is one too high then.
     fn is_announcing(&self, source: u32) -> bool {
         let of_source = |feed: &FeedState| feed.source == source && feed.count.as_ref().is_some_and(Count::is_storing);
         self.feeds.iter().any(of_source)
-            || self
-                .entries
-                .values()
-                .any(|entry| self.feeds[entry.feed as usize].source == source && entry.is_announced())
+            || self.entries.values().any(|entry| {
+                self.feeds[entry.feed as usize].source == source && entry.is_announced() && !entry.is_kept()
+            })
     }
 }

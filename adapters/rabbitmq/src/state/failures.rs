@@ -24,8 +24,8 @@ pub(super) struct Waiting {
     changes: u64,
     /// The last change that a settle waits for.
     urgent: u64,
-    /// Failures that earlier members noted, of messages that have not come yet.
-    expected: HashMap<u128, Vec<Note>>,
+    /// Failures that earlier members noted, of messages that have not come yet: of the queue, and of the stream.
+    expected: [HashMap<u128, Vec<Note>>; 2],
     /// How many messages may come, from the queue and from the stream, before all that was out at an earlier member has.
     to_come: [usize; 2],
 }
@@ -47,7 +47,7 @@ impl FeedState {
             due: BTreeSet::new(),
             changes: 0,
             urgent: 0,
-            expected: HashMap::new(),
+            expected: Default::default(),
             to_come: [0, 0],
         });
         self
@@ -64,29 +64,31 @@ impl Waiting {
     pub(super) fn clear(&mut self) {
         self.keys.clear();
         self.due.clear();
-        self.expected.clear();
+        self.expected.iter_mut().for_each(HashMap::clear);
     }
 
     /// One of the messages that earlier members may have had has come, or one behind all of them.
-    pub(super) fn came(&mut self, is_of_stream: bool) {
-        let to_come = &mut self.to_come[usize::from(is_of_stream)];
+    pub(super) fn came(&mut self, of_stream: bool) {
+        let (to_come, expected) =
+            (&mut self.to_come[usize::from(of_stream)], &mut self.expected[usize::from(of_stream)]);
         *to_come = to_come.saturating_sub(1);
-        if self.to_come == [0, 0] && !self.expected.is_empty() {
+        if *to_come == 0 && !expected.is_empty() {
             // Settled by their member, which died before it could note that.
-            self.expected.clear();
+            expected.clear();
             self.changes += 1;
         }
     }
 
-    fn claim(&mut self, message: &Message, redrives: u32) -> Option<Note> {
-        if self.expected.is_empty() {
+    fn claim(&mut self, message: &Message, redrives: u32, of_stream: bool) -> Option<Note> {
+        let expected = &mut self.expected[usize::from(of_stream)];
+        if expected.is_empty() {
             return None;
         }
         let mark = mark(message, redrives);
-        let notes = self.expected.get_mut(&mark)?;
+        let notes = expected.get_mut(&mark)?;
         let note = if notes.is_empty() { None } else { Some(notes.remove(0)) };
         if notes.is_empty() {
-            self.expected.remove(&mark);
+            expected.remove(&mark);
         }
         note
     }
@@ -98,9 +100,9 @@ impl Shared {
     pub(crate) fn expect(&self, feed: u32, notes: Vec<Note>, most: usize, reads_stream: bool) {
         let mut state = self.lock();
         let Some(waiting) = &mut state.feeds[feed as usize].waiting else { return };
-        waiting.expected.clear();
+        waiting.expected.iter_mut().for_each(HashMap::clear);
         for note in notes {
-            waiting.expected.entry(note.mark).or_default().push(note);
+            waiting.expected[usize::from(note.of_stream)].entry(note.mark).or_default().push(note);
         }
         (waiting.changes, waiting.urgent) = (0, 0);
         waiting.to_come = [most, if reads_stream { most } else { 0 }];
@@ -123,13 +125,13 @@ impl Shared {
             waiting.changes += 1;
             waiting.urgent = waiting.changes;
             let deliveries = entry.hop.deliveries.saturating_add(entry.again);
-            entry.recording = Some(Recording {
+            entry.recording = Some(Box::new(Recording {
                 hop: Hop { failures: taken.hop.failures + 1, deliveries, ..taken.hop },
                 until: if delay.is_zero() { 0 } else { Timestamp::now().after(delay).as_millis() + 1 },
                 due: Instant::now() + delay,
                 change: waiting.changes,
                 told,
-            });
+            }));
         }
         drop(guard);
         self.changed.notify_waiters();
@@ -180,11 +182,12 @@ impl Shared {
             };
             let deliveries = if entry.recording.is_some() { hop.deliveries } else { hop.deliveries + entry.again };
             let mark = mark(&entry.message, hop.redrives);
-            Some(Note { mark, failures: hop.failures, until, first: hop.first, deliveries })
+            let of_stream = entry.offset.is_some();
+            Some(Note { of_stream, mark, failures: hop.failures, until, first: hop.first, deliveries })
         };
         // In order, so that of two with the same mark the first one is found first.
         let mut notes: Vec<Note> = own.unacked.values().filter_map(note).collect();
-        notes.extend(waiting.expected.values().flatten());
+        notes.extend(waiting.expected.iter().flat_map(HashMap::values).flatten());
         (waiting.changes, notes)
     }
 
@@ -203,6 +206,8 @@ impl Shared {
             let _ = recording.told.send(());
         }
         drop(guard);
+        // What failed is not out any more: there may be room for one that is ready.
+        self.arrived.notify_one();
         self.changed.notify_waiters();
     }
 
@@ -237,8 +242,9 @@ impl State {
     pub(super) fn was_failing(&mut self, slot: u32) -> bool {
         let Some(entry) = self.slots[slot as usize].entry.as_mut() else { return false };
         let Some(waiting) = &mut self.feeds[entry.feed as usize].waiting else { return false };
-        let claimed = waiting.claim(&entry.message, entry.hop.redrives);
-        waiting.came(entry.offset.is_some());
+        let of_stream = entry.offset.is_some();
+        let claimed = waiting.claim(&entry.message, entry.hop.redrives, of_stream);
+        waiting.came(of_stream);
         let Some(note) = claimed else { return false };
         let (failures, deliveries, first) = (note.failures, note.deliveries, note.first);
         entry.hop = Hop { failures, deliveries, first, ..entry.hop };
@@ -284,5 +290,35 @@ impl State {
             waiting.changes += 1;
         }
         self.leave(entry.feed, &entry.message, entry.tag);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Arrival;
+    use super::*;
+
+    fn arrival(tag: u64, offset: Option<u64>) -> Arrival {
+        let message = Arc::new(Message::new("d", "").with_id(tag.to_string()).with_key("a"));
+        Arrival { feed: 0, tag, message, hop: Hop::default(), offset, delivered: 1 }
+    }
+
+    fn note(id: &'static str, of_stream: bool) -> Note {
+        let mark = mark(&Message::new("d", "").with_id(id).with_key("a"), 0);
+        Note { of_stream, mark, failures: 1, until: 0, first: 0, deliveries: 0 }
+    }
+
+    #[test]
+    fn what_is_noted_of_a_stream_is_forgotten_once_all_of_it_has_come_that_was_out_and_the_same_goes_for_the_queue() {
+        let feed = FeedState::new("d".into(), "g".into(), true, 4).blocking(Order::Key);
+        let shared = Shared::new(Duration::from_secs(60), true, vec![feed]);
+        let notes = vec![note("1", true), note("gone", true), note("back", false)];
+        shared.expect(0, notes.clone(), 2, true);
+        shared.arrive(&mut vec![arrival(1, Some(7))]);
+        assert_eq!(shared.notes(0).1.len(), 3);
+        shared.arrive(&mut vec![arrival(2, Some(8))]);
+        assert_eq!(shared.notes(0).1, [notes[0], notes[2]]);
+        shared.arrive(&mut vec![arrival(3, None), arrival(4, None)]);
+        assert_eq!(shared.notes(0).1, [notes[0]]);
     }
 }
