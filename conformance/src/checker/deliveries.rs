@@ -123,7 +123,10 @@ impl Checker {
         if on_failure != OnFailure::GoPast {
             self.overtaken(&place, &group, producer, &key, sequence, order, seen);
         }
-        self.held_by_another(at, &place, &group, &key, order, seen);
+        // Whoever has not been told of a loss has its keys still, and cannot know who else has them by now.
+        if untold.is_none() {
+            self.held_by_another(at, &place, &group, &key, order, seen);
+        }
     }
 
     pub(super) fn settle(&mut self, at: u64, delivery: u64, verb: Verb) {

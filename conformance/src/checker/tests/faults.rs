@@ -124,6 +124,25 @@ fn a_member_that_was_not_told_of_a_loss_hands_out_once_what_another_one_has_sett
 }
 
 #[test]
+fn a_member_that_was_not_told_of_a_loss_hands_out_of_a_key_what_it_has_while_another_one_holds_the_key() {
+    let both = |hit: &[u32], is_told: bool| {
+        let mut script = Script::new();
+        script.lease = 1_000_000_000;
+        script.subscribed(1, Order::Key, OnFailure::GoPast).subscribed(2, Order::Key, OnFailure::GoPast);
+        script.events.last_mut().unwrap().client = 7;
+        script.published("a", "k", 1).published("b", "k", 2).fault(hit);
+        if is_told {
+            script.lost();
+        }
+        script.delivered_to(2, 1, "a", 1).delivered_to(1, 2, "b", 1);
+        script.names()
+    };
+    assert_eq!(both(&[0], false), [""; 0]);
+    assert_eq!(both(&[0], true), ["concurrent-key"], "it has been told");
+    assert_eq!(both(&[8], false), ["concurrent-key"], "a fault of somebody else");
+}
+
+#[test]
 fn where_the_broker_keeps_leases_a_fault_brings_nothing_back_before_they_end() {
     let again_after = |micros| {
         let mut script = Script::new();
