@@ -47,7 +47,7 @@ impl Checker {
         member.losses.push(at);
         let forgetful = crash && self.rules.level != AckLevel::Confirmed;
         self.forget_acks(subscription, None, forgetful.then_some(Forgetting { since: 0, in_a_fault: false }));
-        self.each_story(subscription, |story| story.leave(at, subscription));
+        self.each_story(subscription, |story| story.leave(at, subscription, crash));
     }
 
     /// A member says that its connection or a lane was lost.

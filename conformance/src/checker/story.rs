@@ -421,9 +421,18 @@ impl Story {
         unsettled.chain(returned).chain(left).map(|held| (held.lane, rank(held))).collect()
     }
 
-    /// The member is gone: what it held comes back.
-    pub(super) fn leave(&mut self, at: u64, member: u64) {
+    /// The member is gone: what it held comes back. Where it was killed nobody was told of the burials that it had asked for: there
+    /// may be a letter, and the message may come again.
+    pub(super) fn leave(&mut self, at: u64, member: u64, crash: bool) {
         self.forgotten |= self.deliveries > 0;
+        let unanswered = |settling: &&mut Settling| {
+            crash && settling.held.member == member && settling.buries && settling.ok_at.is_none()
+        };
+        for settling in self.settling.iter_mut().filter(unanswered) {
+            (settling.buries, settling.in_doubt) = (false, true);
+            self.buried -= 1;
+            self.maybe_buried += 1;
+        }
         let gone: Vec<u64> = self.held.iter().filter(|held| held.member == member).map(|held| held.delivery).collect();
         for delivery in gone {
             self.give_back(at, delivery, Returned::MemberGone);

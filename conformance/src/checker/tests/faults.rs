@@ -334,3 +334,27 @@ fn an_ack_of_what_a_killed_server_had_delivered_may_be_without_effect_and_one_of
     assert_eq!(again(true), [""; 0]);
     assert_eq!(again(false), ["ack-lost"]);
 }
+
+#[test]
+fn a_burial_that_a_killed_member_had_asked_for_leaves_a_letter_or_the_message_or_both_and_not_neither() {
+    let after_the_kill = |has_letter: bool, comes_again: bool| {
+        let mut script = held("a");
+        script.push(What::SettleInvoke { delivery: 1, verb: Verb::DeadLetter });
+        script.push(What::FaultBegin { fault: 1, kind: "process killed".into(), clients: vec![0], connections: 0 });
+        script.push(What::Vanished { subscription: 1 });
+        script.push(What::FaultEnd { fault: 1, connections: 0, bytes: 0 });
+        script.subscribed(2, Order::None, OnFailure::GoPast);
+        if comes_again {
+            script.delivered_to(2, 2, "a", 1).settled(2, Verb::Ack);
+        }
+        if has_letter {
+            script.letter(9, "a");
+        }
+        script.drained();
+        script.names()
+    };
+    for (has_letter, comes_again) in [(true, false), (false, true), (true, true)] {
+        assert_eq!(after_the_kill(has_letter, comes_again), [""; 0], "{has_letter} {comes_again}");
+    }
+    assert_eq!(after_the_kill(false, false), ["lost"]);
+}
