@@ -55,6 +55,18 @@ impl Env {
         Self { harness, record, history, scope, seed, clients, created }
     }
 
+    /// The part of a case's surroundings that another process has: the names are the case's, and so is whatever is created.
+    pub(crate) fn part(
+        harness: Arc<dyn Harness>,
+        record: Arc<Capabilities>,
+        scope: String,
+        seed: u64,
+        history: History,
+        client: u32,
+    ) -> Self {
+        Self { harness, record, history, scope, seed, clients: AtomicU32::new(client), created: Arc::default() }
+    }
+
     /// Surroundings within these, with names and a history of their own.
     pub(crate) fn sub(&self, label: &str) -> Self {
         let scope = format!("{}.{label}", self.scope);
@@ -77,7 +89,12 @@ impl Env {
     }
 
     pub(crate) fn wrap(&self, bus: Bus) -> Client<'_> {
-        Client::new(self, bus, self.clients.fetch_add(1, Ordering::Relaxed))
+        Client::new(self, bus, self.next_client())
+    }
+
+    /// What the history calls the next client.
+    pub(crate) fn next_client(&self) -> u32 {
+        self.clients.fetch_add(1, Ordering::Relaxed)
     }
 
     /// How many clients there have been.

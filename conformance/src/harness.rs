@@ -1,6 +1,7 @@
 //! What an adapter's author gives the suite.
 
 use std::net::SocketAddr;
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -83,6 +84,17 @@ pub trait Harness: Send + Sync + 'static {
         None
     }
 
+    /// A command that starts another process, which calls [`run_child`](crate::run_child) with clients of the same broker, for
+    /// the cases about publishers and members that are killed; or why none can. Those cases then count as not run, with
+    /// that reason. The suite gives the process its standard input and output, and the variable
+    /// [`CHILD_JOB`](crate::CHILD_JOB).
+    ///
+    /// # Errors
+    /// Why there is none.
+    fn child(&self) -> std::result::Result<Command, String> {
+        Err("the harness starts no processes that the suite could kill".into())
+    }
+
     /// The bare client of the broker, past the adapter, for the cases of the theme `native`; or why there is none. Those
     /// cases then count as not run, with that reason.
     ///
@@ -103,6 +115,7 @@ pub struct About {
 }
 
 type Connect = Box<dyn Fn() -> BoxFuture<'static, Result<Bus>> + Send + Sync>;
+type Child = Box<dyn Fn() -> Command + Send + Sync>;
 type ConnectThrough = Box<dyn Fn(Vec<SocketAddr>) -> BoxFuture<'static, Result<Bus>> + Send + Sync>;
 
 /// A harness from a function that connects, as `anybroker conform --url` uses it.
@@ -117,6 +130,7 @@ pub struct UrlHarness {
     disturbed: bool,
     through: Option<(Vec<Route>, ConnectThrough)>,
     server: Option<Arc<dyn ServerControl>>,
+    child: Option<Child>,
     native: std::result::Result<Arc<dyn NativeChannel>, String>,
     about: About,
 }
@@ -138,6 +152,7 @@ impl UrlHarness {
             disturbed: false,
             through: None,
             server: None,
+            child: None,
             native: Err("the harness has no native channel: the bare client is not known to it".into()),
             about: About::default(),
         }
@@ -214,6 +229,13 @@ impl UrlHarness {
     #[must_use]
     pub fn with_server(mut self, server: Arc<dyn ServerControl>) -> Self {
         self.server = Some(server);
+        self
+    }
+
+    /// See [`Harness::child`].
+    #[must_use]
+    pub fn with_child(mut self, command: impl Fn() -> Command + Send + Sync + 'static) -> Self {
+        self.child = Some(Box::new(command));
         self
     }
 
@@ -296,6 +318,13 @@ impl Harness for UrlHarness {
 
     fn server(&self) -> Option<Arc<dyn ServerControl>> {
         self.server.clone()
+    }
+
+    fn child(&self) -> std::result::Result<Command, String> {
+        match &self.child {
+            Some(command) => Ok(command()),
+            None => Err("the harness starts no processes that the suite could kill".into()),
+        }
     }
 
     fn native(&self) -> std::result::Result<Arc<dyn NativeChannel>, String> {

@@ -3,13 +3,13 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use anybroker_core::{
     AckLevel, Destination, Effect, ErrorKind, Group, Message, MessageId, OnFailure, Order, Position, Start,
 };
 use parking_lot::Mutex;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The log, shared by all clients of a case.
 #[derive(Clone)]
@@ -17,14 +17,21 @@ pub(crate) struct History(Arc<Log>);
 
 struct Log {
     start: Instant,
+    /// The same moment by the clock that other processes have, too.
+    began: SystemTime,
+    /// Where else each event goes, before whoever caused it goes on.
+    told: Option<Tell>,
     /// How far an adjustable clock has been turned beyond the real one.
     turned: AtomicU64,
     next: AtomicU64,
     events: Mutex<Vec<Event>>,
 }
 
+/// What is done with each event beside writing it down.
+pub(crate) type Tell = Box<dyn Fn(&Event) + Send + Sync>;
+
 /// Something that happened, and when.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Event {
     /// Microseconds since the case began, by a monotonic clock (plus what a test clock was turned by).
     pub(crate) at: u64,
@@ -35,7 +42,7 @@ pub(crate) struct Event {
 }
 
 /// What happened.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub(crate) enum What {
     /// A message was handed to `publish`.
@@ -178,7 +185,7 @@ pub(crate) enum What {
 }
 
 /// A delivery as it was seen.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct Seen {
     pub(crate) delivery: u64,
     pub(crate) subscription: u64,
@@ -188,18 +195,29 @@ pub(crate) struct Seen {
     pub(crate) attempt: u32,
     pub(crate) deliveries: Option<u32>,
     pub(crate) lane: u32,
-    #[serde(serialize_with = "position")]
+    #[serde(with = "position")]
     pub(crate) position: Option<Position>,
     /// The first bytes of the payload, which name run, producer, key and sequence.
     pub(crate) excerpt: String,
 }
 
-fn position<S: serde::Serializer>(position: &Option<Position>, serializer: S) -> Result<S::Ok, S::Error> {
-    position.map(|position| position.to_string()).serialize(serializer)
+/// Positions as they are printed.
+mod position {
+    use anybroker_core::Position;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+    pub(super) fn serialize<S: Serializer>(position: &Option<Position>, serializer: S) -> Result<S::Ok, S::Error> {
+        position.map(|position| position.to_string()).serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Position>, D::Error> {
+        let text = Option::<String>::deserialize(deserializer)?;
+        text.map(|text| text.parse().map_err(de::Error::custom)).transpose()
+    }
 }
 
 /// How a delivery is settled.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum Verb {
     Ack,
@@ -221,12 +239,35 @@ impl Verb {
 
 impl History {
     pub(crate) fn new() -> Self {
+        Self::beginning(SystemTime::now(), 1, None)
+    }
+
+    /// A part of the history that began then, which another process keeps: its numbers begin there, and each event is told.
+    pub(crate) fn part(began: SystemTime, first: u64, tell: Tell) -> Self {
+        Self::beginning(began, first, Some(tell))
+    }
+
+    fn beginning(began: SystemTime, first: u64, told: Option<Tell>) -> Self {
+        let start = Instant::now();
+        let start = start.checked_sub(began.elapsed().unwrap_or_default()).unwrap_or(start);
         Self(Arc::new(Log {
-            start: Instant::now(),
+            start,
+            began,
+            told,
             turned: AtomicU64::new(0),
-            next: AtomicU64::new(1),
+            next: AtomicU64::new(first),
             events: Mutex::default(),
         }))
+    }
+
+    /// When it began.
+    pub(crate) fn began(&self) -> SystemTime {
+        self.0.began
+    }
+
+    /// As many numbers for another process; the first of them.
+    pub(crate) fn numbers(&self, count: u64) -> u64 {
+        self.0.next.fetch_add(count, Ordering::Relaxed)
     }
 
     /// A number that no other call, delivery, subscription or scan of this history has.
@@ -237,8 +278,16 @@ impl History {
     pub(crate) fn record(&self, client: u32, what: What) {
         let mut events = self.0.events.lock();
         // Read under the lock, so that the order of the log is the order of the moments.
-        let at = self.now();
-        events.push(Event { at, client, what });
+        let event = Event { at: self.now(), client, what };
+        if let Some(tell) = &self.0.told {
+            tell(&event);
+        }
+        events.push(event);
+    }
+
+    /// Takes in what another process has seen.
+    pub(crate) fn take_in(&self, event: Event) {
+        self.0.events.lock().push(event);
     }
 
     /// A test clock was turned.
@@ -251,14 +300,17 @@ impl History {
         micros(self.0.start.elapsed()) + self.0.turned.load(Ordering::Relaxed)
     }
 
+    /// In the order of the moments, whichever process saw them.
     pub(crate) fn events(&self) -> Vec<Event> {
-        self.0.events.lock().clone()
+        let mut events = self.0.events.lock().clone();
+        events.sort_by_key(|event| event.at);
+        events
     }
 
     /// The log as JSON lines.
     pub(crate) fn to_json_lines(&self) -> String {
         let lines: Vec<String> =
-            self.0.events.lock().iter().map(|event| serde_json::to_string(event).unwrap_or_default()).collect();
+            self.events().iter().map(|event| serde_json::to_string(event).unwrap_or_default()).collect();
         lines.join("\n") + "\n"
     }
 }

@@ -32,6 +32,7 @@ pub mod mutants;
 mod native;
 mod need;
 mod probes;
+mod process;
 mod punctual;
 mod report;
 mod run;
@@ -48,6 +49,7 @@ pub use harness::{About, Harness, UrlHarness};
 pub use native::{Carries, NativeChannel, Place, RawMessage};
 pub use need::Need;
 pub use probes::{Evidence, Probe, probes};
+pub use process::{CHILD_JOB, run_child};
 pub use report::{
     CaseChange, CaseReport, Comparison, EndpointComparison, EndpointReport, RecordChange, Report, ReportError,
     ReportSet, RunSettings, SCHEMA, Totals,

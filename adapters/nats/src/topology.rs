@@ -371,13 +371,13 @@ fn missing(operation: &'static str, destination: &Destination, group: Option<&Gr
     .with("destination", destination)
 }
 
-/// JetStream's durations are nanoseconds.
 /// How long the server waits for the ack of a message that is leased for so long: a little longer, so that most deliveries are
 /// handed out within that time, and need not be renewed for it.
 pub(crate) fn ack_wait(lease: Duration) -> Duration {
     lease + (lease / 4).max(Duration::from_millis(500))
 }
 
+/// JetStream's durations are nanoseconds.
 pub(crate) fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }

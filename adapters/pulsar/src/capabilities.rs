@@ -34,7 +34,10 @@ pub(crate) fn capabilities(settings: &Settings, max_message: u64) -> Capabilitie
             true => Support::refused("set partitions to 0: partitions keep order each for itself"),
             false => Support::emulated("one member of the group works; the others stand by"),
         },
-        block_on_failure: unwritten(),
+        block_on_failure: Support::emulated(
+            "what waits for a failed message waits in this member, up to 1,000 messages beyond max_in_flight; failures are \
+             written to a topic of the group",
+        ),
         park_on_failure: unwritten(),
         parallelism: Parallelism::Any,
         ack_granularity: AckGranularity::Individual,

@@ -21,7 +21,7 @@ use tokio::time::Instant;
 
 use crate::names::Names;
 use crate::producer::Producer;
-use crate::state::{Place, Shared, Wanted};
+use crate::state::{Failing, Failure, Place, Shared, Wanted};
 use crate::topology::Topology;
 use crate::wire::{Conn, Inbound, command};
 
@@ -47,6 +47,10 @@ struct Page {
     /// Feed, place, and how often that was handed out.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     seen: Vec<(u32, Place, u32)>,
+    /// Feed, place, how often the message there has failed and kept its place, until when it waits (milliseconds since 1970), and
+    /// when the group first received it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    failed: Vec<(u32, Place, u32, i64, i64)>,
 }
 
 /// The count of one destination's and group's hand-overs, as one subscription knows it.
@@ -95,6 +99,9 @@ impl HandOvers {
         if let Some((conn, consumer)) = self.reader.send_replace(None) {
             conn.abandon_consumer(consumer);
         }
+        // A failure may still be on its way.
+        let deadline = closing.borrow().unwrap_or_else(Instant::now);
+        self.shared.ended(deadline).await;
         self.writer.close();
     }
 
@@ -132,6 +139,9 @@ impl HandOvers {
             let page = serde_json::from_slice::<Page>(&arrived.payload.data).unwrap_or_default();
             page.reserved.iter().for_each(|(feed, at)| self.shared.reserved(self.first + feed, *at));
             page.seen.iter().for_each(|(feed, place, times)| self.shared.seen(self.first + feed, *place, *times));
+            for (feed, place, times, not_before, first_at) in page.failed {
+                self.shared.has_failed(self.first + feed, place, Failure { times, not_before, first_at });
+            }
             let at = (arrived.id.ledger_id, arrived.id.entry_id);
             self.read.send_if_modified(|read| {
                 let is_later = read.is_none_or(|read| read < at);
@@ -194,12 +204,22 @@ impl HandOvers {
         self.shared.stored(&wanted);
     }
 
+    /// Stores that messages of this destination failed in their places.
+    pub(crate) async fn fail(&self, failing: impl Iterator<Item = &Failing>, deadline: Instant) -> Result<()> {
+        let noted = |failing: &Failing| {
+            let Failure { times, not_before, first_at } = failing.failure;
+            (failing.feed - self.first, failing.place, times, not_before, first_at)
+        };
+        let failed = failing.map(noted).collect();
+        self.write(&Page { failed, ..Page::default() }, deadline, "settle").await
+    }
+
     async fn store_once(&self, wanted: &Wanted) -> Result<()> {
         match wanted {
             Wanted::Reserve { feed, from } => {
                 let up_to = (from.0, from.1.saturating_add(RESERVED));
                 let page = Page { reserved: vec![(feed - self.first, up_to)], ..Page::default() };
-                self.write(&page).await?;
+                self.write(&page, Instant::now() + STORED, "receive").await?;
                 self.shared.reserved(*feed, up_to);
             }
             Wanted::Note { feed, keys } => {
@@ -210,18 +230,18 @@ impl HandOvers {
                     return Ok(());
                 }
                 let seen = counts.iter().map(|(_, place, times)| (feed - self.first, *place, times + 1)).collect();
-                self.write(&Page { seen, ..Page::default() }).await?;
+                self.write(&Page { seen, ..Page::default() }, Instant::now() + STORED, "receive").await?;
                 self.shared.noted(&counts);
             }
         }
         Ok(())
     }
 
-    async fn write(&self, page: &Page) -> Result<()> {
+    async fn write(&self, page: &Page, deadline: Instant, operation: &'static str) -> Result<()> {
         let data = serde_json::to_vec(page).expect("numbers become JSON");
         let payload = Payload { metadata: MessageMetadata::default(), data };
         let written = vec![(Arc::clone(&self.writer), payload)];
-        let mut outcomes = self.topology.write(written, Instant::now() + STORED, "receive").await;
+        let mut outcomes = self.topology.write(written, deadline, operation).await;
         outcomes.pop().expect("one outcome for each payload")
     }
 

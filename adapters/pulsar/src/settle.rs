@@ -22,7 +22,7 @@ use crate::error::refused;
 use crate::hand_overs::HandOvers;
 use crate::producer::Producer;
 use crate::publisher::late;
-use crate::state::{Attachment, Returned, Shared, Siblings, Taken};
+use crate::state::{Attachment, Failing, Returned, Shared, Siblings, Taken};
 use crate::topology::Topology;
 use crate::wire::{Conn, command};
 
@@ -30,6 +30,8 @@ const LOST: &str = "its consumer was lost before the broker confirmed; the messa
 
 /// Messages that one ack carries at most.
 const ACKS: usize = 5_000;
+/// Failures that are stored in one message at most.
+const NOTED: usize = 1_000;
 
 /// Where what comes back, and what is buried, of one topic of the subscription goes.
 #[derive(Clone)]
@@ -69,7 +71,7 @@ enum Then {
 impl Settler for PulsarSettler {
     fn settle(&self, batch: Vec<(Delivery, Settlement)>) -> Settling {
         let mut outcomes: Vec<Option<SettleOutcome>> = Vec::with_capacity(batch.len());
-        let (mut acks, mut stored_first) = (Vec::new(), Vec::new());
+        let (mut acks, mut stored_first, mut noted) = (Vec::new(), Vec::new(), Vec::new());
         for (index, (delivery, settlement)) in batch.into_iter().enumerate() {
             let (token, lane) = (delivery.token().clone(), delivery.lane());
             if matches!(settlement, Settlement::Release) {
@@ -85,6 +87,10 @@ impl Settler for PulsarSettler {
             match settlement {
                 Settlement::Nack(nack) => {
                     let not_before = if nack.delay.is_zero() { 0 } else { codec::due(nack.delay) };
+                    if let Some(failing) = self.desk.shared.failing(&taken, delivery.message(), not_before) {
+                        noted.push((index, delivery, failing));
+                        continue;
+                    }
                     let notes = Notes {
                         failures: taken.notes.failures + 1,
                         not_before,
@@ -101,14 +107,18 @@ impl Settler for PulsarSettler {
                 Settlement::Ack | Settlement::Release => acks.push(Job { index, delivery, taken }),
             }
         }
-        if acks.is_empty() && stored_first.is_empty() {
+        if acks.is_empty() && stored_first.is_empty() && noted.is_empty() {
             return Settling::ready(outcomes.into_iter().flatten().collect());
         }
         let desk = Arc::clone(&self.desk);
         let deadline = Instant::now() + desk.settle_timeout;
         let work = self.runtime.spawn(async move {
-            let (acked, stored) = tokio::join!(ack(&desk, acks, deadline), store(&desk, stored_first, deadline));
-            for (index, outcome) in acked.into_iter().chain(stored) {
+            let (acked, stored, noted) = tokio::join!(
+                ack(&desk, acks, deadline),
+                store(&desk, stored_first, deadline),
+                note(&desk, noted, deadline)
+            );
+            for (index, outcome) in acked.into_iter().chain(stored).chain(noted) {
                 outcomes[index] = Some(outcome);
             }
             outcomes.into_iter().flatten().collect()
@@ -170,6 +180,30 @@ async fn store(desk: &Arc<Desk>, jobs: Vec<(Job, Then)>, deadline: Instant) -> V
     }
     outcomes.extend(ack(desk, stored, deadline).await);
     outcomes
+}
+
+/// Stores that messages failed which keep their place.
+async fn note(
+    desk: &Arc<Desk>,
+    noted: Vec<(usize, Delivery, Failing)>,
+    deadline: Instant,
+) -> Vec<(usize, SettleOutcome)> {
+    let told = desk.store_failures(noted.iter().map(|(_, _, failing)| failing), deadline).await;
+    let conclude = |((index, delivery, failing), told): ((usize, Delivery, Failing), Result<()>)| {
+        let outcome = match told {
+            Ok(()) if desk.shared.failed(&failing) => Ok(AckLevel::Confirmed),
+            Ok(()) => Err(stale_unknown(delivery)),
+            Err(error) => {
+                desk.shared.unfailed(failing.key);
+                let text = format!("the failure is not stored: {}", error.message());
+                let error =
+                    Error::new(error.kind(), "settle", text).with_effect(error.effect()).with_retry(error.retry());
+                Err(SettleError::new(delivery, error))
+            }
+        };
+        (index, outcome)
+    };
+    noted.into_iter().zip(told).map(conclude).collect()
 }
 
 /// Acks at the broker, and waits for its confirmations.
@@ -271,6 +305,35 @@ async fn tell_while_there(conn: &Conn, consumer: u64, ids: Vec<MessageIdData>) -
 }
 
 impl Desk {
+    /// Stores that messages failed in their places, those of one destination together.
+    pub(crate) async fn store_failures<'f>(
+        &self,
+        failing: impl Iterator<Item = &'f Failing>,
+        deadline: Instant,
+    ) -> Vec<Result<()>> {
+        let (mut shares, mut outcomes): (Vec<(_, Vec<_>)>, Vec<_>) = Default::default();
+        for (index, failing) in failing.enumerate() {
+            let gone = || Error::new(ErrorKind::Unexpected, "settle", "failures are not kept for this topic");
+            outcomes.push(Err(gone()));
+            let Some(of) = &self.hand_overs[failing.feed as usize] else { continue };
+            match shares.iter_mut().find(|(other, share)| Arc::ptr_eq(other, of) && share.len() < NOTED) {
+                Some((_, share)) => share.push((index, failing)),
+                None => shares.push((Arc::clone(of), vec![(index, failing)])),
+            }
+        }
+        let storing = shares.into_iter().map(|(of, share)| async move {
+            let told = of.fail(share.iter().map(|(_, failing)| *failing), deadline).await;
+            share
+                .into_iter()
+                .map(|(index, _)| (index, told.as_ref().map_err(Error::duplicate).copied()))
+                .collect::<Vec<_>>()
+        });
+        for (index, told) in join_all(storing).await.into_iter().flatten() {
+            outcomes[index] = told;
+        }
+        outcomes
+    }
+
     /// Gives messages back to the broker, for any member of the group.
     pub(crate) fn give_back(returned: Returned) {
         let mut shares: Vec<(Attachment, Vec<MessageIdData>)> = Vec::new();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::{
-    Delivery, DeliveryContext, DeliveryFacts, Destination, Error, Group, Lane, Message, Position, Received,
+    Blocks, Delivery, DeliveryContext, DeliveryFacts, Destination, Error, Group, Lane, Message, Position, Received,
     SubscriptionEvent, Timestamp, Token,
 };
 use parking_lot::{Mutex, MutexGuard};
@@ -17,6 +17,7 @@ use crate::codec::Notes;
 use crate::wire::Conn;
 
 mod count;
+mod failures;
 mod lanes;
 mod permits;
 #[cfg(test)]
@@ -25,6 +26,8 @@ mod time;
 
 use count::Count;
 pub(crate) use count::Wanted;
+use failures::Spot;
+pub(crate) use failures::{Failing, Failure, MOST_WAITING};
 
 /// Shared by the subscription, its feeds and its settler.
 pub(crate) struct Shared {
@@ -59,6 +62,8 @@ pub(crate) struct State {
     next_feed: usize,
     /// How many are handed out and not settled.
     out: usize,
+    /// How many wait for a failed one, or failed and wait themselves.
+    kept: usize,
 }
 
 /// A connection, and a consumer's number on it.
@@ -91,12 +96,16 @@ pub(crate) struct FeedState {
     ready: BTreeMap<Place, u64>,
     /// Of hand-overs, where there is a limit.
     count: Option<Count>,
+    /// What waits for failed ones of this lane, where later messages do: of a source.
+    blocks: Option<Blocks<Spot>>,
+    /// What is known of messages that failed in their place.
+    failures: BTreeMap<Place, Failure>,
 }
 
 impl FeedState {
     pub(crate) fn new(destination: Destination, group: Group, is_back: bool, source: u32, is_counted: bool) -> Self {
         let (epoch, attached, is_degraded, is_given_up, is_leaving) = Default::default();
-        let (permits, share, held, ready) = Default::default();
+        let (permits, share, held, ready, blocks, failures) = Default::default();
         let count = is_counted.then(Count::default);
         Self {
             destination,
@@ -113,6 +122,8 @@ impl FeedState {
             held,
             ready,
             count,
+            blocks,
+            failures,
         }
     }
 
@@ -128,10 +139,18 @@ pub(crate) type Siblings = Arc<std::sync::atomic::AtomicUsize>;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
-    Waiting { until: Timestamp },
+    Waiting {
+        until: Timestamp,
+    },
+    /// It waits for an earlier one that failed.
+    Behind,
     Ready,
-    Out { until: Instant },
-    Settling { until: Instant },
+    Out {
+        until: Instant,
+    },
+    Settling {
+        until: Instant,
+    },
 }
 
 struct Entry {
@@ -147,6 +166,8 @@ struct Entry {
     noted: u32,
     /// Another member may have handed it out.
     is_suspect: bool,
+    /// How often it failed and kept its place.
+    in_place: u32,
 }
 
 impl Entry {
@@ -269,25 +290,28 @@ impl Shared {
                 returned.extend(state.returned(feed, arrival.id));
                 continue;
             }
-            let until = Timestamp::from_millis(arrival.notes.not_before);
-            let is_due = until <= now;
             let may_overtake = self.keeps_order || state.feeds[feed as usize].is_back;
             let count = state.feeds[feed as usize].count.as_mut();
             let is_suspect = count.is_some_and(|count| count.arrived(place, may_overtake));
-            let phase = if is_due { Phase::Ready } else { Phase::Waiting { until } };
-            waits |= !is_due;
-            let entry = Entry {
+            let mut entry = Entry {
                 feed,
                 id: arrival.id,
                 siblings: arrival.siblings,
                 message: Arc::new(arrival.message),
                 notes: arrival.notes,
                 arrived_at: now,
-                phase,
+                phase: Phase::Ready,
                 hand_overs: 0,
                 noted: 0,
                 is_suspect,
+                in_place: 0,
             };
+            state.recall(&mut entry);
+            let until = Timestamp::from_millis(entry.notes.not_before);
+            if until > now {
+                entry.phase = Phase::Waiting { until };
+                waits = true;
+            }
             state.insert(entry);
         }
         drop(state);
@@ -383,6 +407,11 @@ impl Shared {
         let mut state = self.lock();
         let was_full = state.out >= self.max_in_flight;
         let entry = state.remove(key);
+        let was_full = was_full || state.kept > 0;
+        if let Some(entry) = &entry {
+            state.feeds[entry.feed as usize].failures.remove(&entry.place());
+            state.leave(entry.feed, entry.place(), &entry.message);
+        }
         if was_full {
             self.arrived.notify_one();
         }
@@ -418,7 +447,10 @@ impl Shared {
         let count = |is: fn(&Phase) -> bool| {
             state.entries.values().filter(is_own).filter(|entry| is(&entry.phase)).count() as u64
         };
-        (count(|phase| *phase == Phase::Ready), count(|phase| matches!(phase, Phase::Waiting { .. })))
+        (
+            count(|phase| matches!(phase, Phase::Ready | Phase::Behind)),
+            count(|phase| matches!(phase, Phase::Waiting { .. })),
+        )
     }
 
     /// Whether anything of the feed is being settled.
@@ -444,12 +476,17 @@ impl State {
         is_last
     }
 
-    fn insert(&mut self, entry: Entry) {
+    fn insert(&mut self, mut entry: Entry) {
         let key = self.next_key;
         self.next_key += 1;
         if entry.phase == Phase::Ready {
-            self.feeds[entry.feed as usize].ready.insert(entry.place(), key);
+            if self.holds_back(&entry) {
+                entry.phase = Phase::Behind;
+            } else {
+                self.feeds[entry.feed as usize].ready.insert(entry.place(), key);
+            }
         }
+        self.kept += usize::from(entry.is_kept());
         self.feeds[entry.feed as usize].held += 1;
         self.places.insert((entry.feed, entry.place()), key);
         self.entries.insert(key, entry);
@@ -459,6 +496,7 @@ impl State {
         let entry = self.entries.remove(&key)?;
         self.places.remove(&(entry.feed, entry.place()));
         self.out -= usize::from(entry.is_out());
+        self.kept -= usize::from(entry.is_kept());
         let feed = &mut self.feeds[entry.feed as usize];
         feed.held -= 1;
         let ready = &mut feed.ready;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::{
-    DeliveryContext, Error, ErrorKind, Order, Received, Result, SubscribeSpec, Subscription, TopologyMode,
+    DeliveryContext, Error, ErrorKind, OnFailure, Order, Received, Result, SubscribeSpec, Subscription, TopologyMode,
 };
 use async_trait::async_trait;
 use tokio::runtime::Handle;
@@ -22,6 +22,8 @@ use crate::settle::{Desk, PulsarSettler, Ways};
 use crate::state::{FeedState, Shared};
 use crate::topology::Topology;
 
+/// How often what is kept of failures is stored anew: the topic of it keeps a day.
+const RENEWED: Duration = Duration::from_secs(6 * 3_600);
 /// How long a subscription that is dropped takes to give back what it holds.
 const DROPPED: Duration = Duration::from_secs(10);
 
@@ -54,9 +56,15 @@ impl PulsarSubscription {
                 let text = "the topic has partitions, which keep order each for itself; ask for order per key";
                 return Err(Error::unsupported(operation, text).with("destination", destination));
             }
-            let is_counted =
-                spec.crash_limit.is_some() && topology.counts_hand_overs(destination, group, operation).await?;
-            if is_counted {
+            let blocks = spec.on_failure == OnFailure::Block;
+            let has_count = (spec.crash_limit.is_some() || blocks)
+                && topology.counts_hand_overs(destination, group, operation).await?;
+            if blocks && !has_count {
+                let text = "the topic is gone on which the group keeps its failures: declare the group again";
+                return Err(Error::new(ErrorKind::NotFound, operation, text).with("destination", destination));
+            }
+            let is_counted = spec.crash_limit.is_some() && has_count;
+            if has_count {
                 counted.push((destination, u32::try_from(states.len()).expect("a subscription has few topics")));
             }
             let window = || topology.window.clone();
@@ -75,7 +83,8 @@ impl PulsarSubscription {
                     let index = u32::try_from(states.len()).expect("a subscription has few topics");
                     for (local, topic, is_back) in [(&local, &source, false), (&local_back, &back, true)] {
                         ways.push(way.clone());
-                        states.push(FeedState::new(destination.clone(), group.clone(), is_back, index, is_counted));
+                        let state = FeedState::new(destination.clone(), group.clone(), is_back, index, is_counted);
+                        states.push(if blocks { state.blocking(spec.order) } else { state });
                         let (destination, local, topic) = (destination.clone(), local.clone(), topic.clone());
                         feeds.push((destination, local, topic, *range, is_back));
                     }
@@ -142,7 +151,18 @@ impl PulsarSubscription {
 
 /// Ends leases and delays until the subscription is gone.
 async fn keep(desk: Arc<Desk>) {
+    let mut renewed = Instant::now();
     loop {
+        if renewed.elapsed() > RENEWED {
+            renewed = Instant::now();
+            let (desk, failed) = (Arc::clone(&desk), desk.shared.all_failed());
+            tokio::spawn(async move {
+                let told = desk.store_failures(failed.iter(), Instant::now() + DROPPED).await;
+                if let Some(error) = told.into_iter().find_map(Result::err) {
+                    tracing::warn!(%error, "what is kept of failures could not be stored anew");
+                }
+            });
+        }
         let (returned, next) = desk.shared.look_after();
         if !returned.is_empty() {
             Desk::give_back(returned);

@@ -12,7 +12,8 @@ use common::{try_connect, url};
 /// What is run with every change, with one seed; that fixes what happens, not when.
 const SHARE: &[&str] = &["faults/answers-that-are-lost-*", "faults/a-mixed-schedule-keeps-*"];
 
-/// A share of them; `cargo xtask faults pulsar` runs all of them, seed after seed.
+/// A share of them; `cargo xtask faults pulsar` runs all of them, seed after seed. `ANYBROKER_TEST_CASES` and
+/// `ANYBROKER_TEST_SEED` choose others.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn faults_of_connections_break_no_promise() {
     let Some(url) = url() else { return };
@@ -24,8 +25,12 @@ async fn faults_of_connections_break_no_promise() {
         .with_lease(Duration::from_secs(1))
         .with_quiet(Duration::from_secs(1))
         .with_patience(Duration::from_secs(60));
-    let options = Options::default().with_level(Level::Reliability).with_parallelism(3).with_seed(1);
-    let options = SHARE.iter().fold(options, |options, case| options.with_filter(*case));
+    let seed = std::env::var("ANYBROKER_TEST_SEED").map_or(1, |seed| seed.parse().unwrap());
+    let options = Options::default().with_level(Level::Reliability).with_parallelism(3).with_seed(seed);
+    let options = match std::env::var("ANYBROKER_TEST_CASES") {
+        Ok(chosen) => options.with_filter(chosen),
+        Err(_) => SHARE.iter().fold(options, |options, case| options.with_filter(*case)),
+    };
     let report = run(Arc::new(harness), options).await.unwrap();
     println!("{}", report.text());
     let left_out = |case: &&CaseReport| case.outcome == Outcome::NotRun && !case.name.contains("a-server-");

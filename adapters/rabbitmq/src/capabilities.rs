@@ -46,7 +46,10 @@ pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
         at_least_once: Support::Native,
         key_order: ordered(),
         total_order: ordered(),
-        block_on_failure: unwritten(),
+        block_on_failure: Support::emulated(
+            "what waits for a failed message waits in this member, up to 1,000 messages beyond max_in_flight; failures are \
+             written to a queue of the group",
+        ),
         park_on_failure: unwritten(),
         parallelism: if is_log { Parallelism::One } else { Parallelism::Any },
         ack_granularity: AckGranularity::Individual,

@@ -17,11 +17,12 @@ use tokio::time::Instant;
 use crate::codec::{decode, is_mark, notes, offset};
 use crate::desk::Desk;
 use crate::error::failed;
+use crate::ledger::Ledger;
 use crate::link::{Link, bounded, passes};
 use crate::owner::Owner;
 use crate::progress::Place;
 use crate::reader::{Read, Reader};
-use crate::state::Arrival;
+use crate::state::{Arrival, Shared};
 
 /// How long a request of an attachment may take.
 const REQUEST: Duration = Duration::from_secs(10);
@@ -36,6 +37,8 @@ pub(crate) struct Feed {
     pub(crate) desk: Arc<Desk>,
     pub(crate) link: Arc<Link>,
     pub(crate) keeps_order: bool,
+    /// Whether later messages of a key wait for one that failed.
+    pub(crate) blocks: bool,
     pub(crate) prefetch: u16,
     /// How far this member knows its group to be in the stream.
     pub(crate) known: Option<Place>,
@@ -63,6 +66,8 @@ struct Session {
     owner: Option<Owner>,
     /// What reads the stream, where there is one.
     reader: Option<Reader>,
+    /// What failed and keeps its place, where it does.
+    ledger: Option<Ledger>,
 }
 
 impl Feed {
@@ -139,11 +144,14 @@ impl Feed {
         let deadline = Instant::now() + REQUEST;
         let channel = Arc::new(self.link.channel("receive", deadline).await?);
         let owner = match self.keeps_order {
-            true => Some(Owner::stand_by(&self.link, &self.desk, self.queue(), self.prefetch, deadline).await?),
+            true => Some({
+                let (link, desk, queue) = (&self.link, &self.desk, self.queue());
+                Owner::stand_by(link, desk, queue, self.prefetch, self.blocks, deadline).await?
+            }),
             false => None,
         };
         let lane = self.desk.shared.attach(self.index, Arc::clone(&channel));
-        Ok(Session { channel, lane, consumer: None, narrow: None, owner, reader: None })
+        Ok(Session { channel, lane, consumer: None, narrow: None, owner, reader: None, ledger: None })
     }
 
     async fn serve(&self, session: &mut Session) -> Ended {
@@ -173,8 +181,15 @@ impl Feed {
                     return Ended::Left;
                 }
             }
-            let due = session.reader.as_mut().and_then(|reader| reader.note(shared, self.index));
-            let wake = due.map_or(looked + tick, |due| due.min(looked + tick));
+            for over in shared.over(self.index) {
+                tokio::spawn(Arc::clone(&self.desk).bury(over, Verdict::new(Reason::Expired)));
+            }
+            let due = [
+                session.reader.as_mut().and_then(|reader| reader.note(shared, self.index)),
+                session.ledger.as_mut().and_then(|ledger| ledger.note(shared, self.index)),
+                if self.blocks { shared.resume(self.index) } else { None },
+            ];
+            let wake = due.into_iter().flatten().fold(looked + tick, Instant::min);
             tokio::select! {
                 next = next(&mut session.consumer) => {
                     if let Err(error) = self.take_in(next, session) {
@@ -195,6 +210,7 @@ impl Feed {
                     }
                     Err(error) => return self.ended(error, session).await,
                 },
+                () = wrote(&mut session.ledger, shared, self.index) => {}
                 () = &mut changed => {}
                 _ = closing.changed() => {}
                 () = tokio::time::sleep_until(wake) => {}
@@ -224,6 +240,12 @@ impl Feed {
                 let reader = Reader::open(self, stream, &session.channel, owner.channel(), deadline).await?;
                 shared.begin_log(self.index, reader.began().from());
                 session.reader = Some(reader);
+            }
+            if let (true, Some(owner)) = (self.blocks, &session.owner) {
+                let (ledger, notes) = Ledger::open(self.queue(), owner.channel(), owner.is_first(), deadline).await?;
+                let most = usize::from(owner.most_held().max(self.prefetch));
+                shared.expect(self.index, notes, most, session.reader.is_some());
+                session.ledger = Some(ledger);
             }
             return Ok(());
         }
@@ -407,8 +429,15 @@ impl Feed {
             let changed = shared.changed.notified();
             tokio::pin!(changed);
             changed.as_mut().enable();
-            if !shared.is_settling(self.index) || tokio::time::timeout_at(deadline, changed).await.is_err() {
+            if !shared.is_settling(self.index) || Instant::now() >= deadline {
                 break;
+            }
+            // Failures are noted to the end: a nack may wait for that.
+            let due = session.ledger.as_mut().and_then(|ledger| ledger.note(shared, self.index));
+            tokio::select! {
+                () = wrote(&mut session.ledger, shared, self.index) => {}
+                () = &mut changed => {}
+                () = tokio::time::sleep_until(due.map_or(deadline, |due| due.min(deadline))) => {}
             }
         }
         self.leave(session, deadline).await;
@@ -419,6 +448,9 @@ impl Feed {
         let _ = self.stop(session, deadline).await;
         if let Some(reader) = &mut session.reader {
             reader.finish(&self.desk.shared, self.index, deadline).await;
+        }
+        if let Some(ledger) = &mut session.ledger {
+            ledger.finish(&self.desk.shared, self.index, deadline).await;
         }
         if session.channel.status().connected() {
             let _ = tokio::time::timeout_at(deadline, session.channel.close(200, "closed".into())).await;
@@ -441,6 +473,14 @@ async fn next(consumer: &mut Option<Consumer>) -> Option<lapin::Result<Delivery>
 async fn read(reader: &mut Option<Reader>) -> Read {
     match reader {
         Some(reader) => reader.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// When failures were noted, or could not be; never, where nothing is.
+async fn wrote(ledger: &mut Option<Ledger>, shared: &Shared, feed: u32) {
+    match ledger {
+        Some(ledger) => ledger.wrote(shared, feed).await,
         None => std::future::pending().await,
     }
 }

@@ -14,6 +14,7 @@ mod delay;
 mod desk;
 mod error;
 mod feed;
+mod ledger;
 mod link;
 mod names;
 mod outlet;

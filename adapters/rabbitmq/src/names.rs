@@ -68,6 +68,11 @@ impl Names {
         format!("{queue}=progress")
     }
 
+    /// What failed in the group with that queue, and keeps its place.
+    pub(crate) fn failures(queue: &str) -> String {
+        format!("{queue}=failures")
+    }
+
     /// Whoever consumes from it looks at the progress of the group with that queue.
     pub(crate) fn turn(queue: &str) -> String {
         format!("{queue}=turn")
@@ -128,6 +133,7 @@ mod tests {
             assert!(seen.insert(all.exchange(&destination.into())) || destination == "a");
             assert!(seen.insert(Names::letters(&queue)) && seen.insert(Names::owner(&queue)));
             assert!(seen.insert(Names::progress(&queue)) && seen.insert(Names::turn(&queue)));
+            assert!(seen.insert(Names::failures(&queue)));
             assert!(seen.insert(Names::waiting(&queue, "1")) && seen.insert(queue));
         }
     }

@@ -48,6 +48,8 @@ pub(crate) struct Owner {
     /// How much this member may hold.
     prefetch: u16,
     next_look: Duration,
+    /// The queue of the group's failures is new: nothing was ever written there.
+    is_first: bool,
 }
 
 impl Owner {
@@ -57,9 +59,10 @@ impl Owner {
         desk: &Arc<Desk>,
         queue: &str,
         prefetch: u16,
+        keeps_failures: bool,
         deadline: Instant,
     ) -> Result<Self> {
-        desk.topology.ensure_owner(queue, "receive").await?;
+        let is_first = desk.topology.ensure_owner(queue, keeps_failures, "receive").await?;
         let channel = link.channel("receive", deadline).await?;
         // One to hold, one to ack.
         bounded("receive", deadline, channel.basic_qos(2, BasicQosOptions::default())).await?;
@@ -76,12 +79,18 @@ impl Owner {
             token: None,
             prefetch,
             next_look: FIRST_LOOK,
+            is_first,
         })
     }
 
     /// The channel of its stand: when it is gone, somebody else may be next, and no sooner.
     pub(crate) fn channel(&self) -> &Channel {
         &self.channel
+    }
+
+    /// Whether nothing can have been written of the group's failures.
+    pub(crate) fn is_first(&self) -> bool {
+        self.is_first
     }
 
     /// How much earlier members may have held, and this one may.

@@ -12,7 +12,7 @@ use anybroker_core::{Error, ErrorKind, Result};
 use lapin::options::{
     BasicConsumeOptions, BasicGetOptions, BasicNackOptions, BasicPublishOptions, QueueDeclareOptions,
 };
-use lapin::types::{AMQPValue, FieldTable};
+use lapin::types::FieldTable;
 use lapin::{BasicProperties, Channel, Confirmation};
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -20,7 +20,7 @@ use uuid::Uuid;
 use crate::codec::PERSISTENT;
 use crate::link::{Link, bounded, passes};
 use crate::names::Names;
-use crate::topology::{quorum, text};
+use crate::topology::text;
 
 /// How soon a turn is asked for again, at first and at most.
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
@@ -90,19 +90,16 @@ impl fmt::Display for Place {
     }
 }
 
-/// The arguments of the queue that holds it.
-pub(crate) fn arguments() -> FieldTable {
-    let mut arguments = quorum();
-    arguments.insert("x-max-length".into(), AMQPValue::LongLongInt(1));
-    arguments.insert("x-overflow".into(), text("drop-head"));
-    arguments
-}
-
 /// Replaces what is written. The channel has confirms.
-pub(crate) async fn write(channel: Channel, queue: String, place: Place, deadline: Instant) -> Result<()> {
+pub(crate) async fn write(
+    channel: Channel,
+    queue: String,
+    written: impl fmt::Display,
+    deadline: Instant,
+) -> Result<()> {
     let operation = "settle";
     let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
-    let payload = place.to_string();
+    let payload = written.to_string();
     let properties = BasicProperties::default().with_delivery_mode(PERSISTENT);
     let publishing = async {
         let key = queue.as_str().into();
@@ -111,10 +108,11 @@ pub(crate) async fn write(channel: Channel, queue: String, place: Place, deadlin
     match bounded(operation, deadline, publishing).await? {
         Confirmation::Ack(None) => Ok(()),
         Confirmation::Ack(Some(_)) => {
-            Err(Error::new(ErrorKind::NotFound, operation, "the queue of the group's progress is gone"))
+            let text = "a queue in which the group keeps what it knows is gone";
+            Err(Error::new(ErrorKind::NotFound, operation, text).with("queue", &queue))
         }
         other => {
-            let text = format!("the group's progress could not be stored: {other:?}");
+            let text = format!("what the group knows could not be stored: {other:?}");
             Err(Error::new(ErrorKind::Unavailable, operation, text))
         }
     }

@@ -10,10 +10,11 @@ use anybroker_core::{
 };
 use async_trait::async_trait;
 use tokio::runtime::Handle;
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use crate::desk::Desk;
-use crate::state::Taken;
+use crate::state::{Key, Taken};
 
 pub(crate) struct RabbitSettler {
     pub(crate) desk: Arc<Desk>,
@@ -33,6 +34,14 @@ enum Then {
     Letter(Box<Verdict>),
 }
 
+/// A delivery that failed and keeps its place, once that is noted.
+struct Noting {
+    index: usize,
+    delivery: Delivery,
+    key: Key,
+    told: oneshot::Receiver<()>,
+}
+
 #[async_trait]
 impl Settler for RabbitSettler {
     fn settle(&self, batch: Vec<(Delivery, Settlement)>) -> Settling {
@@ -41,7 +50,7 @@ impl Settler for RabbitSettler {
             return Settling::ready(self.ack(batch));
         }
         let mut outcomes: Vec<Option<SettleOutcome>> = Vec::with_capacity(batch.len());
-        let (mut acks, mut stored_first) = (Vec::new(), Vec::new());
+        let (mut acks, mut stored_first, mut noted) = (Vec::new(), Vec::new(), Vec::new());
         for (index, (delivery, settlement)) in batch.into_iter().enumerate() {
             let (token, lane) = (delivery.token().clone(), delivery.lane());
             if matches!(settlement, Settlement::Release) {
@@ -55,7 +64,10 @@ impl Settler for RabbitSettler {
             };
             outcomes.push(None);
             match settlement {
-                Settlement::Nack(nack) => stored_first.push(Job { index, delivery, taken, then: Then::Retry(nack) }),
+                Settlement::Nack(nack) => match self.desk.shared.failing(&taken, nack.delay) {
+                    Some(told) => noted.push(Noting { index, delivery, key: taken.key, told }),
+                    None => stored_first.push(Job { index, delivery, taken, then: Then::Retry(nack) }),
+                },
                 Settlement::DeadLetter(verdict) => {
                     stored_first.push(Job { index, delivery, taken, then: Then::Letter(verdict) });
                 }
@@ -66,12 +78,13 @@ impl Settler for RabbitSettler {
         for ((index, delivery, _), is_sent) in acks.into_iter().zip(self.desk.shared.ack(&keys)) {
             outcomes[index] = Some(if is_sent { Ok(ack_level(&self.desk)) } else { Err(stale(delivery)) });
         }
-        if stored_first.is_empty() {
+        if stored_first.is_empty() && noted.is_empty() {
             return Settling::ready(outcomes.into_iter().flatten().collect());
         }
         let desk = Arc::clone(&self.desk);
         let work = self.runtime.spawn(async move {
-            for (index, outcome) in store(&desk, stored_first).await {
+            let (stored, noted) = tokio::join!(store(&desk, stored_first), note(&desk, noted));
+            for (index, outcome) in stored.into_iter().chain(noted) {
                 outcomes[index] = Some(outcome);
             }
             outcomes.into_iter().flatten().collect()
@@ -135,6 +148,27 @@ async fn store(desk: &Arc<Desk>, jobs: Vec<Job>) -> Vec<(usize, SettleOutcome)> 
     let keys: Vec<_> = stored.iter().map(|job| job.taken.key).collect();
     for (job, is_sent) in stored.into_iter().zip(desk.shared.ack(&keys)) {
         outcomes.push((job.index, if is_sent { Ok(ack_level(desk)) } else { Err(stored_and_stale(job.delivery)) }));
+    }
+    outcomes
+}
+
+/// Waits until failures are noted.
+async fn note(desk: &Desk, noted: Vec<Noting>) -> Vec<(usize, SettleOutcome)> {
+    let deadline = Instant::now() + desk.settle_timeout;
+    let mut outcomes = Vec::with_capacity(noted.len());
+    for Noting { index, delivery, key, told } in noted {
+        let outcome = match tokio::time::timeout_at(deadline, told).await {
+            Ok(Ok(())) => Ok(ack_level(desk)),
+            // Its channel was lost meanwhile: the failure may be noted.
+            Ok(Err(_)) => Err(stored_and_stale(delivery)),
+            Err(_) if desk.shared.unfail(key) => {
+                let text = "the failure could not be stored: the server has not confirmed it in time";
+                let error = Error::new(ErrorKind::Timeout, "settle", text).with_effect(Effect::Unknown);
+                Err(SettleError::new(delivery, error))
+            }
+            Err(_) => Ok(ack_level(desk)),
+        };
+        outcomes.push((index, outcome));
     }
     outcomes
 }

@@ -4,6 +4,9 @@
 //! that is unacked on it. So every entry belongs to its channel, frames go out under the lock that changes the entries, and
 //! an entry whose channel is gone cannot be settled.
 
+mod arrivals;
+mod failures;
+mod figures;
 mod log;
 mod returns;
 
@@ -12,8 +15,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::{
-    Delivery, DeliveryContext, DeliveryFacts, Destination, Error, Group, Lane, Message, Position, Received,
-    SubscriptionEvent, Timestamp, Token,
+    Delivery, DeliveryContext, DeliveryFacts, Destination, Error, Group, Lane, Message, Position, SubscriptionEvent,
+    Timestamp, Token,
 };
 use futures_util::FutureExt;
 use lapin::Channel;
@@ -23,6 +26,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 use crate::codec::Hop;
+use failures::{Recording, Waiting};
 use log::Log;
 pub(crate) use log::Share;
 
@@ -76,24 +80,46 @@ pub(crate) struct FeedState {
     ready: BTreeMap<u64, u32>,
     /// Everything that is unacked on the channel.
     unacked: BTreeMap<u64, u32>,
+    /// What waits for a failed one, where later messages do.
+    waiting: Option<Waiting>,
+    /// What was found to be over when it was to be handed out: its feed buries it.
+    over: Vec<Taken>,
 }
 
 impl FeedState {
     pub(crate) fn new(destination: Destination, group: Group, keeps_order: bool, most_out: usize) -> Self {
         let (epoch, channel, log, ready, unacked) = Default::default();
-        Self { destination, group, keeps_order, most_out, epoch, channel, log, ready, unacked }
+        let (waiting, over) = Default::default();
+        Self { destination, group, keeps_order, most_out, epoch, channel, log, ready, unacked, waiting, over }
     }
 
     fn is_full(&self) -> bool {
-        self.unacked.len() - self.ready.len() >= self.most_out
+        self.unacked.len() - self.ready.len() - self.kept() >= self.most_out
     }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     Ready,
-    Out { until: Instant },
-    Settling { until: Instant },
+    /// It waits for an earlier one that failed.
+    Behind,
+    /// It failed, and waits here until then.
+    Delayed {
+        until: Instant,
+    },
+    Out {
+        until: Instant,
+    },
+    Settling {
+        until: Instant,
+    },
+}
+
+impl Phase {
+    /// It is here, and not with the application.
+    fn is_waiting(self) -> bool {
+        matches!(self, Self::Ready | Self::Behind | Self::Delayed { .. })
+    }
 }
 
 /// A message that is with this member.
@@ -110,10 +136,20 @@ struct Entry {
     /// Hand-overs by this member beyond the first.
     again: u32,
     was_out: bool,
+    /// It failed, and later messages wait for it.
+    has_failed: bool,
+    /// When it may come again, in milliseconds of Unix time; 0 for at once.
+    not_before: i64,
+    /// A failure that is being noted.
+    recording: Option<Box<Recording>>,
     phase: Phase,
 }
 
 impl Entry {
+    fn is_over(&self, now: Timestamp) -> bool {
+        self.hop.expires != 0 && self.hop.expires <= now.as_millis()
+    }
+
     fn deliveries(&self) -> u32 {
         self.hop.deliveries.saturating_add(self.delivered).saturating_add(self.again)
     }
@@ -213,6 +249,7 @@ impl Shared {
         let own = &mut state.feeds[feed as usize];
         (own.channel, own.log) = (None, None);
         own.ready.clear();
+        own.waiting.iter_mut().for_each(Waiting::clear);
         let gone: Vec<u32> = std::mem::take(&mut own.unacked).into_values().collect();
         for slot in gone {
             state.slots[slot as usize].entry = None;
@@ -220,67 +257,6 @@ impl Shared {
         }
         drop(state);
         self.changed.notify_waiters();
-    }
-
-    /// Takes messages in, all of them under one lock; answers those that nobody may be handed any more, because their time
-    /// to live is over.
-    pub(crate) fn arrive(&self, arrivals: &mut Vec<Arrival>) -> Vec<Taken> {
-        let (now, mut over) = (Timestamp::now(), Vec::new());
-        let mut state = self.lock();
-        for arrival in arrivals.drain(..) {
-            let is_over = arrival.hop.expires != 0 && arrival.hop.expires <= now.as_millis();
-            let (feed, tag) = (arrival.feed as usize, arrival.tag);
-            let key = state.insert(Entry {
-                feed: arrival.feed,
-                tag,
-                message: arrival.message,
-                hop: arrival.hop,
-                offset: arrival.offset,
-                delivered: arrival.delivered,
-                arrived_at: now,
-                again: 0,
-                was_out: false,
-                phase: Phase::Ready,
-            });
-            let own = &mut state.feeds[feed];
-            own.unacked.insert(tag, key.0);
-            if let (Some(offset), Some(log)) = (arrival.offset, &mut own.log) {
-                log.next = offset + 1;
-            }
-            if is_over {
-                over.extend(state.take(key));
-            } else {
-                state.feeds[feed].ready.insert(tag, key.0);
-            }
-        }
-        drop(state);
-        self.arrived.notify_one();
-        over
-    }
-
-    /// Hands out up to `max`; an error ends the subscription, `None` is nothing at the moment.
-    pub(crate) fn take(&self, max: usize, context: &Arc<DeliveryContext>) -> Result<Option<Received>, Error> {
-        let mut guard = self.lock();
-        let state = &mut *guard;
-        let mut received = Received { deliveries: Vec::new(), events: state.events.drain(..).collect() };
-        if state.failure.is_none() && !state.is_paused {
-            let (until, lease_until) = (Instant::now() + self.lease, Timestamp::now().after(self.lease));
-            let feeds = state.feeds.len();
-            for offset in 0..feeds {
-                let feed = (state.next_feed + offset) % feeds;
-                while received.deliveries.len() < max
-                    && !state.feeds[feed].is_full()
-                    && let Some((_, slot)) = state.feeds[feed].ready.pop_first()
-                {
-                    received.deliveries.push(state.hand_out(slot, until, lease_until, context));
-                }
-            }
-            state.next_feed = state.next_feed.wrapping_add(1) % feeds;
-        }
-        if received.deliveries.is_empty() && received.events.is_empty() {
-            return state.failure.as_ref().map_or(Ok(None), |failure| Err(failure.duplicate()));
-        }
-        Ok(Some(received))
     }
 
     /// Begins to settle a delivery; `None` when its lease or its channel is gone.
@@ -380,52 +356,6 @@ impl Shared {
         entry.phase = Phase::Out { until: Instant::now() + lease };
         true
     }
-
-    /// How many of a feed's messages are unacked, and up to which tag.
-    pub(crate) fn unacked(&self, feed: u32) -> (usize, u64) {
-        let state = self.lock();
-        let unacked = &state.feeds[feed as usize].unacked;
-        (unacked.len(), unacked.last_key_value().map_or(0, |(tag, _)| *tag))
-    }
-
-    /// Whether anything up to that tag is unacked.
-    pub(crate) fn has_unacked_to(&self, feed: u32, tag: u64) -> bool {
-        let state = self.lock();
-        state.feeds[feed as usize].unacked.first_key_value().is_some_and(|(first, _)| *first <= tag)
-    }
-
-    /// Whether anything of the feed is being settled.
-    pub(crate) fn is_settling(&self, feed: u32) -> bool {
-        let state = self.lock();
-        let entry = |slot: &u32| state.slots[*slot as usize].entry.as_ref();
-        let mut entries = state.feeds[feed as usize].unacked.values().filter_map(entry);
-        entries.any(|entry| matches!(entry.phase, Phase::Settling { .. }))
-    }
-
-    /// Messages that this member has prefetched, which the server counts as in flight.
-    pub(crate) fn prefetched(&self, destination: &Destination, group: &Group) -> u64 {
-        let state = self.lock();
-        let own = state.feeds.iter().filter(|feed| feed.destination == *destination && feed.group == *group);
-        let is_queued = |slot: &&u32| state.entry_at(**slot).is_some_and(|entry| entry.offset.is_none());
-        own.map(|feed| feed.ready.values().filter(is_queued).count() as u64).sum()
-    }
-
-    /// Whether what is prefetched should rather go to others: paused, or nobody has received for long.
-    pub(crate) fn is_resting(&self) -> bool {
-        let state = self.lock();
-        state.is_paused || (!state.is_receiving && state.received.is_some_and(|at| at.elapsed() > self.lease / 2))
-    }
-
-    /// A receive begins or ends.
-    pub(crate) fn receiving(&self, is_receiving: bool) {
-        let mut state = self.lock();
-        let was_late = state.received.is_none_or(|at| at.elapsed() > self.lease / 2);
-        (state.is_receiving, state.received) = (is_receiving, Some(Instant::now()));
-        drop(state);
-        if is_receiving && was_late {
-            self.changed.notify_waiters();
-        }
-    }
 }
 
 /// Frames are handed to the client in the first poll; what is left is to wait until they are written.
@@ -465,6 +395,7 @@ impl State {
         if let (Some(offset), Some(log)) = (entry.offset, &mut own.log) {
             log.settle(offset);
         }
+        self.left(&entry);
         Some(entry)
     }
 
@@ -478,10 +409,27 @@ impl State {
     }
 
     fn make_ready(&mut self, key: Key) {
-        let Some(entry) = self.entry(key) else { return };
+        if self.entry(key).is_some() {
+            self.make_slot_ready(key.0);
+        }
+    }
+
+    /// Whatever it is, it may be handed out: unless it waits for another one.
+    fn make_slot_ready(&mut self, slot: u32) {
+        if self.keeps_back(slot) {
+            return;
+        }
+        let Some(entry) = self.slots[slot as usize].entry.as_mut() else { return };
         entry.phase = Phase::Ready;
-        let (feed, tag) = (entry.feed, entry.tag);
-        self.feeds[feed as usize].ready.insert(tag, key.0);
+        self.feeds[entry.feed as usize].ready.insert(entry.tag, slot);
+    }
+
+    /// Takes what is ready, when its time to live has ended.
+    fn take_over(&mut self, slot: u32, now: Timestamp) -> Option<Taken> {
+        let own = &self.slots[slot as usize];
+        let generation = own.generation;
+        own.entry.as_ref().filter(|entry| entry.is_over(now))?;
+        self.take((slot, generation))
     }
 
     fn hand_out(
@@ -523,7 +471,7 @@ impl State {
         let entry = self.entry(key)?;
         let until = match entry.phase {
             Phase::Out { until } => until,
-            Phase::Ready | Phase::Settling { .. } => Instant::now(),
+            _ => Instant::now(),
         };
         entry.phase = Phase::Settling { until };
         let is_first = entry.hop.first == 0 && entry.deliveries() == 1;

@@ -21,9 +21,9 @@ use crate::codec::{mark, notes, offset};
 use crate::error::{failed, late};
 use crate::link::{bounded, passes};
 use crate::names::Names;
-use crate::progress::{Place, Turn, arguments, write};
+use crate::progress::{Place, Turn, write};
 use crate::state::Share;
-use crate::topology::{SETTLES, Topology, quorum, text};
+use crate::topology::{SETTLES, Topology, last_one, quorum, text};
 
 /// Messages on their way to whoever looks at a stream.
 const WINDOW: u16 = 1_000;
@@ -148,9 +148,10 @@ impl Topology {
             let place = Place::beginning(self.offset_of(&Names::stream(&exchange), start, operation, deadline).await?);
             let progress = Names::progress(&queue);
             let channel = &turn.channel;
-            Self::make_queue(channel, &progress, arguments(), operation, deadline).await?;
+            Self::make_queue(channel, &progress, last_one(), operation, deadline).await?;
             bounded(operation, deadline, channel.confirm_select(ConfirmSelectOptions::default())).await?;
             write(channel.clone(), progress, place, deadline).await?;
+            self.make_owner(&queue, operation, deadline).await?;
             self.make_reader(&exchange, &queue, group, operation, deadline).await?;
         }
         turn.end(operation, deadline).await?;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::{
-    DeliveryContext, Error, ErrorKind, Order, Received, Result, SubscribeSpec, Subscription, TopologyMode,
+    DeliveryContext, Error, ErrorKind, OnFailure, Order, Received, Result, SubscribeSpec, Subscription, TopologyMode,
 };
 use async_trait::async_trait;
 use tokio::runtime::Handle;
@@ -20,6 +20,8 @@ use crate::settle::RabbitSettler;
 use crate::state::{FeedState, Shared};
 use crate::topology::Topology;
 
+/// How many messages of a destination may wait in a member beyond what may be out, where later ones wait for one that failed.
+pub(crate) const MOST_WAITING: usize = 1_000;
 /// How long a subscription that is dropped takes to give back what it holds.
 const DROPPED: Duration = Duration::from_secs(10);
 
@@ -40,7 +42,9 @@ impl RabbitSubscription {
         // One member reads a stream, as if order was asked for.
         let keeps_order = is_log || spec.order != Order::None;
         let share = (spec.max_in_flight / spec.destinations.len()).max(1);
-        let prefetch = u16::try_from(share).unwrap_or(u16::MAX);
+        let blocks = spec.on_failure == OnFailure::Block;
+        let waiting = if blocks { MOST_WAITING } else { 0 };
+        let prefetch = u16::try_from(share + waiting).unwrap_or(u16::MAX);
         let (mut queues, mut streams, mut feeds) = (Vec::new(), Vec::new(), Vec::new());
         for destination in &spec.destinations {
             let group = &spec.group;
@@ -54,7 +58,8 @@ impl RabbitSubscription {
                 }
                 TopologyMode::Leave => {}
             }
-            feeds.push(FeedState::new(destination.clone(), group.clone(), keeps_order, share));
+            let feed = FeedState::new(destination.clone(), group.clone(), keeps_order, share);
+            feeds.push(if blocks { feed.blocking(spec.order) } else { feed });
             queues.push(topology.names.queue(destination, group));
             if is_log {
                 streams.push(Names::stream(&topology.names.exchange(destination)));
@@ -74,7 +79,7 @@ impl RabbitSubscription {
         let context = DeliveryContext::new(spec.group.clone(), spec.max_attempts, Arc::new(settler));
         for index in 0..count {
             let (desk, link) = (Arc::clone(&desk), Arc::clone(link));
-            tokio::spawn(Feed { index, desk, link, keeps_order, prefetch, known: None }.run());
+            tokio::spawn(Feed { index, desk, link, keeps_order, blocks, prefetch, known: None }.run());
         }
         Ok(Self { shared, context })
     }

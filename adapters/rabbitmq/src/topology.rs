@@ -50,8 +50,17 @@ pub(crate) fn text(value: &str) -> AMQPValue {
 /// out (`rabbit_fifo:handle_aux/5` of 4.0.5 appends it anew otherwise).
 const DELIVERY_LIMIT: i64 = 1_000_000_000;
 /// How long a new quorum queue is left alone. The server writes its name down some time after it answers: one that is killed
-/// before has lost the queue with all that it has confirmed ("configured member of queue … was not found on this node").
+/// before has lost the queue with all that it has confirmed ("configured member of queue … was not found on this node"), and
+/// starts it again without a leader, so that it never answers (4.0.5, also after another restart).
 pub(crate) const SETTLES: Duration = Duration::from_secs(1);
+
+/// The arguments of a queue that keeps the last message that was put in (`progress.rs`).
+pub(crate) fn last_one() -> FieldTable {
+    let mut arguments = quorum();
+    arguments.insert("x-max-length".into(), AMQPValue::LongLongInt(1));
+    arguments.insert("x-overflow".into(), text("drop-head"));
+    arguments
+}
 
 /// A quorum queue that never buries a message by itself.
 pub(crate) fn quorum() -> FieldTable {
@@ -229,8 +238,33 @@ impl Topology {
 
     /// The queue where the members of a group that keep order agree who works: whoever holds a message of it. It has one
     /// active consumer, and goes on to the next when that one goes.
-    pub(crate) async fn ensure_owner(&self, queue: &str, operation: &'static str) -> Result<()> {
+    /// With it the queue of the group's failures, where they are kept; answers whether that was made now.
+    pub(crate) async fn ensure_owner(
+        &self,
+        queue: &str,
+        keeps_failures: bool,
+        operation: &'static str,
+    ) -> Result<bool> {
         let deadline = Instant::now() + REQUEST;
+        let mut is_new = self.look(&Names::owner(queue), operation, deadline).await?.is_none();
+        self.make_owner(queue, operation, deadline).await?;
+        let mut has_none = false;
+        if keeps_failures {
+            let failures = Names::failures(queue);
+            has_none = self.look(&failures, operation, deadline).await?.is_none();
+            if has_none {
+                let channel = self.channel(operation, deadline).await?;
+                Self::make_queue(&channel, &failures, last_one(), operation, deadline).await?;
+                is_new = true;
+            }
+        }
+        if is_new {
+            tokio::time::sleep(SETTLES).await;
+        }
+        Ok(has_none)
+    }
+
+    pub(crate) async fn make_owner(&self, queue: &str, operation: &'static str, deadline: Instant) -> Result<()> {
         let mut arguments = quorum();
         arguments.insert("x-single-active-consumer".into(), AMQPValue::Boolean(true));
         let timeout = i64::from(u32::MAX);
@@ -365,7 +399,8 @@ impl Topology {
             Some(group) => {
                 let queue = self.expect_group(destination, group, operation).await?.0;
                 let waiting = Names::waiting(&queue, "");
-                let others = [Names::letters(&queue), Names::owner(&queue), Names::progress(&queue)];
+                let (letters, owner) = (Names::letters(&queue), Names::owner(&queue));
+                let others = [letters, owner, Names::progress(&queue), Names::failures(&queue)];
                 (std::iter::once(queue).chain(others).collect::<Vec<_>>(), vec![waiting])
             }
             None if self.has_exchange(&exchange, operation, deadline).await? => {

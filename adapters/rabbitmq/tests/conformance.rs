@@ -60,12 +60,17 @@ async fn suite(name: &'static str, settings: &'static str, cases: &[&str]) {
     assert!(report.is_green(), "{}", report.summary());
 }
 
-/// A share of them, with one seed; `cargo xtask faults rabbitmq` runs all of them.
+/// A share of them, with one seed; `cargo xtask faults rabbitmq` runs all of them. `ANYBROKER_TEST_CASES` and `ANYBROKER_TEST_SEED`
+/// choose others.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn faults_of_connections_break_no_promise() {
     let Some(url) = url() else { return };
-    let options = Options::default().with_level(Level::Reliability).with_parallelism(3).with_seed(1);
-    let options = SHARE.iter().fold(options, |options, case| options.with_filter(*case));
+    let seed = std::env::var("ANYBROKER_TEST_SEED").map_or(1, |seed| seed.parse().unwrap());
+    let options = Options::default().with_level(Level::Reliability).with_parallelism(3).with_seed(seed);
+    let options = match std::env::var("ANYBROKER_TEST_CASES") {
+        Ok(chosen) => options.with_filter(chosen),
+        Err(_) => SHARE.iter().fold(options, |options, case| options.with_filter(*case)),
+    };
     let report = run(Arc::new(behind_proxies(&url)), options).await.unwrap();
     println!("{}", report.text());
     let left_out = |case: &&CaseReport| case.outcome == Outcome::NotRun && !case.name.contains("a-server-");

@@ -17,14 +17,13 @@ use tokio::time::Instant;
 
 const CRASHER: &str = "ANYBROKER_RABBITMQ_TEST_CRASHER";
 
-/// The suite's case about a killed server, on a server of this test's own.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_killed_server_breaks_no_promise() {
-    let Some(server) = own_server("suite") else { return };
+/// The suite's case about a killed server, on servers of this test's own.
+async fn kill_by_the_suite(name: &str, query: &'static str) {
+    let Some(server) = own_server(name) else { return };
     let url = server.url.clone();
     let harness = UrlHarness::new("rabbitmq", move || {
         let url = url.clone();
-        Box::pin(async move { try_connect(&url, "").await })
+        Box::pin(async move { try_connect(&url, query).await })
     })
     .with_server(Arc::new(server))
     .with_lease(Duration::from_secs(1))
@@ -34,6 +33,21 @@ async fn a_killed_server_breaks_no_promise() {
     let report = run(Arc::new(harness), options).await.unwrap();
     println!("{}", report.text());
     assert!(report.is_green() && report.totals.not_run == 0, "{}", report.summary());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_server_breaks_no_promise() {
+    kill_by_the_suite("suite", "").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_server_breaks_no_promise_of_classic_queues() {
+    kill_by_the_suite("suite-classic", "queue=classic").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_server_breaks_no_promise_of_streams() {
+    kill_by_the_suite("suite-stream", "queue=stream").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -20,6 +20,11 @@ async fn classic_queues_lose_nothing_in_a_kill_and_a_cut_and_keep_the_order_of_k
     disturbed("queue=classic", Volume { messages: 24_000, ..Volume::default() }).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hundred_thousand_messages_in_a_stream_survive_a_kill_and_a_cut_and_keep_the_order_of_their_keys() {
+    disturbed("queue=stream", Volume::default()).await;
+}
+
 async fn disturbed(settings: &'static str, much: Volume) {
     let Some(server) = own_server("volume") else { return };
     let url = server.url.clone();

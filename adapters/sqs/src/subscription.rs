@@ -58,21 +58,25 @@ impl SqsSubscription {
     fn read_ahead(&mut self, taken: usize) {
         let now = Instant::now();
         let Some(before) = self.taken_at.replace(now) else { return };
-        let pace = (now - before).max(Duration::from_micros(1));
-        if taken == 0 || self.is_paused || pace > UNTAKEN {
+        if taken == 0 || self.is_paused || !self.sources.iter().any(|source| source.is_full()) {
             return;
         }
-        let times = usize::try_from(UNTAKEN.as_micros() / pace.as_micros()).unwrap_or(usize::MAX);
         let asked: usize = self.sources.iter().map(|source| source.asked.load(Ordering::Acquire)).sum();
         let coming = asked + self.inbox.ready.lock().len();
         let room = self.max_in_flight.saturating_sub(self.context.in_flight() + taken + coming);
-        let wanted = taken.saturating_mul(times).min(self.receivers * BATCH).saturating_sub(coming).min(room);
+        let wanted = ahead(taken, now - before, self.receivers).saturating_sub(coming).min(room);
         let full: Vec<_> = self.sources.iter().filter(|source| source.is_full()).collect();
         for source in &full {
             let own = source.asked.load(Ordering::Acquire);
             source.ask(own + wanted / full.len(), Duration::ZERO, self.receivers);
         }
     }
+}
+
+/// How many messages a caller takes within [`UNTAKEN`] who takes `taken` every `pace`; no more than the receivers bring at once.
+fn ahead(taken: usize, pace: Duration, receivers: usize) -> usize {
+    let times = usize::try_from(UNTAKEN.as_micros() / pace.as_micros().max(1)).unwrap_or(usize::MAX);
+    taken.saturating_mul(times).min(receivers * BATCH)
 }
 
 #[async_trait]
@@ -141,5 +145,19 @@ impl Drop for SqsSubscription {
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
         let sources = std::mem::take(&mut self.sources);
         runtime.spawn(async move { join_all(sources.iter().map(|source| source.close())).await });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_is_read_ahead_than_the_caller_takes_before_it_would_be_given_back() {
+        assert_eq!(ahead(10, UNTAKEN / 2, 8), 20);
+        assert_eq!(ahead(1, UNTAKEN / 5, 8), 5);
+        assert_eq!(ahead(10, UNTAKEN + Duration::from_millis(1), 8), 0, "it is the next receive that asks");
+        assert_eq!(ahead(10, Duration::ZERO, 8), 80, "what the receivers bring at once");
+        assert_eq!(ahead(10, UNTAKEN / 2, 1), 10);
     }
 }

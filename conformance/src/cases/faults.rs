@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anybroker_core::{AckLevel, Message, MessageId, Order, Settlement, SubscribeSpec};
+use anybroker_core::{AckLevel, Message, MessageId, OnFailure, Order, Settlement, SubscribeSpec};
 use futures_util::future::BoxFuture;
 use rand::RngExt;
 use rand::rngs::StdRng;
@@ -98,6 +98,13 @@ pub(super) const CASES: &[Case] = &[
         [need::KEY_ORDER],
         "Order::Key holds for first deliveries, whatever becomes of connections.",
         mixed_in_order
+    ),
+    fault!(
+        "faults/a-mixed-schedule-lets-nothing-pass-what-blocks-its-key",
+        false,
+        [need::KEY_ORDER, need::BLOCK],
+        "OnFailure::Block holds whatever becomes of connections.",
+        mixed_with_blocking
     ),
     fault!(
         "faults/a-server-that-is-killed-and-comes-back-loses-nothing-that-was-confirmed",
@@ -194,6 +201,10 @@ async fn mixed(env: &Env) -> Proof {
 
 async fn mixed_in_order(env: &Env) -> Proof {
     disturbed(env, |spec| spec.with_order(Order::Key), 6, any).await
+}
+
+async fn mixed_with_blocking(env: &Env) -> Proof {
+    disturbed(env, |spec| spec.with_order(Order::Key).with_on_failure(OnFailure::Block), 6, any).await
 }
 
 fn any(random: &mut StdRng, _: usize) -> (Kind, Duration, bool) {
@@ -444,6 +455,10 @@ const FROZEN: Duration = Duration::from_secs(5);
 impl Disturbance for Process {
     fn wants(&self) -> (bool, usize) {
         (true, 0)
+    }
+
+    fn forgets(&self) -> bool {
+        self.kills
     }
 
     fn happen<'a>(&'a self, env: &'a Env, _: usize) -> BoxFuture<'a, Proof> {

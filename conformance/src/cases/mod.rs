@@ -12,6 +12,7 @@ mod lease;
 mod lifecycle;
 mod native;
 mod ordering;
+mod processes;
 mod publish;
 mod random;
 mod redelivery;
@@ -45,6 +46,7 @@ const THEMES: &[&[Case]] = &[
     transactions::CASES,
     random::CASES,
     faults::CASES,
+    processes::CASES,
 ];
 
 static CASES: LazyLock<Vec<Case>> = LazyLock::new(|| THEMES.concat());

@@ -61,8 +61,11 @@ impl Checker {
             member.group == place.0 && (is_hit(member) || member.losses.iter().any(|loss| *loss >= published_at))
         };
         let had_others = rules.attempts == AttemptCount::Approximate && self.members.values().any(is_gone);
-        let story = self.story_of(&place, &seen.id);
-        let has_cause = story.justify(at, with_resent, moved);
+        let members = &self.members;
+        let story = self.stories.entry(place.clone()).or_default().entry(seen.id.clone()).or_default();
+        let has_cause = story.justify(at, with_resent, moved, |member, since, until| {
+            members.get(&member).is_some_and(|member| member.has_lost_between(since, until))
+        });
         let is_stale = !has_cause && untold.is_some_and(|since| story.comes_stale(at, seen.subscription, since));
         let justified = has_cause || is_stale;
         let (again, acked) = (story.deliveries > 0, story.acked > 0);
@@ -120,7 +123,10 @@ impl Checker {
         if on_failure != OnFailure::GoPast {
             self.overtaken(&place, &group, producer, &key, sequence, order, seen);
         }
-        self.held_by_another(at, &place, &group, &key, order, seen);
+        // Whoever has not been told of a loss has its keys still, and cannot know who else has them by now.
+        if untold.is_none() {
+            self.held_by_another(at, &place, &group, &key, order, seen);
+        }
     }
 
     pub(super) fn settle(&mut self, at: u64, delivery: u64, verb: Verb) {
@@ -146,8 +152,7 @@ impl Checker {
         for ((group, _), stories) in &self.stories {
             for (id, story) in stories {
                 let is_proven = |member: u64, since: u64, until: u64| {
-                    let losses = self.members.get(&member).map_or(&[][..], |member| &member.losses);
-                    losses.iter().any(|loss| (since..=until).contains(loss))
+                    self.members.get(&member).is_some_and(|member| member.has_lost_between(since, until))
                 };
                 let unproven =
                     story.claims.iter().filter(|claim| !is_proven(claim.member, claim.since, claim.at + NOTICED));

@@ -31,6 +31,13 @@ pub(super) struct Member {
     pub(super) losses: Vec<u64>,
 }
 
+impl Member {
+    /// Whether it has said so in that time.
+    pub(super) fn has_lost_between(&self, since: u64, until: u64) -> bool {
+        self.losses.iter().any(|loss| (since..=until).contains(loss))
+    }
+}
+
 impl Checker {
     /// A member is gone: what it held comes back, and where only prefixes are kept, so may what it acked above a hole.
     pub(super) fn leave(&mut self, at: u64, subscription: u64, crash: bool) {
@@ -40,7 +47,7 @@ impl Checker {
         member.losses.push(at);
         let forgetful = crash && self.rules.level != AckLevel::Confirmed;
         self.forget_acks(subscription, None, forgetful.then_some(Forgetting { since: 0, in_a_fault: false }));
-        self.each_story(subscription, |story| story.leave(at, subscription));
+        self.each_story(subscription, |story| story.leave(at, subscription, crash));
     }
 
     /// A member says that its connection or a lane was lost.

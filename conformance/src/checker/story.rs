@@ -120,8 +120,14 @@ pub(super) struct Story {
 
 impl Story {
     /// Whether one more delivery has a cause; takes it.
-    pub(super) fn justify(&mut self, at: u64, copies: u32, moved: Option<u64>) -> bool {
-        let justified = self.has_cause(at, copies, moved);
+    pub(super) fn justify(
+        &mut self,
+        at: u64,
+        copies: u32,
+        moved: Option<u64>,
+        is_told: impl Fn(u64, u64, u64) -> bool,
+    ) -> bool {
+        let justified = self.has_cause(at, copies, moved, is_told);
         if justified && copies == 1 {
             // It is to be settled anew: an ack before is void.
             self.acked = 0;
@@ -129,14 +135,14 @@ impl Story {
         justified
     }
 
-    fn has_cause(&mut self, at: u64, copies: u32, moved: Option<u64>) -> bool {
+    fn has_cause(&mut self, at: u64, copies: u32, moved: Option<u64>, is_told: impl Fn(u64, u64, u64) -> bool) -> bool {
         if self.deliveries.saturating_sub(self.returns) < copies {
             // Of this copy it is the first; or it came back, which the returns have counted.
             self.owed.pop();
             return true;
         }
         // First what has a cause of its own; what needs a connection to be lost has to show that it was.
-        self.comes_by_itself(at, moved) || self.comes_by_loss(at)
+        self.comes_by_itself(at, moved) || self.comes_by_loss(at, is_told)
     }
 
     fn comes_by_itself(&mut self, at: u64, moved: Option<u64>) -> bool {
@@ -148,7 +154,7 @@ impl Story {
             self.uncounted += 1;
             return true;
         }
-        if self.comes_in_doubt(at, false) {
+        if self.comes_in_doubt(at, |_| false) {
             return true;
         }
         let is_copied = |late: &&mut TooLate| late.verb == Verb::Nack && !late.has_come;
@@ -415,9 +421,18 @@ impl Story {
         unsettled.chain(returned).chain(left).map(|held| (held.lane, rank(held))).collect()
     }
 
-    /// The member is gone: what it held comes back.
-    pub(super) fn leave(&mut self, at: u64, member: u64) {
+    /// The member is gone: what it held comes back. Where it was killed nobody was told of the burials that it had asked for: there
+    /// may be a letter, and the message may come again.
+    pub(super) fn leave(&mut self, at: u64, member: u64, crash: bool) {
         self.forgotten |= self.deliveries > 0;
+        let unanswered = |settling: &&mut Settling| {
+            crash && settling.held.member == member && settling.buries && settling.ok_at.is_none()
+        };
+        for settling in self.settling.iter_mut().filter(unanswered) {
+            (settling.buries, settling.in_doubt) = (false, true);
+            self.buried -= 1;
+            self.maybe_buried += 1;
+        }
         let gone: Vec<u64> = self.held.iter().filter(|held| held.member == member).map(|held| held.delivery).collect();
         for delivery in gone {
             self.give_back(at, delivery, Returned::MemberGone);

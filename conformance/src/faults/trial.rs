@@ -40,6 +40,11 @@ pub(crate) trait Disturbance: Send + Sync {
     /// Whether it needs a publish in flight, or a delivery; of whom, or whoever comes next when that one has none.
     fn wants(&self) -> (bool, usize);
 
+    /// Whether a server may forget in it what it has not confirmed, although it has delivered it.
+    fn forgets(&self) -> bool {
+        false
+    }
+
     /// Happens to that publisher or member, and is over when the future is done.
     fn happen<'a>(&'a self, env: &'a Env, whom: usize) -> BoxFuture<'a, Proof>;
 }
@@ -61,8 +66,10 @@ struct Progress {
     made: [AtomicUsize; PUBLISHERS],
     publishing: [AtomicBool; PUBLISHERS],
     holding: [AtomicUsize; MEMBERS],
-    /// Confirmed, or delivered: what is known to be stored.
+    /// What is known to be stored: confirmed, or delivered by a server that does not forget.
     stored: Mutex<HashSet<MessageId>>,
+    /// A disturbance makes the server forget.
+    forgets: AtomicBool,
     /// Acked, or asked for with an unknown effect.
     accounted: Mutex<HashSet<MessageId>>,
     /// The last fault is over.
@@ -127,6 +134,7 @@ impl<'e> Trial<'e> {
         disturbances: &[Box<dyn Disturbance + '_>],
     ) -> Proof {
         let mut random = self.env.rng();
+        self.progress.forgets.store(disturbances.iter().any(|disturbance| disturbance.forgets()), Ordering::Relaxed);
         let mut consumers = Vec::new();
         for client in &members {
             consumers.push(client.subscribe(self.spec.clone()).await?);
@@ -269,7 +277,9 @@ impl<'e> Trial<'e> {
             let came = consumer.receive(40, Duration::from_millis(200)).await?;
             let came_something = !came.is_empty();
             // Nobody knows when something comes again that a member gave back: at the end that is waited for.
-            progress.stored.lock().extend(came.iter().map(|held| held.message().id().clone()));
+            if !progress.forgets.load(Ordering::Relaxed) {
+                progress.stored.lock().extend(came.iter().map(|held| held.message().id().clone()));
+            }
             held.extend(came);
             progress.holding[number].store(held.len(), Ordering::Relaxed);
             progress.tell();

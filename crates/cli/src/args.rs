@@ -344,7 +344,7 @@ pub(crate) struct ConformArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Faults")]
 pub(crate) struct FaultArgs {
-    /// What is disturbed, separated by commas. When not given, level `reliability` disturbs connections where it can
+    /// What is disturbed, separated by commas. When not given, level `reliability` disturbs connections and clients where it can
     #[arg(long, value_enum, value_name = "KINDS", value_delimiter = ',')]
     pub(crate) faults: Vec<FaultsArg>,
     /// Where the proxy listens, and the server's address behind it, such as 127.0.0.1:9192=127.0.0.1:9092; one for each host
@@ -370,6 +370,8 @@ pub(crate) enum FaultsArg {
     Proxy,
     /// The server, by --restart-command or --pause-command and --resume-command
     Process,
+    /// Processes that the command starts to publish and to consume: they are killed; safe on a shared server
+    Clients,
     /// Nothing: those cases are not run
     None,
 }
@@ -391,6 +393,9 @@ pub(crate) enum ConformCommand {
     /// Lists the endpoint's destinations and deletes those whose names have the form that only the suite gives
     /// (conform-TIME-RANDOM.CASE.…). The time in the name, when the run began, says how old they are.
     Sweep(SweepArgs),
+    /// What a process does that the suite kills: it is started by the suite, and by nobody else
+    #[command(hide = true)]
+    Child,
     /// Reports that runs have left behind: put them side by side, compare two, or print the form
     #[command(subcommand)]
     Report(ReportCommand),

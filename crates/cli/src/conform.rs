@@ -1,6 +1,8 @@
 //! `anybroker conform`: the conformance suite against the endpoint.
 
+use std::ffi::OsString;
 use std::net::SocketAddr;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -12,6 +14,7 @@ use anybroker_conformance::{
     fresh_name, url_through,
 };
 use async_trait::async_trait;
+use futures_util::future::BoxFuture;
 use serde_json::{Value, json};
 
 use crate::args::{ConformArgs, ConformCommand, Global, LevelArg};
@@ -28,6 +31,7 @@ const CREATE_DESTINATIONS: &str = "create_destinations";
 pub(crate) async fn run(global: &Global, args: ConformArgs, output: &mut Output) -> Result<Exit, Failure> {
     match &args.command {
         Some(ConformCommand::Report(command)) => return conform_report::run(command, output),
+        Some(ConformCommand::Child) => return child(global).await,
         Some(ConformCommand::Sweep(args)) => return conform_sweep::run(global, args, output).await,
         None => {}
     }
@@ -80,6 +84,15 @@ pub(crate) async fn run(global: &Global, args: ConformArgs, output: &mut Output)
     // Whoever names a case wants it run.
     let missing = !args.cases.is_empty() && report.totals.not_run > 0;
     Ok(if report.is_green() && !missing { Exit::Done } else { Exit::Failed })
+}
+
+/// One of the processes that [`CommandHarness::child`] starts. It does not come to its end this way, unless something went wrong.
+async fn child(global: &Global) -> Result<Exit, Failure> {
+    let config = connect::settings(global)?;
+    let connect =
+        move || -> BoxFuture<'static, anybroker::Result<Bus>> { Box::pin(anybroker::connect_with(config.clone())) };
+    anybroker_conformance::run_child(connect).await.map_err(Failure::Broker)?;
+    Ok(Exit::Failed)
 }
 
 fn list(args: &ConformArgs, output: &mut Output) -> Result<Exit, Failure> {
@@ -135,6 +148,8 @@ struct CommandHarness {
     config: Config,
     /// The same with missing destinations not created, where the adapter has that setting.
     strict: Option<Config>,
+    /// The command line of another process of the same endpoint, or why there can be none.
+    child: Result<Vec<OsString>, String>,
     faults: Faults,
     native: Result<Arc<dyn NativeChannel>, String>,
 }
@@ -155,11 +170,36 @@ impl CommandHarness {
         connect::close(&bus).await?;
         let strict = config.scheme().filter(|scheme| has_setting(scheme, CREATE_DESTINATIONS));
         let strict = strict.map(|scheme| apart.with(format!("{scheme}.{CREATE_DESTINATIONS}"), false));
+        let child = match faults.kills_clients {
+            true => process_of(global, &config),
+            false => Err("--faults asks for others, which leave clients alone".to_owned()),
+        };
         let native = native(&config);
         let about = About { client: args.client.clone(), emulated: args.emulated.clone() };
         let (lease, quiet, patience) = (args.lease, args.quiet, args.patience);
-        Ok(Self { name, about, lease, quiet, patience, config, strict, faults, native })
+        Ok(Self { name, about, lease, quiet, patience, config, strict, child, faults, native })
     }
+}
+
+/// The command line of another process that has the same endpoint; its environment is this one's.
+fn process_of(global: &Global, config: &Config) -> Result<Vec<OsString>, String> {
+    let url = config.endpoint_url().and_then(|url| EndpointUrl::parse(url).ok());
+    if url.is_none_or(|url| url.hosts().is_empty() && url.path().is_empty()) {
+        return Err("the broker lives in this process: another one has its own".into());
+    }
+    let mut arguments: Vec<OsString> = Vec::new();
+    let mut add = |flag: &str, value: OsString| arguments.extend([OsString::from(flag), value]);
+    if let Some(url) = &global.url {
+        add("--url", url.into());
+    }
+    if let Some(file) = &global.config {
+        add("--config", file.into());
+    }
+    for (key, value) in &global.settings {
+        add("--set", format!("{key}={value}").into());
+    }
+    arguments.extend(["conform", "child"].map(OsString::from));
+    Ok(arguments)
 }
 
 /// The broker's bare client, by the same settings.
@@ -249,6 +289,14 @@ impl Harness for CommandHarness {
 
     fn server(&self) -> Option<Arc<dyn ServerControl>> {
         self.faults.server.clone().map(|server| server as Arc<dyn ServerControl>)
+    }
+
+    fn child(&self) -> Result<Command, String> {
+        let arguments = self.child.as_ref().map_err(Clone::clone)?;
+        let program = std::env::current_exe().map_err(|error| format!("this program is not found: {error}"))?;
+        let mut command = Command::new(program);
+        command.args(arguments);
+        Ok(command)
     }
 
     fn native(&self) -> Result<Arc<dyn NativeChannel>, String> {

@@ -25,6 +25,8 @@ pub(crate) struct Faults {
     pub(crate) routes: Result<Vec<Route>, String>,
     /// Whether they were asked for. Otherwise they are put where they can be.
     pub(crate) wants_proxies: bool,
+    /// Whether processes of the command's own are killed.
+    pub(crate) kills_clients: bool,
     pub(crate) server: Option<Arc<Commands>>,
     pub(crate) level: Level,
 }
@@ -36,7 +38,8 @@ impl Faults {
         let has_commands = args.restart_command.is_some() || args.pause_command.is_some();
         let wants_proxies = asks(FaultsArg::Proxy) || !args.proxies.is_empty();
         let wants_process = asks(FaultsArg::Process) || has_commands;
-        if asks(FaultsArg::None) && (wants_proxies || wants_process) {
+        let wants_clients = asks(FaultsArg::Clients);
+        if asks(FaultsArg::None) && (wants_proxies || wants_process || wants_clients) {
             return Err(Failure::Usage(
                 "--faults none asks for no faults, and something else on the line for some".into(),
             ));
@@ -46,7 +49,7 @@ impl Faults {
                         --pause-command with --resume-command: the command knows no way to the server's process";
             return Err(Failure::Usage(text.into()));
         }
-        let is_disturbed = wants_proxies || wants_process;
+        let is_disturbed = wants_proxies || wants_process || wants_clients;
         let level = level.unwrap_or(if is_disturbed { Level::Reliability } else { Level::Conformance });
         if is_disturbed && level < Level::Reliability {
             return Err(Failure::Usage("faults belong to --level reliability".into()));
@@ -57,8 +60,8 @@ impl Faults {
         }
         let routes = if asks(FaultsArg::None) {
             Err("--faults none".into())
-        } else if wants_process && !wants_proxies {
-            Err("--faults process leaves connections alone".into())
+        } else if (wants_process || wants_clients) && !wants_proxies {
+            Err("--faults asks for others, which leave connections alone".into())
         } else if !args.proxies.is_empty() {
             Ok(args.proxies.clone())
         } else {
@@ -71,7 +74,8 @@ impl Faults {
             let frozen = args.pause_command.clone().zip(args.resume_command.clone());
             Arc::new(Commands { restart: args.restart_command.clone(), frozen, config: config.clone() })
         });
-        Ok(Self { routes, wants_proxies, server, level })
+        let kills_clients = wants_clients || args.faults.is_empty() && !has_commands;
+        Ok(Self { routes, wants_proxies, kills_clients, server, level })
     }
 }
 

@@ -128,13 +128,16 @@ fn faults_that_cannot_be_brought_about_are_refused_before_anything_is_run() {
         assert_eq!((ran.code, &ran.error()["kind"]), (Some(code), &kind.into()), "{args:?}: {ran:?}");
         assert!(ran.out.is_empty(), "{args:?}: {ran:?}");
     }
-    // Without them those cases are not run, which is a failure for whoever names them.
-    for faults in [&[][..], &["--faults", "none"]] {
+    // Without them those cases are not run, which is a failure for whoever names them. Processes there can be of a file, too.
+    for (faults, killed) in [(&[][..], "pass"), (&["--faults", "none"], "not_run")] {
         let ran = cli.run(&[&["conform", "--level", "L2", "--case", "faults/*", "--json"][..], faults].concat());
         assert_eq!(ran.code, Some(1), "{ran:?}");
-        let cases = ran.objects();
-        assert!(cases.iter().rev().skip(1).all(|case| case["outcome"] == "not_run"), "{ran:?}");
-        assert!(cases.len() > 1, "{ran:?}");
+        let mut cases = ran.objects();
+        cases.pop();
+        let is_of_processes = |case: &serde_json::Value| case["name"].to_string().contains("-whose-process-is-killed-");
+        let (processes, others): (Vec<_>, Vec<_>) = cases.into_iter().partition(is_of_processes);
+        assert!(processes.len() == 2 && processes.iter().all(|case| case["outcome"] == killed), "{ran:?}");
+        assert!(others.len() > 1 && others.iter().all(|case| case["outcome"] == "not_run"), "{ran:?}");
     }
 }
 

@@ -130,6 +130,27 @@ fn the_command_looks_past_each_adapter_with_the_brokers_bare_client() {
 }
 
 #[test]
+fn publishers_and_members_that_the_command_kills_lose_nothing_on_any_broker() {
+    let brokers = [
+        ("kafka", cfg!(feature = "kafka")),
+        ("nats", cfg!(feature = "nats")),
+        ("pulsar", cfg!(feature = "pulsar")),
+        ("rabbitmq", cfg!(feature = "rabbitmq")),
+        ("sqs", cfg!(feature = "sqs")),
+    ];
+    for (name, has_client) in brokers {
+        let Some(url) = url(name, has_client) else { continue };
+        let _alone = (name == "nats").then(alone_on_nats);
+        let ran = conform(&url, "faults/a-*-whose-process-is-killed-*", &["--faults", "clients"]);
+        assert_eq!(ran.code, Some(0), "{name}: {ran:?}");
+        let mut objects = ran.objects();
+        objects.pop();
+        assert_eq!(objects.len(), 2, "{name}: {ran:?}");
+        assert!(objects.iter().all(|case| case["outcome"] == "pass"), "{name}: {ran:?}");
+    }
+}
+
+#[test]
 fn a_sweep_deletes_what_an_old_run_left_behind_and_nothing_else() {
     let brokers = [
         ("kafka", cfg!(feature = "kafka")),

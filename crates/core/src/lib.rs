@@ -4,6 +4,7 @@
 //! [`Driver`]. What each word means, on every broker, stands in the documentation of the traits' methods; the
 //! conformance suite proves it.
 
+mod blocks;
 mod broker;
 mod bus;
 pub mod capability;
@@ -26,6 +27,7 @@ mod subscriber;
 mod time;
 mod topology;
 
+pub use blocks::Blocks;
 pub use broker::{Broker, Endpoint, PublishTerms, Subscription};
 pub use bus::{Bus, BusOptions, SubscribeDefaults};
 pub use bytes::Bytes;

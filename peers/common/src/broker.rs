@@ -13,7 +13,7 @@ use anybroker_core::{
 };
 use async_trait::async_trait;
 use parking_lot::Mutex;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use crate::subscription::{Member, PeerSubscription};
@@ -27,6 +27,8 @@ pub struct PeerBroker<P> {
     /// What a publish need not declare again.
     known: Arc<Mutex<HashSet<Destination>>>,
     members: Mutex<Vec<Weak<Member>>>,
+    /// Where the record gives order per key: when the batch before is through. A service that wants order publishes one after the other.
+    last: Mutex<Option<oneshot::Receiver<()>>>,
 }
 
 impl<P: Peer> PeerBroker<P> {
@@ -38,6 +40,7 @@ impl<P: Peer> PeerBroker<P> {
             closed: AtomicBool::new(false),
             known: Arc::default(),
             members: Mutex::default(),
+            last: Mutex::default(),
         }
     }
 
@@ -86,8 +89,16 @@ impl<P: Peer> Broker for PeerBroker<P> {
         let (peer, known) = (Arc::clone(&self.peer), self.creates.then(|| Arc::clone(&self.known)));
         let is_open = self.is_open("publish");
         let deadline = Instant::now() + terms.timeout;
+        let is_ordered = terms.order == PublishOrder::Key && self.peer.record().key_order.is_given();
+        let (through, next) = oneshot::channel();
+        let before = if is_ordered { self.last.lock().replace(next) } else { None };
         // A task of its own: who drops the answer does not take the publishes back.
         let work = tokio::spawn(async move {
+            let _through: oneshot::Sender<()> = through;
+            if let Some(before) = before {
+                // An error is what comes: the batch before drops its end.
+                let _ = before.await;
+            }
             let (mut failed, mut outcomes) = (HashSet::new(), Vec::with_capacity(batch.len()));
             for message in &batch {
                 let lane = message.key().map(|key| (message.destination().clone(), key.to_vec()));
@@ -130,7 +141,7 @@ impl<P: Peer> Broker for PeerBroker<P> {
         }
         let mut inlets = Vec::new();
         for name in destinations {
-            let (into, inlet) = mpsc::channel(1);
+            let (into, inlet) = mpsc::channel(self.peer.ahead(&spec).clamp(1, 10_000));
             let deliveries = self.peer.consume(&name, &spec, into).await?;
             inlets.push((name, inlet, deliveries));
         }

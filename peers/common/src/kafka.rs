@@ -2,15 +2,15 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, LazyLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anybroker_core::naming::{escape, shorten};
-use anybroker_core::{Destination, ErrorKind, Group, Result, Start};
+use anybroker_core::{Declared, Destination, Error, ErrorKind, Group, Result, Start, TopologySpec};
 use parking_lot::Mutex;
 use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
 use rdkafka::client::DefaultClientContext;
 use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
-use rdkafka::error::RDKafkaErrorCode;
+use rdkafka::error::{KafkaResult, RDKafkaErrorCode};
 use rdkafka::{ClientConfig, Offset, TopicPartitionList};
 
 use crate::failed;
@@ -46,6 +46,29 @@ pub fn group_id(destination: &Destination, group: &Group) -> String {
     format!("{}.{}", topic(destination), token(group))
 }
 
+/// The first and the next offset of each partition. The controller answers a creation before the partition's leader has taken it on,
+/// and a leader that has not says so with an error that means "ask again": its clients do, and so does this.
+fn ends(reader: &BaseConsumer, topic: &str) -> KafkaResult<Vec<(i64, i64)>> {
+    let deadline = Instant::now() + LIMIT;
+    let end = |partition| loop {
+        match reader.fetch_watermarks(topic, partition, LIMIT) {
+            Err(error) if is_not_yet_there(error.rdkafka_error_code()) && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            answer => return answer,
+        }
+    };
+    (0..PARTITIONS).map(end).collect()
+}
+
+fn is_not_yet_there(code: Option<RDKafkaErrorCode>) -> bool {
+    use RDKafkaErrorCode::{
+        LeaderNotAvailable, NotLeaderForPartition, UnknownPartition, UnknownTopic, UnknownTopicOrPartition,
+    };
+    let codes = [UnknownPartition, UnknownTopic, UnknownTopicOrPartition, LeaderNotAvailable, NotLeaderForPartition];
+    code.is_some_and(|code| codes.contains(&code))
+}
+
 /// One administrator.
 #[derive(Clone)]
 pub struct Topology {
@@ -69,7 +92,7 @@ impl Topology {
     async fn apart<T: Send + 'static>(
         &self,
         operation: &'static str,
-        work: impl FnOnce(&Self) -> rdkafka::error::KafkaResult<T> + Send + 'static,
+        work: impl FnOnce(&Self) -> KafkaResult<T> + Send + 'static,
     ) -> Result<T> {
         let own = self.clone();
         match tokio::task::spawn_blocking(move || work(&own)).await {
@@ -79,10 +102,7 @@ impl Topology {
     }
 
     /// Whether the topic is there. All are asked for: a question for one may create it.
-    ///
-    /// # Errors
-    /// `Unavailable`.
-    pub async fn has_topic(&self, destination: &Destination) -> Result<bool> {
+    async fn has_topic(&self, destination: &Destination) -> Result<bool> {
         let name = topic(destination);
         let found = move |own: &Self| {
             let all = own.admin.inner().fetch_metadata(None, LIMIT)?;
@@ -92,23 +112,23 @@ impl Topology {
     }
 
     /// Creates the topic; whether it is new.
-    ///
-    /// # Errors
-    /// `Unavailable`.
-    pub async fn create_topic(&self, destination: &Destination) -> Result<bool> {
+    async fn create_topic(&self, destination: &Destination) -> Result<bool> {
         let name = topic(destination);
         let new = NewTopic::new(&name, PARTITIONS, TopicReplication::Fixed(1));
         let options = AdminOptions::new().operation_timeout(Some(LIMIT));
         let made = self.admin.create_topics([&new], &options).await;
         let made = made.map_err(|error| failed(ErrorKind::Unavailable, "declare", error))?;
-        match made.into_iter().next() {
-            Some(Err((_, RDKafkaErrorCode::TopicAlreadyExists))) => Ok(false),
-            Some(Err((_, code))) => Err(failed(ErrorKind::Unavailable, "declare", code)),
-            _ => Ok(true),
-        }
+        let is_new = match made.into_iter().next() {
+            Some(Err((_, RDKafkaErrorCode::TopicAlreadyExists))) => false,
+            Some(Err((_, code))) => return Err(failed(ErrorKind::Unavailable, "declare", code)),
+            _ => true,
+        };
+        // The peer is not to meet a topic that only the controller knows.
+        self.apart("declare", move |own| ends(&own.config.create()?, &name)).await?;
+        Ok(is_new)
     }
 
-    fn reader(&self, group: &str) -> rdkafka::error::KafkaResult<BaseConsumer> {
+    fn reader(&self, group: &str) -> KafkaResult<BaseConsumer> {
         self.config.clone().set("group.id", group).set("enable.auto.commit", "false").create()
     }
 
@@ -121,26 +141,19 @@ impl Topology {
     }
 
     /// Whether the group has a place in the topic.
-    ///
-    /// # Errors
-    /// `Unavailable`.
-    pub async fn has_group(&self, destination: &Destination, group: &Group) -> Result<bool> {
+    async fn has_group(&self, destination: &Destination, group: &Group) -> Result<bool> {
         let (name, list) = (group_id(destination, group), Self::partitions(destination));
         let found = self.apart("topology", move |own| own.reader(&name)?.committed_offsets(list, LIMIT)).await?;
         Ok(found.elements().iter().any(|element| matches!(element.offset(), Offset::Offset(_))))
     }
 
     /// Commits where the group starts: Kafka knows a group by that.
-    ///
-    /// # Errors
-    /// `Unavailable`.
-    pub async fn create_group(&self, destination: &Destination, group: &Group, start: Start) -> Result<()> {
+    async fn create_group(&self, destination: &Destination, group: &Group, start: Start) -> Result<()> {
         GROUPS.lock().entry(destination.clone()).or_default().insert(group.clone());
         let (name, topic, mut list) = (group_id(destination, group), topic(destination), Self::partitions(destination));
         let commit = move |own: &Self| {
             let reader = own.reader(&name)?;
-            for partition in 0..PARTITIONS {
-                let (first, next) = reader.fetch_watermarks(&topic, partition, LIMIT)?;
+            for (partition, (first, next)) in (0..).zip(ends(&reader, &topic)?) {
                 let at = if start == Start::Latest { next } else { first };
                 list.set_partition_offset(&topic, partition, Offset::Offset(at))?;
             }
@@ -149,11 +162,43 @@ impl Topology {
         self.apart("declare", commit).await
     }
 
-    /// Deletes a topic with its groups, or one group.
+    /// Creates what is missing of a topic and of a group's place in it.
     ///
     /// # Errors
     /// `Unavailable`.
+    pub async fn declare(&self, spec: &TopologySpec) -> Result<Declared> {
+        let is_new = !self.has_topic(&spec.destination).await? && self.create_topic(&spec.destination).await?;
+        let declared = if is_new { Declared::Created } else { Declared::Existed };
+        match &spec.group {
+            Some(group) if is_new || !self.has_group(&spec.destination, group).await? => {
+                self.create_group(&spec.destination, group, spec.start).await?;
+                Ok(Declared::Created)
+            }
+            _ => Ok(declared),
+        }
+    }
+
+    /// Looks whether topic and group are there.
+    ///
+    /// # Errors
+    /// `NotFound`, `Unavailable`.
+    pub async fn verify(&self, spec: &TopologySpec) -> Result<()> {
+        let missing = |what: &str| Err(Error::new(ErrorKind::NotFound, "verify", format!("there is no such {what}")));
+        if !self.has_topic(&spec.destination).await? {
+            return missing("topic");
+        }
+        match &spec.group {
+            Some(group) if !self.has_group(&spec.destination, group).await? => missing("group"),
+            _ => Ok(()),
+        }
+    }
+
+    /// Deletes a topic with its groups, or one group.
+    ///
+    /// # Errors
+    /// `NotFound`, `Unavailable`.
     pub async fn delete(&self, destination: &Destination, group: Option<&Group>) -> Result<()> {
+        self.verify(&TopologySpec { group: group.cloned(), ..TopologySpec::destination(destination) }).await?;
         let options = AdminOptions::new().operation_timeout(Some(LIMIT));
         let unavailable = |error| failed(ErrorKind::Unavailable, "delete", error);
         let groups = match group {

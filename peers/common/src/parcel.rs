@@ -137,7 +137,7 @@ mod tests {
 
     #[test]
     fn a_message_comes_out_of_its_parcel_as_it_went_in_whether_its_headers_are_carried_or_not() {
-        let bare = Message::new("d", "body").with_content_type("").with_key([0, 255]);
+        let bare = Message::new("d", "body").with_content_type("").with_key(&[0_u8, 255][..]);
         let headed = bare.clone().with_header("B", "x y").with_header("a", "");
         let repeated = headed.clone().with_header("A", [0, 13, 255]);
         for message in [Message::new("d", ""), bare, headed, repeated] {

@@ -38,6 +38,12 @@ pub trait Peer: Send + Sync + 'static {
     /// Opens the peer's consumer of one destination; it sends what comes until the receiver is gone.
     async fn consume(&self, destination: &Destination, spec: &SubscribeSpec, into: Sender) -> Result<Deliveries>;
 
+    /// How many deliveries the consumer may take from the peer before the suite asks for them: 1, so that what a peer fetches ahead
+    /// stays with the peer. More where the adapter bounds what is out, and a consumer that nobody polls holds others up.
+    fn ahead(&self, _spec: &SubscribeSpec) -> usize {
+        1
+    }
+
     /// Creates what is missing.
     async fn declare(&self, spec: &TopologySpec) -> Result<Declared>;
 
@@ -51,7 +57,7 @@ pub trait Peer: Send + Sync + 'static {
     async fn close(&self) -> Result<()>;
 }
 
-/// Where a consumer sends what comes. There is room for one: what a peer fetches ahead stays with the peer.
+/// Where a consumer sends what comes. There is room for as many as [`Peer::ahead`] says.
 pub type Sender = mpsc::Sender<Result<Box<dyn Held>>>;
 
 /// A consumer that runs; dropped, it ends.

@@ -4,13 +4,13 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, LazyLock};
 
 use anybroker_core::naming::{escape, shorten};
-use anybroker_core::{Destination, ErrorKind, Group, Result};
+use anybroker_core::{Declared, Destination, Error, ErrorKind, Group, Result, TopologySpec};
 use lapin::options::{ExchangeDeclareOptions, ExchangeDeleteOptions, QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, ConnectionProperties, ExchangeKind};
 use parking_lot::Mutex;
 
-use crate::failed;
+use crate::{disown, failed, is_owner, one_group};
 
 /// The groups that this process has made: AMQP lists no queues.
 static GROUPS: LazyLock<Mutex<HashMap<Destination, BTreeSet<String>>>> = LazyLock::new(Mutex::default);
@@ -140,11 +140,46 @@ impl Topology {
         Ok(())
     }
 
-    /// Deletes a queue.
+    /// Creates the one queue of a destination, where it is missing.
     ///
     /// # Errors
-    /// See [`connect`](Self::connect).
-    pub async fn delete_queue(&self, name: &str) -> Result<()> {
+    /// `Unsupported` for a second group; else see [`connect`](Self::connect).
+    pub async fn declare_one(&self, spec: &TopologySpec, is_quorum: bool) -> Result<Declared> {
+        if let Some(group) = &spec.group {
+            one_group(&spec.destination, group, "declare")?;
+        }
+        let name = exchange(&spec.destination);
+        if self.has_queue(&name).await? {
+            return Ok(Declared::Existed);
+        }
+        self.create_queue(&name, is_quorum).await?;
+        Ok(Declared::Created)
+    }
+
+    /// Looks whether the one queue of a destination is there, and is the group's.
+    ///
+    /// # Errors
+    /// `NotFound`; else see [`connect`](Self::connect).
+    pub async fn verify_one(&self, spec: &TopologySpec) -> Result<()> {
+        let is_groups = |group: &Group| is_owner(&spec.destination, group);
+        let has_queue = self.has_queue(&exchange(&spec.destination)).await?;
+        if has_queue && spec.group.as_ref().is_none_or(is_groups) {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::NotFound, "verify", "there is no such queue"))
+    }
+
+    /// Deletes the one queue of a destination.
+    ///
+    /// # Errors
+    /// `NotFound`; else see [`connect`](Self::connect).
+    pub async fn delete_one(&self, destination: &Destination, group: Option<&Group>) -> Result<()> {
+        self.verify_one(&TopologySpec { group: group.cloned(), ..TopologySpec::destination(destination) }).await?;
+        disown(destination);
+        self.delete_queue(&exchange(destination)).await
+    }
+
+    async fn delete_queue(&self, name: &str) -> Result<()> {
         let channel = self.channel().await?;
         let deleted = channel.queue_delete(name.into(), QueueDeleteOptions::default()).await;
         deleted.map(drop).map_err(|error| failed(ErrorKind::Unavailable, "delete", error))

@@ -3,14 +3,14 @@
 use std::time::Duration;
 
 use anybroker_core::naming::{escape, shorten};
-use anybroker_core::{Destination, ErrorKind, Result};
+use anybroker_core::{Declared, Destination, Error, ErrorKind, Group, Result, TopologySpec};
 use aws_config::{BehaviorVersion, Region};
 use aws_sdk_sqs::Client;
 use aws_sdk_sqs::config::Credentials;
 use aws_sdk_sqs::error::DisplayErrorContext;
 use aws_sdk_sqs::types::QueueAttributeName;
 
-use crate::failed;
+use crate::{disown, failed, is_owner, one_group};
 
 /// Of the emulator, which has one.
 pub const REGION: &str = "elasticmq";
@@ -53,11 +53,48 @@ impl Topology {
         Self(Client::new(&config(url).await))
     }
 
-    /// The queue's URL, where there is one.
+    /// Creates the queue of a destination, where it is missing. `visibility` is that of receives which name none.
     ///
     /// # Errors
-    /// `Unavailable`.
-    pub async fn queue_url(&self, destination: &Destination) -> Result<Option<String>> {
+    /// `Unsupported` for a second group, `Unavailable`.
+    pub async fn declare(&self, spec: &TopologySpec, visibility: Duration) -> Result<Declared> {
+        if let Some(group) = &spec.group {
+            one_group(&spec.destination, group, "declare")?;
+        }
+        if self.queue_url(&spec.destination).await?.is_some() {
+            return Ok(Declared::Existed);
+        }
+        self.create_queue(&spec.destination, visibility).await?;
+        Ok(Declared::Created)
+    }
+
+    /// Looks whether the queue is there, and is the group's.
+    ///
+    /// # Errors
+    /// `NotFound`, `Unavailable`.
+    pub async fn verify(&self, spec: &TopologySpec) -> Result<()> {
+        let is_groups = |group: &Group| is_owner(&spec.destination, group);
+        let found = self.queue_url(&spec.destination).await?;
+        if found.is_some() && spec.group.as_ref().is_none_or(is_groups) {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::NotFound, "verify", "there is no such queue"))
+    }
+
+    /// Deletes the queue.
+    ///
+    /// # Errors
+    /// `NotFound`, `Unavailable`.
+    pub async fn delete(&self, destination: &Destination, group: Option<&Group>) -> Result<()> {
+        self.verify(&TopologySpec { group: group.cloned(), ..TopologySpec::destination(destination) }).await?;
+        disown(destination);
+        match self.queue_url(destination).await? {
+            Some(url) => self.delete_queue(&url).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn queue_url(&self, destination: &Destination) -> Result<Option<String>> {
         match self.0.get_queue_url().queue_name(queue(destination)).send().await {
             Ok(found) => Ok(found.queue_url),
             Err(error) => {
@@ -67,11 +104,7 @@ impl Topology {
         }
     }
 
-    /// Creates the queue. `visibility` is that of receives which name none.
-    ///
-    /// # Errors
-    /// `Unavailable`.
-    pub async fn create_queue(&self, destination: &Destination, visibility: Duration) -> Result<()> {
+    async fn create_queue(&self, destination: &Destination, visibility: Duration) -> Result<()> {
         let seconds = visibility.as_secs().to_string();
         let made = self.0.create_queue().queue_name(queue(destination));
         let made = made.attributes(QueueAttributeName::VisibilityTimeout, seconds).send().await;
@@ -79,11 +112,7 @@ impl Topology {
         made.map(drop).map_err(unavailable)
     }
 
-    /// Deletes the queue.
-    ///
-    /// # Errors
-    /// `Unavailable`.
-    pub async fn delete_queue(&self, url: &str) -> Result<()> {
+    async fn delete_queue(&self, url: &str) -> Result<()> {
         let gone = self.0.delete_queue().queue_url(url).send().await;
         gone.map(drop).map_err(|error| failed(ErrorKind::Unavailable, "delete", DisplayErrorContext(&error)))
     }

@@ -129,6 +129,11 @@ impl Peer for Kafka {
         Ok(Receipt { position: None, duplicate: false })
     }
 
+    /// As many as may be out: a member that does not poll answers no rebalance. Its own runtime polls until its workers are busy.
+    fn ahead(&self, spec: &SubscribeSpec) -> usize {
+        spec.max_in_flight
+    }
+
     async fn consume(&self, destination: &Destination, spec: &SubscribeSpec, into: Sender) -> Result<Deliveries> {
         let start = if spec.start == Start::Latest { StartOffset::Latest } else { StartOffset::Earliest };
         let source = KafkaTopic::new(topic(destination))
@@ -144,7 +149,6 @@ impl Peer for Kafka {
             let mut stream = std::pin::pin!(subscriber.stream());
             loop {
                 let room = in_flight.room().await;
-                // A place first: what is fetched ahead stays in ruststream's stream.
                 let Ok(place) = into.reserve().await else { break };
                 let Some(item) = stream.next().await else { break };
                 place.send(match item {
@@ -156,31 +160,14 @@ impl Peer for Kafka {
     }
 
     async fn declare(&self, spec: &TopologySpec) -> Result<Declared> {
-        let is_new =
-            !self.topology.has_topic(&spec.destination).await? && self.topology.create_topic(&spec.destination).await?;
-        let declared = if is_new { Declared::Created } else { Declared::Existed };
-        match &spec.group {
-            Some(group) if is_new || !self.topology.has_group(&spec.destination, group).await? => {
-                self.topology.create_group(&spec.destination, group, spec.start).await?;
-                Ok(Declared::Created)
-            }
-            _ => Ok(declared),
-        }
+        self.topology.declare(spec).await
     }
 
     async fn verify(&self, spec: &TopologySpec) -> Result<()> {
-        let missing = |what: &str| Err(Error::new(ErrorKind::NotFound, "verify", format!("there is no such {what}")));
-        if !self.topology.has_topic(&spec.destination).await? {
-            return missing("topic");
-        }
-        match &spec.group {
-            Some(group) if !self.topology.has_group(&spec.destination, group).await? => missing("group"),
-            _ => Ok(()),
-        }
+        self.topology.verify(spec).await
     }
 
     async fn delete(&self, destination: &Destination, group: Option<&Group>) -> Result<()> {
-        self.verify(&TopologySpec { group: group.cloned(), ..TopologySpec::destination(destination) }).await?;
         self.topology.delete(destination, group).await
     }
 

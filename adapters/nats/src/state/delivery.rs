@@ -100,8 +100,9 @@ impl Shared {
         let entry = state.slots[slot as usize].entry.as_mut().expect("what is ready is an entry");
         let feed = &state.feeds[entry.feed as usize];
         let until = now + self.lease;
-        // What the keeper of leases does in time anyway is not done for each message.
-        let helps = feed.kept_until(now) >= until || entry.server_until < now + feed.ack_wait / 2;
+        // A server that waits as long as the lease keeps the message for a process that stands still from now on. One that
+        // waits less does not, whatever is said to it now: there the keeper of leases does it in time, not each hand-out.
+        let helps = feed.ack_wait >= self.lease || entry.server_until < now + feed.ack_wait / 2;
         if entry.server_until < until && helps {
             entry.asked_at = Some(now);
             let _ = self.renewals.send(Renewal { key: (slot, generation), ack: entry.ack.clone() });

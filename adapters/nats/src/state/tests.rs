@@ -69,19 +69,23 @@ async fn what_must_be_here_together_may_be_more_than_may_be_out_and_goes_out_in_
 }
 
 #[tokio::test]
-async fn the_server_is_not_told_of_each_message_that_it_waits_no_longer_for_than_the_lease() {
+async fn the_server_is_told_of_a_message_where_it_can_wait_as_long_as_the_lease_and_has_not_begun_to() {
     let lease = Duration::from_secs(30);
-    let feed = FeedState::new("d".into(), "g".into(), false, lease);
-    let (shared, mut tasks) = Shared::new(lease, 10, vec![feed]);
     let context = DeliveryContext::new("g".into(), None, Arc::new(Nobody));
-    let lay_for =
-        |seconds, sequence| Arrival { since: Instant::now() - Duration::from_secs(seconds), ..arrival(sequence) };
-    shared.arrive(&mut vec![arrival(1), lay_for(5, 2)]);
-    assert_eq!(shared.take(10, &context).unwrap().unwrap().deliveries.len(), 2);
-    assert!(tasks.renewed.try_recv().is_err(), "they are renewed in time, should they still be out then");
-    shared.arrive(&mut vec![lay_for(20, 3)]);
-    assert_eq!(shared.take(10, &context).unwrap().unwrap().deliveries.len(), 1);
-    assert!(tasks.renewed.try_recv().is_ok(), "less than half of the time is left");
+    let is_told = |ack_wait, lay_for| {
+        let feed = FeedState::new("d".into(), "g".into(), false, ack_wait);
+        let (shared, mut tasks) = Shared::new(lease, 10, vec![feed]);
+        let since = Instant::now() - Duration::from_secs(lay_for);
+        shared.arrive(&mut vec![Arrival { since, ..arrival(1) }]);
+        assert_eq!(shared.take(10, &context).unwrap().unwrap().deliveries.len(), 1);
+        tasks.renewed.try_recv().is_ok()
+    };
+    let of_ours = crate::topology::ack_wait(lease);
+    assert!(!is_told(of_ours, 5), "it waits longer than the lease anyway");
+    assert!(is_told(of_ours, 10));
+    assert!(is_told(lease, 1), "a process that stands still from now on has it for the whole lease");
+    assert!(!is_told(lease - Duration::from_secs(1), 5), "it is renewed in time, should it still be out then");
+    assert!(is_told(lease - Duration::from_secs(1), 20), "less than half of the time is left");
 }
 
 #[tokio::test]

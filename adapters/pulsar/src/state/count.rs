@@ -127,7 +127,7 @@ impl Entry {
 
     /// Hand-overs without an outcome, before the one that is going on.
     pub(super) fn lost(&self) -> u32 {
-        self.notes.lost + self.hand_overs.saturating_sub(1)
+        self.notes.lost + self.hand_overs.saturating_sub(1 + self.in_place)
     }
 }
 

@@ -36,9 +36,11 @@ impl Shared {
         own.ready.clear();
         let lane = Lane { index: feed, epoch: own.epoch };
         state.remember(feed);
-        state.entries.retain(|_, entry| entry.feed != feed);
+        let gone: Vec<_> = state.entries.extract_if(|_, entry| entry.feed == feed).map(|(_, entry)| entry).collect();
         state.out = state.entries.values().filter(|entry| entry.is_out()).count();
+        state.kept = state.entries.values().filter(|entry| entry.is_kept()).count();
         state.places.retain(|(other, _), _| *other != feed);
+        gone.iter().for_each(|entry| state.leave(feed, entry.place(), &entry.message));
         if is_lane && was_attached && !state.is_closing {
             state.events.push_back(SubscriptionEvent::Lost { lane });
         }
@@ -137,13 +139,13 @@ impl State {
         })
     }
 
-    /// Whether a hand-over of a source is being stored, or of what came back of it, or is stored and not done.
+    /// Whether a hand-over of a source is being stored, or of what came back of it, or is stored and not done. One that waits for
+    /// a failed message may wait for long: its lane does not wait for it, and its count is one too high then.
     fn is_announcing(&self, source: u32) -> bool {
         let of_source = |feed: &FeedState| feed.source == source && feed.count.as_ref().is_some_and(Count::is_storing);
         self.feeds.iter().any(of_source)
-            || self
-                .entries
-                .values()
-                .any(|entry| self.feeds[entry.feed as usize].source == source && entry.is_announced())
+            || self.entries.values().any(|entry| {
+                self.feeds[entry.feed as usize].source == source && entry.is_announced() && !entry.is_kept()
+            })
     }
 }

@@ -2,7 +2,7 @@
 //! keeps what it was granted. Under a small bound the one permit of each idle source is not reckoned, so that a busy one may have
 //! all of it; what then comes beyond it goes back, or waits here and is not handed out.
 
-use super::{FeedState, State};
+use super::{FeedState, MOST_WAITING, State};
 
 /// Of what comes back to the group, a tenth of `max_in_flight` may be asked for, and so much at most: the group's own topics need
 /// nearly all of it.
@@ -20,12 +20,18 @@ impl State {
     ///
     /// Half of `max_in_flight` is the sources' in equal parts, so that none of them waits for the others; the other half is for
     /// those that need it. What a source is granted at once doubles as long as it uses that up.
+    /// What waits for a failed message takes room of its own, as long as that lasts.
     pub(super) fn wanted(&mut self, feed: u32, max_in_flight: usize) -> usize {
+        let most = match self.kept {
+            0 => max_in_flight,
+            // With what its source was granted for nothing: it may have no more.
+            kept => max_in_flight + (kept + max_in_flight).min(MOST_WAITING),
+        };
         let alike = self.feeds[feed as usize].is_back;
         let number = self.feeds.iter().filter(|other| other.is_back == alike).count();
         let (least, free) = if alike {
             let least = (max_in_flight / 10).min(MOST_BACK).div_ceil(number).max(1);
-            (least, max_in_flight.saturating_sub(self.entries.len()))
+            (least, most.saturating_sub(self.entries.len()))
         } else {
             let here: usize = self.out + self.feeds.iter().map(|other| other.ready.len()).sum::<usize>();
             if here >= max_in_flight {
@@ -39,7 +45,7 @@ impl State {
             let idle = usize::from(least == 1);
             let reckoned = |other: &FeedState| other.used().max(least) - other.permits.min(idle);
             let taken: usize = others.map(|(_, other)| reckoned(other)).sum();
-            let bound = max_in_flight.saturating_sub(taken + came_back).max(least);
+            let bound = most.saturating_sub(taken + came_back).max(least);
             (least, bound.saturating_sub(self.feeds[feed as usize].used()))
         };
         let own = &mut self.feeds[feed as usize];

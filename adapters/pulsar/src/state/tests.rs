@@ -6,7 +6,7 @@ use super::*;
 use crate::wire::Inbound;
 
 /// Nothing is settled here.
-struct Nobody;
+pub(super) struct Nobody;
 
 #[async_trait]
 impl Settler for Nobody {
@@ -27,7 +27,7 @@ fn arrival(entry_id: u64) -> Arrival {
 }
 
 /// A connection on which consumer 1 is there.
-fn consumer() -> (Arc<Conn>, mpsc::UnboundedReceiver<Inbound>) {
+pub(super) fn consumer() -> (Arc<Conn>, mpsc::UnboundedReceiver<Inbound>) {
     let conn = Arc::new(Conn::new(None));
     let inbound = conn.add_consumer(1);
     (conn, inbound)

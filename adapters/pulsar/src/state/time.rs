@@ -55,7 +55,7 @@ impl Shared {
                 Phase::Out { until } if until <= now => over.push(*key),
                 Phase::Out { until } => next = next.min(until),
                 Phase::Ready if gives_back && entry.siblings.is_none() => surplus.push(*key),
-                Phase::Ready | Phase::Settling { .. } => {}
+                Phase::Ready | Phase::Behind | Phase::Settling { .. } => {}
             }
         }
         for key in &due {

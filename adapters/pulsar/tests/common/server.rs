@@ -71,6 +71,12 @@ impl Proxy {
         Self { address, target, cuts, cut }
     }
 
+    /// Where it listens.
+    #[allow(dead_code, reason = "each test binary uses its share")]
+    pub(crate) fn address(&self) -> String {
+        self.address.to_string()
+    }
+
     pub(crate) fn to(&self, target: &str) {
         self.target.send_replace(Some(target.to_owned()));
     }

@@ -2,7 +2,7 @@
 
 use anybroker_core::{Destination, Group};
 
-use super::{Phase, Shared};
+use super::Shared;
 use crate::progress::Place;
 
 /// What came of a stream.
@@ -40,9 +40,9 @@ impl Shared {
         let mut share = Share { next: own.log?.next, ready: 0, out: 0 };
         let entries = own.unacked.values().filter_map(|slot| state.entry_at(*slot));
         for entry in entries.filter(|entry| entry.offset.is_some()) {
-            match entry.phase {
-                Phase::Ready => share.ready += 1,
-                Phase::Out { .. } | Phase::Settling { .. } => share.out += 1,
+            match entry.phase.is_waiting() {
+                true => share.ready += 1,
+                false => share.out += 1,
             }
         }
         Some(share)
@@ -87,6 +87,6 @@ impl Shared {
         }
         let state = self.lock();
         let mut entries = state.feeds[feed as usize].unacked.values().filter_map(|slot| state.entry_at(*slot));
-        entries.all(|entry| entry.phase == Phase::Ready)
+        entries.all(|entry| entry.phase.is_waiting())
     }
 }

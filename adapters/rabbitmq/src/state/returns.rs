@@ -43,4 +43,21 @@ impl Shared {
             state.return_to_server(slot);
         }
     }
+
+    /// Whether what is prefetched should rather go to others: paused, or nobody has received for long.
+    pub(crate) fn is_resting(&self) -> bool {
+        let state = self.lock();
+        state.is_paused || (!state.is_receiving && state.received.is_some_and(|at| at.elapsed() > self.lease / 2))
+    }
+
+    /// A receive begins or ends.
+    pub(crate) fn receiving(&self, is_receiving: bool) {
+        let mut state = self.lock();
+        let was_late = state.received.is_none_or(|at| at.elapsed() > self.lease / 2);
+        (state.is_receiving, state.received) = (is_receiving, Some(Instant::now()));
+        drop(state);
+        if is_receiving && was_late {
+            self.changed.notify_waiters();
+        }
+    }
 }

@@ -23,9 +23,15 @@ pub(in crate::checker) struct Forgetting {
 }
 
 impl Story {
-    /// Whether it comes again because a connection was lost that it was on; takes that.
-    pub(super) fn comes_by_loss(&mut self, at: u64) -> bool {
-        if let Some(place) = self.held.iter().position(|held| held.until <= at) {
+    /// Whether it comes again because a connection was lost that it was on; takes that. A loss that has been told of (`is_told`,
+    /// of a member, from and until when) goes first: what it explains needs no other one to be told of later.
+    pub(super) fn comes_by_loss(&mut self, at: u64, is_told: impl Fn(u64, u64, u64) -> bool) -> bool {
+        self.comes_by_a_loss_that(at, is_told) || self.comes_by_a_loss_that(at, |_, _, _| true)
+    }
+
+    fn comes_by_a_loss_that(&mut self, at: u64, fits: impl Fn(u64, u64, u64) -> bool) -> bool {
+        let of_held = |held: &Held| held.until <= at && fits(held.member, held.at, at);
+        if let Some(place) = self.held.iter().position(of_held) {
             let held = self.held.remove(place);
             self.claims.push(Claim { member: held.member, since: held.at, at });
             self.back_at = held.until;
@@ -33,11 +39,12 @@ impl Story {
             self.uncounted += 1;
             return true;
         }
-        if self.comes_in_doubt(at, true) {
+        if self.comes_in_doubt(at, |held| fits(held.member, held.at, at)) {
             return true;
         }
-        let Some(excuse) = self.excused.pop() else { return false };
-        if let Some((member, since)) = excuse {
+        let of_excuse = |excuse: &Option<(u64, u64)>| excuse.is_none_or(|(member, since)| fits(member, since, at));
+        let Some(place) = self.excused.iter().rposition(of_excuse) else { return false };
+        if let Some((member, since)) = self.excused.remove(place) {
             self.claims.push(Claim { member, since, at });
         }
         self.returns += 1;
@@ -57,8 +64,8 @@ impl Story {
     }
 
     /// Whether it comes again although it is being settled, or was, while nobody could know whether that arrived; takes
-    /// that. `by_loss`: also where a lost connection is the only reason.
-    pub(super) fn comes_in_doubt(&mut self, at: u64, by_loss: bool) -> bool {
+    /// that. `by_loss`: of which deliveries also where a lost connection is the only reason.
+    pub(super) fn comes_in_doubt(&mut self, at: u64, by_loss: impl Fn(&Held) -> bool) -> bool {
         // The lease ended before there was an answer.
         let is_unanswered = |settling: &Settling| {
             let lease_end = settling.held.lease_end;
@@ -70,7 +77,7 @@ impl Story {
             settling.late
                 || !settling.has_come
                     && (settling.in_doubt || is_unanswered(settling))
-                    && (by_loss || !needs_loss(settling))
+                    && (!needs_loss(settling) || by_loss(&settling.held))
                     && settling.doubt_ends.is_none_or(|until| at <= until)
         };
         let Some(settling) = self.settling.iter_mut().find(is_open) else { return false };

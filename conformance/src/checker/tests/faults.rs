@@ -124,6 +124,25 @@ fn a_member_that_was_not_told_of_a_loss_hands_out_once_what_another_one_has_sett
 }
 
 #[test]
+fn a_member_that_was_not_told_of_a_loss_hands_out_of_a_key_what_it_has_while_another_one_holds_the_key() {
+    let both = |hit: &[u32], is_told: bool| {
+        let mut script = Script::new();
+        script.lease = 1_000_000_000;
+        script.subscribed(1, Order::Key, OnFailure::GoPast).subscribed(2, Order::Key, OnFailure::GoPast);
+        script.events.last_mut().unwrap().client = 7;
+        script.published("a", "k", 1).published("b", "k", 2).fault(hit);
+        if is_told {
+            script.lost();
+        }
+        script.delivered_to(2, 1, "a", 1).delivered_to(1, 2, "b", 1);
+        script.names()
+    };
+    assert_eq!(both(&[0], false), [""; 0]);
+    assert_eq!(both(&[0], true), ["concurrent-key"], "it has been told");
+    assert_eq!(both(&[8], false), ["concurrent-key"], "a fault of somebody else");
+}
+
+#[test]
 fn where_the_broker_keeps_leases_a_fault_brings_nothing_back_before_they_end() {
     let again_after = |micros| {
         let mut script = Script::new();
@@ -257,6 +276,21 @@ fn a_copy_that_is_nacked_in_a_fault_counts_although_its_source_came_again_meanwh
 }
 
 #[test]
+fn a_source_and_a_copy_whose_acks_were_forgotten_together_are_explained_by_the_loss_that_was_told() {
+    let mut script = held("a");
+    script.rules.level = AckLevel::Sent;
+    script.wait(LATER).push(What::SettleInvoke { delivery: 1, verb: Verb::Nack });
+    script.push(What::FaultBegin { fault: 1, kind: "cut".into(), clients: vec![0], connections: 1 });
+    script.answered(1).delivered(2, "a", 2).settled(2, Verb::Ack).lost();
+    script.push(What::FaultEnd { fault: 1, connections: 1, bytes: 0 });
+    // The second of them comes while the first is out, on a connection that nothing happens to.
+    script.delivered(3, "a", 1).delivered(4, "a", 2).settled(3, Verb::Ack).settled(4, Verb::Ack);
+    assert_eq!(script.names(), [""; 0]);
+    script.wait(LATER).delivered(5, "a", 2);
+    assert_eq!(script.names(), ["unjustified-duplicate"]);
+}
+
+#[test]
 fn a_killed_server_forgets_the_last_acks_once_each_where_the_record_says_so() {
     let again = |forgets: bool, wait: u64, times: u64| {
         let mut script = held("a");
@@ -299,4 +333,28 @@ fn an_ack_of_what_a_killed_server_had_delivered_may_be_without_effect_and_one_of
     };
     assert_eq!(again(true), [""; 0]);
     assert_eq!(again(false), ["ack-lost"]);
+}
+
+#[test]
+fn a_burial_that_a_killed_member_had_asked_for_leaves_a_letter_or_the_message_or_both_and_not_neither() {
+    let after_the_kill = |has_letter: bool, comes_again: bool| {
+        let mut script = held("a");
+        script.push(What::SettleInvoke { delivery: 1, verb: Verb::DeadLetter });
+        script.push(What::FaultBegin { fault: 1, kind: "process killed".into(), clients: vec![0], connections: 0 });
+        script.push(What::Vanished { subscription: 1 });
+        script.push(What::FaultEnd { fault: 1, connections: 0, bytes: 0 });
+        script.subscribed(2, Order::None, OnFailure::GoPast);
+        if comes_again {
+            script.delivered_to(2, 2, "a", 1).settled(2, Verb::Ack);
+        }
+        if has_letter {
+            script.letter(9, "a");
+        }
+        script.drained();
+        script.names()
+    };
+    for (has_letter, comes_again) in [(true, false), (false, true), (true, true)] {
+        assert_eq!(after_the_kill(has_letter, comes_again), [""; 0], "{has_letter} {comes_again}");
+    }
+    assert_eq!(after_the_kill(false, false), ["lost"]);
 }

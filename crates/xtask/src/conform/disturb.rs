@@ -10,7 +10,7 @@ use crate::brokers::PrivateInstance;
 /// that is this command's own. Empty for what has no server.
 pub(crate) fn arguments(instance: &PrivateInstance, broker: Option<&str>, processes: bool) -> Result<Vec<String>> {
     let Some(broker) = broker else { return Ok(Vec::new()) };
-    let mut arguments = vec!["--faults".to_owned(), "proxy".to_owned()];
+    let mut arguments = vec!["--faults".to_owned(), "proxy,clients".to_owned()];
     let Some(server) = instance.server(broker)? else { return Ok(arguments) };
     let ports = server.ports()?;
     if let (Some(listen), Some(upstream)) = (ports.get("proxy"), ports.get("proxied")) {

@@ -5,26 +5,24 @@
 //! `ConsumerError::Connection`, "making the route reconnect and resume from the last committed offset"; so does this. A bare client
 //! makes topics and the places where groups start, and deletes.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::capability::{AckGranularity, Capabilities, Limits, Parallelism, Support};
 use anybroker_core::{
-    Bus, BusOptions, Declared, Destination, Effect, Endpoint, Error, ErrorKind, Group, Message, Receipt, Result,
-    SubscribeSpec, TopologySpec,
+    Bus, BusOptions, Declared, Destination, Endpoint, ErrorKind, Group, Message, Receipt, Result, SubscribeSpec,
+    TopologySpec,
 };
 use async_trait::async_trait;
 use mq_bridge::endpoints::kafka::{KafkaConsumer, KafkaPublisher};
 use mq_bridge::models::KafkaConfig;
-use mq_bridge::traits::{CommitFunc, MessageConsumer, MessageDisposition, MessagePublisher};
+use mq_bridge::traits::{CommitFunc, MessageConsumer, MessageDisposition};
 use parking_lot::Mutex;
-use peer_mq_bridge::{PEER, canonical, parcel_of};
+use peer_mq_bridge::{PEER, Publishers, parcel_of};
 use peers_common::kafka::{PARTITIONS, Topology, group_id, servers, topic};
-use peers_common::{
-    Counted, Deliveries, Held, InFlight, Parcel, Peer, PeerBroker, Sender, Setup, failed, modest, refused,
-};
+use peers_common::{Counted, Deliveries, Held, InFlight, Parcel, Peer, PeerBroker, Sender, Setup, failed, refused};
 
 fn main() -> ExitCode {
     peers_common::main(Setup {
@@ -45,7 +43,7 @@ async fn connect(url: String, creates: bool) -> Result<Bus> {
         endpoint: Endpoint { scheme: "mq-bridge", mode: "kafka".into(), url, server: peers_common::server() },
         record: record(),
         topology: Topology::new(&servers)?,
-        publishers: Mutex::default(),
+        publishers: Publishers::default(),
         servers,
     };
     Ok(Bus::new(Arc::new(PeerBroker::new(peer, creates)), BusOptions::default()))
@@ -53,32 +51,23 @@ async fn connect(url: String, creates: bool) -> Result<Bus> {
 
 fn record() -> Capabilities {
     Capabilities {
-        // DELIVERY.md: "`mq-bridge` is **at-least-once**. A message is acked only after the output chain reports success".
-        at_least_once: Support::Native,
         // KafkaConfig::partitions: "ordering is only guaranteed per partition key"; ::partition_key names it.
         key_order: Support::Native,
         parallelism: Parallelism::Lanes(u32::try_from(PARTITIONS).unwrap_or(1)),
         ack_granularity: AckGranularity::Prefix,
-        // MessageDisposition::Nack: "Negative acknowledgement (failure)"; REFERENCE.md: "A source that redelivers nacked messages
-        // (a broker) delivers it again".
-        nack: Support::Native,
-        nack_delay: refused("MessageDisposition::Nack takes no delay"),
         // KafkaConfig::group_id.
         groups: Support::Native,
         kept_before_group: Support::Native,
         start_latest: refused("a group starts with the oldest; without one, a subscriber is told no place"),
-        // KafkaConfig::delayed_ack: "If true, do not wait for an acknowledgement when sending to broker. Defaults to false."
-        publish_confirm: Support::Native,
         unroutable_detected: refused("the server creates a topic that a producer asks for"),
         lease: refused("Kafka keeps a record for as long as a member has its partition"),
-        dead_letter: refused("the dlq middleware belongs to a route's output; no word to read letters"),
         tombstones: refused("this adapter does not map its tombstone metadata"),
         limits: Limits {
             // The server's default message.max.bytes, less the headers.
             payload: Some(900_000),
             ..Limits::default()
         },
-        ..modest("mq-bridge")
+        ..peer_mq_bridge::record()
     }
 }
 
@@ -87,7 +76,7 @@ struct Bridge {
     record: Capabilities,
     servers: String,
     topology: Topology,
-    publishers: Mutex<HashMap<Destination, Arc<KafkaPublisher>>>,
+    publishers: Publishers<KafkaPublisher>,
 }
 
 impl Bridge {
@@ -103,16 +92,6 @@ impl Bridge {
             shared: Some(false),
             ..KafkaConfig::default()
         }
-    }
-
-    async fn publisher(&self, destination: &Destination) -> Result<Arc<KafkaPublisher>> {
-        if let Some(publisher) = self.publishers.lock().get(destination) {
-            return Ok(Arc::clone(publisher));
-        }
-        let built = KafkaPublisher::new(&self.config(destination)).await;
-        let publisher = Arc::new(built.map_err(|error| failed(ErrorKind::Unavailable, "publish", error))?);
-        self.publishers.lock().insert(destination.clone(), Arc::clone(&publisher));
-        Ok(publisher)
     }
 }
 
@@ -133,11 +112,9 @@ impl Peer for Bridge {
     }
 
     async fn publish(&self, message: &Message, parcel: Parcel) -> Result<Receipt> {
-        let publisher = self.publisher(message.destination()).await?;
-        match publisher.send(canonical(parcel)).await {
-            Ok(_) => Ok(Receipt { position: None, duplicate: false }),
-            Err(error) => Err(failed(ErrorKind::Unavailable, "publish", error).with_effect(Effect::Unknown)),
-        }
+        let destination = message.destination();
+        let config = self.config(destination);
+        self.publishers.send(destination, KafkaPublisher::new(&config), parcel, None).await
     }
 
     async fn consume(&self, destination: &Destination, spec: &SubscribeSpec, into: Sender) -> Result<Deliveries> {
@@ -174,37 +151,20 @@ impl Peer for Bridge {
     }
 
     async fn declare(&self, spec: &TopologySpec) -> Result<Declared> {
-        let is_new =
-            !self.topology.has_topic(&spec.destination).await? && self.topology.create_topic(&spec.destination).await?;
-        let declared = if is_new { Declared::Created } else { Declared::Existed };
-        match &spec.group {
-            Some(group) if is_new || !self.topology.has_group(&spec.destination, group).await? => {
-                self.topology.create_group(&spec.destination, group, spec.start).await?;
-                Ok(Declared::Created)
-            }
-            _ => Ok(declared),
-        }
+        self.topology.declare(spec).await
     }
 
     async fn verify(&self, spec: &TopologySpec) -> Result<()> {
-        let missing = |what: &str| Err(Error::new(ErrorKind::NotFound, "verify", format!("there is no such {what}")));
-        if !self.topology.has_topic(&spec.destination).await? {
-            return missing("topic");
-        }
-        match &spec.group {
-            Some(group) if !self.topology.has_group(&spec.destination, group).await? => missing("group"),
-            _ => Ok(()),
-        }
+        self.topology.verify(spec).await
     }
 
     async fn delete(&self, destination: &Destination, group: Option<&Group>) -> Result<()> {
-        self.verify(&TopologySpec { group: group.cloned(), ..TopologySpec::destination(destination) }).await?;
         self.topology.delete(destination, group).await
     }
 
     async fn close(&self) -> Result<()> {
         // Consumers are closed by dropping them; publishers have no close.
-        self.publishers.lock().clear();
+        self.publishers.clear();
         Ok(())
     }
 }

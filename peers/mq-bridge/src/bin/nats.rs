@@ -3,7 +3,6 @@
 //! A destination is a stream of mq-bridge's shape, `STREAM.>`, and one subject of it. The durable is mq-bridge's, which names it after
 //! stream and subject: a destination has one group. A bare client makes streams, looks whether things are there, and deletes.
 
-use std::collections::HashMap;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +10,7 @@ use std::time::Duration;
 use anybroker_core::capability::{Capabilities, Limits, Support};
 use anybroker_core::naming::{escape, shorten};
 use anybroker_core::{
-    Bus, BusOptions, Declared, Destination, Effect, Endpoint, Error, ErrorKind, Group, Message, Receipt, Result, Start,
+    Bus, BusOptions, Declared, Destination, Endpoint, Error, ErrorKind, Group, Message, Receipt, Result, Start,
     SubscribeSpec, TopologySpec,
 };
 use async_nats::jetstream::consumer::DeliverPolicy;
@@ -20,12 +19,8 @@ use async_nats::jetstream::{self, ErrorCode};
 use async_trait::async_trait;
 use mq_bridge::endpoints::nats::{NatsConsumer, NatsPublisher};
 use mq_bridge::models::{NatsConfig, NatsDeliverPolicy};
-use mq_bridge::traits::{MessageConsumer, MessagePublisher};
-use parking_lot::Mutex;
-use peer_mq_bridge::{Delivered, PEER, canonical};
-use peers_common::{
-    Deliveries, Parcel, Peer, PeerBroker, Sender, Setup, disown, failed, is_owner, modest, one_group, refused,
-};
+use peer_mq_bridge::{PEER, Publishers, receiving};
+use peers_common::{Deliveries, Parcel, Peer, PeerBroker, Sender, Setup, disown, failed, is_owner, one_group, refused};
 
 /// The server's default `ack_wait`: `NatsConfig` has no word for it.
 const ACK_WAIT: Duration = Duration::from_secs(30);
@@ -55,7 +50,7 @@ async fn connect(url: String) -> Result<Bus> {
         },
         record: record(),
         bare: jetstream::new(bare),
-        publishers: Mutex::default(),
+        publishers: Publishers::default(),
         url,
     };
     Ok(Bus::new(Arc::new(PeerBroker::new(peer, true)), BusOptions::default()))
@@ -63,12 +58,6 @@ async fn connect(url: String) -> Result<Bus> {
 
 fn record() -> Capabilities {
     Capabilities {
-        // DELIVERY.md: "`mq-bridge` is **at-least-once**. A message is acked only after the output chain reports success".
-        at_least_once: Support::Native,
-        // MessageDisposition::Nack: "Negative acknowledgement (failure)"; REFERENCE.md: "A source that redelivers nacked messages
-        // (a broker) delivers it again".
-        nack: Support::Native,
-        nack_delay: refused("MessageDisposition::Nack takes no delay"),
         // JetStream's, at the server's default.
         lease: Support::Native,
         groups: refused(
@@ -77,13 +66,10 @@ fn record() -> Capabilities {
         // NatsConfig::deliver_policy: "The delivery policy for the consumer. Defaults to \"all\"."
         kept_before_group: Support::Native,
         start_latest: Support::Native,
-        // NatsConfig::delayed_ack: "If true, do not wait for an acknowledgement when sending to broker. Defaults to false."
-        publish_confirm: Support::Native,
         unroutable_detected: Support::Native,
         publish_dedup: refused("`deduplicate` sends an id, but its answer does not tell a duplicate"),
         // As AnyBroker's own record of JetStream: the file of acks is not written at once.
         survives_process_kill: Support::emulated("the server may forget acks of the last moment"),
-        dead_letter: refused("the dlq middleware belongs to a route's output; no word to read letters"),
         limits: Limits {
             // The server's default max_payload, less the headers.
             payload: Some(950_000),
@@ -91,7 +77,7 @@ fn record() -> Capabilities {
             lease_max_ms: Some(30_000),
             ..Limits::default()
         },
-        ..modest("mq-bridge")
+        ..peer_mq_bridge::record()
     }
 }
 
@@ -112,7 +98,7 @@ struct Bridge {
     record: Capabilities,
     url: String,
     bare: jetstream::Context,
-    publishers: Mutex<HashMap<Destination, Arc<NatsPublisher>>>,
+    publishers: Publishers<NatsPublisher>,
 }
 
 impl Bridge {
@@ -126,16 +112,6 @@ impl Bridge {
             shared: Some(false),
             ..NatsConfig::default()
         }
-    }
-
-    async fn publisher(&self, destination: &Destination) -> Result<Arc<NatsPublisher>> {
-        if let Some(publisher) = self.publishers.lock().get(destination) {
-            return Ok(Arc::clone(publisher));
-        }
-        let built = NatsPublisher::new(&self.config(destination)).await;
-        let publisher = Arc::new(built.map_err(|error| failed(ErrorKind::Unavailable, "publish", error))?);
-        self.publishers.lock().insert(destination.clone(), Arc::clone(&publisher));
-        Ok(publisher)
     }
 
     async fn stream(&self, destination: &Destination, operation: &'static str) -> Result<jetstream::stream::Stream> {
@@ -194,36 +170,20 @@ impl Peer for Bridge {
     }
 
     async fn publish(&self, message: &Message, parcel: Parcel) -> Result<Receipt> {
-        let publisher = self.publisher(message.destination()).await?;
-        match publisher.send(canonical(parcel)).await {
-            Ok(_) => Ok(Receipt { position: None, duplicate: false }),
-            // Its errors have no kinds; this is what they say in words.
-            Err(error) if error.to_string().contains("stream not found") => {
-                Err(failed(ErrorKind::NotFound, "publish", error).with_effect(Effect::NotDone))
-            }
-            Err(error) => Err(failed(ErrorKind::Unavailable, "publish", error).with_effect(Effect::Unknown)),
-        }
+        let destination = message.destination();
+        let config = self.config(destination);
+        self.publishers.send(destination, NatsPublisher::new(&config), parcel, Some("stream not found")).await
     }
 
     async fn consume(&self, destination: &Destination, spec: &SubscribeSpec, into: Sender) -> Result<Deliveries> {
         one_group(destination, &spec.group, "subscribe")?;
         let start = self.start(destination, "subscribe").await?.unwrap_or(spec.start);
-        let (config, mut consumer) = self.consumer(destination, start, Some(spec.max_in_flight)).await?;
-        Ok(Deliveries::driven_by(async move {
-            // A place first: what is fetched ahead stays in mq-bridge's consumer.
-            while let Ok(place) = into.reserve().await {
-                match consumer.receive().await {
-                    Ok(received) => place.send(Ok(Box::new(Delivered::of(received)))),
-                    Err(error) => {
-                        place.send(Err(failed(ErrorKind::Unavailable, "receive", error)));
-                        match NatsConsumer::new(&config).await {
-                            Ok(again) => consumer = again,
-                            Err(_) => tokio::time::sleep(Duration::from_secs(1)).await,
-                        }
-                    }
-                }
-            }
-        }))
+        let (config, consumer) = self.consumer(destination, start, Some(spec.max_in_flight)).await?;
+        let again = move || {
+            let config = config.clone();
+            async move { NatsConsumer::new(&config).await }
+        };
+        Ok(receiving(consumer, again, into))
     }
 
     async fn declare(&self, spec: &TopologySpec) -> Result<Declared> {
@@ -276,7 +236,7 @@ impl Peer for Bridge {
 
     async fn close(&self) -> Result<()> {
         // Consumers are closed by dropping them; publishers have no close.
-        self.publishers.lock().clear();
+        self.publishers.clear();
         Ok(())
     }
 }

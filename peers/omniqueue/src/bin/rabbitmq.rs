@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anybroker_core::capability::{Capabilities, Limits, Support};
 use anybroker_core::{
-    Bus, BusOptions, Declared, Destination, Effect, Endpoint, Error, ErrorKind, Group, Message, Receipt, Result,
+    Bus, BusOptions, Declared, Destination, Effect, Endpoint, ErrorKind, Group, Message, Receipt, Result,
     SubscribeSpec, TopologySpec,
 };
 use async_trait::async_trait;
@@ -21,9 +21,7 @@ use omniqueue::backends::{RabbitMqBackend, RabbitMqConfig, RabbitMqProducer};
 use omniqueue::{Delivery, QueueError};
 use parking_lot::Mutex;
 use peers_common::rabbitmq::{Topology, exchange};
-use peers_common::{
-    Deliveries, Held, Parcel, Peer, PeerBroker, Sender, Setup, disown, failed, is_owner, modest, one_group, refused,
-};
+use peers_common::{Deliveries, Held, Parcel, Peer, PeerBroker, Sender, Setup, failed, modest, one_group, refused};
 
 const PEER: &str = "omniqueue 0.3.0";
 
@@ -158,30 +156,15 @@ impl Peer for Omniqueue {
     }
 
     async fn declare(&self, spec: &TopologySpec) -> Result<Declared> {
-        if let Some(group) = &spec.group {
-            one_group(&spec.destination, group, "declare")?;
-        }
-        let name = exchange(&spec.destination);
-        if self.topology.has_queue(&name).await? {
-            return Ok(Declared::Existed);
-        }
-        self.topology.create_queue(&name, true).await?;
-        Ok(Declared::Created)
+        self.topology.declare_one(spec, true).await
     }
 
     async fn verify(&self, spec: &TopologySpec) -> Result<()> {
-        let is_groups = |group: &Group| is_owner(&spec.destination, group);
-        let has_queue = self.topology.has_queue(&exchange(&spec.destination)).await?;
-        if has_queue && spec.group.as_ref().is_none_or(is_groups) {
-            return Ok(());
-        }
-        Err(Error::new(ErrorKind::NotFound, "verify", "there is no such queue"))
+        self.topology.verify_one(spec).await
     }
 
     async fn delete(&self, destination: &Destination, group: Option<&Group>) -> Result<()> {
-        self.verify(&TopologySpec { group: group.cloned(), ..TopologySpec::destination(destination) }).await?;
-        disown(destination);
-        self.topology.delete_queue(&exchange(destination)).await
+        self.topology.delete_one(destination, group).await
     }
 
     async fn close(&self) -> Result<()> {

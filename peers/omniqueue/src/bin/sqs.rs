@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use anybroker_core::capability::{Capabilities, Limits, Support};
 use anybroker_core::{
-    Bus, BusOptions, Declared, Destination, Effect, Endpoint, Error, ErrorKind, Group, Message, Receipt, Result,
+    Bus, BusOptions, Declared, Destination, Effect, Endpoint, ErrorKind, Group, Message, Receipt, Result,
     SubscribeSpec, TopologySpec,
 };
 use async_trait::async_trait;
@@ -19,8 +19,7 @@ use omniqueue::backends::sqs::{SqsConfigFull, SqsConsumer, SqsProducer};
 use omniqueue::{Delivery, QueueError};
 use peers_common::sqs::{Topology, config, endpoint, is_missing, queue};
 use peers_common::{
-    Counted, Deliveries, Held, InFlight, Parcel, Peer, PeerBroker, Sender, Setup, disown, failed, is_owner, modest,
-    one_group, refused,
+    Counted, Deliveries, Held, InFlight, Parcel, Peer, PeerBroker, Sender, Setup, failed, modest, one_group, refused,
 };
 
 const PEER: &str = "omniqueue 0.3.0";
@@ -180,32 +179,15 @@ impl Peer for Omniqueue {
     }
 
     async fn declare(&self, spec: &TopologySpec) -> Result<Declared> {
-        if let Some(group) = &spec.group {
-            one_group(&spec.destination, group, "declare")?;
-        }
-        if self.topology.queue_url(&spec.destination).await?.is_some() {
-            return Ok(Declared::Existed);
-        }
-        self.topology.create_queue(&spec.destination, VISIBILITY).await?;
-        Ok(Declared::Created)
+        self.topology.declare(spec, VISIBILITY).await
     }
 
     async fn verify(&self, spec: &TopologySpec) -> Result<()> {
-        let is_groups = |group: &Group| is_owner(&spec.destination, group);
-        let found = self.topology.queue_url(&spec.destination).await?;
-        if found.is_some() && spec.group.as_ref().is_none_or(is_groups) {
-            return Ok(());
-        }
-        Err(Error::new(ErrorKind::NotFound, "verify", "there is no such queue"))
+        self.topology.verify(spec).await
     }
 
     async fn delete(&self, destination: &Destination, group: Option<&Group>) -> Result<()> {
-        self.verify(&TopologySpec { group: group.cloned(), ..TopologySpec::destination(destination) }).await?;
-        disown(destination);
-        match self.topology.queue_url(destination).await? {
-            Some(url) => self.topology.delete_queue(&url).await,
-            None => Ok(()),
-        }
+        self.topology.delete(destination, group).await
     }
 
     async fn close(&self) -> Result<()> {

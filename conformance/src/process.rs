@@ -1,0 +1,279 @@
+//! Publishers and members in processes of their own, which end at a named point: nothing of them runs any more, no destructor
+//! and no close, as after a SIGKILL. What they did and saw until then goes to the case's history, event by event.
+
+use std::io::Write;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anybroker_core::{
+    Bus, Destination, Error, ErrorKind, Group, Nack, PublishOptions, Reason, Result, Settlement, SubscribeSpec, Verdict,
+};
+use futures_util::future::{BoxFuture, join};
+use rand::RngExt;
+use rand::rngs::StdRng;
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
+use tokio::process::Command;
+
+use crate::UrlHarness;
+use crate::case::{Breach, Proof, fail};
+use crate::client::Client;
+use crate::consumer::{Held, ack_all};
+use crate::env::Env;
+use crate::history::{Event, History, Verb, What, micros};
+
+/// The environment variable that tells a process of [`Harness::child`](crate::Harness::child) what to do.
+pub const CHILD_JOB: &str = "CONFORMANCE_CHILD_JOB";
+
+/// Begins each line of a process that is one of its events. Others are not looked at.
+const MARK: &str = "conformance-event ";
+/// What the history calls the fault.
+const ENDED: &str = "process killed";
+/// Numbers of calls, deliveries and subscriptions that one process may use.
+const NUMBERS: u64 = 1 << 20;
+/// How much of what a process says of its own failure is told.
+const TOLD: u64 = 4_000;
+const BATCH: usize = 20;
+const KEYS: u32 = 8;
+/// How many deliveries a member has when it ends, and as many it has acked before.
+const HELD: usize = 4;
+/// How long what a process has begun goes on before it ends, at most.
+const ON_ITS_WAY: Duration = Duration::from_millis(4);
+
+/// Where a process ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Point {
+    /// A batch was handed over, and no confirm was read.
+    Publishing,
+    /// All confirms were read.
+    Confirmed,
+    /// With deliveries in its hands, some acked before.
+    Holding,
+    /// Acks were asked for, and no answer was read.
+    Acking,
+    /// Every ack was answered.
+    Acked,
+    /// Nacks were asked for.
+    Nacking,
+    /// Dead letters were asked for.
+    Burying,
+    /// Asked to close, with deliveries in its hands.
+    Closing,
+}
+
+impl Point {
+    /// A word for names.
+    pub(crate) fn label(self) -> String {
+        format!("{self:?}").to_lowercase()
+    }
+
+    fn is_of_publisher(self) -> bool {
+        matches!(self, Self::Publishing | Self::Confirmed)
+    }
+}
+
+/// What a process is told.
+#[derive(Serialize, Deserialize)]
+struct Job {
+    point: Point,
+    destination: Destination,
+    group: Group,
+    scope: String,
+    seed: u64,
+    client: u32,
+    first_number: u64,
+    /// When the history began, in microseconds since 1970.
+    began: u64,
+    lease: Duration,
+    quiet: Duration,
+    patience: Duration,
+}
+
+/// Starts a process that works on the destination until it ends at that point, and takes in what it tells.
+pub(crate) async fn end_at(env: &Env, point: Point, spec: &SubscribeSpec) -> Proof {
+    let command = env.harness.child().map_err(Breach::NotRun)?;
+    let client = env.next_client();
+    let job = Job {
+        point,
+        destination: spec.destinations[0].clone(),
+        group: spec.group.clone(),
+        scope: env.scope().to_owned(),
+        seed: env.rng().random::<u64>() ^ point as u64,
+        client,
+        first_number: env.history.numbers(NUMBERS),
+        began: micros(env.history.began().duration_since(UNIX_EPOCH).unwrap_or_default()),
+        lease: spec.lease,
+        quiet: env.quiet(),
+        patience: env.patience(),
+    };
+    let text = serde_json::to_string(&job).map_err(|error| Breach::Failed(error.to_string()))?;
+    let mut command = Command::from(command);
+    command.env(CHILD_JOB, text).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+    let not_started = |error| Breach::NotRun(format!("no process could be started: {error}"));
+    let mut process = command.spawn().map_err(not_started)?;
+    let (output, errors) = (process.stdout.take().expect("piped"), process.stderr.take().expect("piped"));
+    let working = async {
+        let (fault, told) = join(listen(env, output), beginning_of(errors)).await;
+        Ok::<_, Breach>((fault?, told, process.wait().await))
+    };
+    let (fault, told, status) = env.within("a process that ends by itself", env.patience() * 2, working).await??;
+    let Some(fault) = fault else {
+        fail!("a process ended before it was {}: {status:?}; it said: {}", point.label(), told.trim());
+    };
+    env.history.record(client, What::FaultEnd { fault, connections: 0, bytes: 0 });
+    Ok(())
+}
+
+/// Takes in the events of a process; the fault that it noted, which is its own end.
+async fn listen(env: &Env, output: impl AsyncRead + Unpin) -> Proof<Option<u64>> {
+    let mut lines = BufReader::new(output).lines();
+    let mut own_end = None;
+    loop {
+        let line =
+            lines.next_line().await.map_err(|error| Breach::Failed(format!("listening to a process: {error}")))?;
+        let Some(line) = line else { return Ok(own_end) };
+        let Some(event) = line.strip_prefix(MARK) else { continue };
+        let event: Event =
+            serde_json::from_str(event).map_err(|error| Breach::Failed(format!("`{event}` of a process: {error}")))?;
+        if let What::FaultBegin { fault, .. } = event.what {
+            own_end = Some(fault);
+        }
+        env.history.take_in(event);
+    }
+}
+
+async fn beginning_of(errors: impl AsyncRead + Unpin) -> String {
+    let (mut told, mut rest) = (Vec::new(), tokio::io::sink());
+    let mut errors = errors.take(TOLD);
+    let _ = errors.read_to_end(&mut told).await;
+    // A process that has more to say must not stand still for it.
+    let _ = tokio::io::copy(&mut errors.into_inner(), &mut rest).await;
+    String::from_utf8_lossy(&told).into_owned()
+}
+
+/// What a process of [`Harness::child`](crate::Harness::child) does: publishes or consumes as the suite says in [`CHILD_JOB`],
+/// tells its events on standard output, and ends in the middle of it, by `abort`. `connect` gives a client of the broker that
+/// the suite runs against.
+///
+/// ```no_run
+/// # async fn example(connect: impl Fn() -> futures_util::future::BoxFuture<'static, anybroker_core::Result<anybroker_core::Bus>> + Send + Sync + 'static)
+/// # -> anybroker_core::Result<()> {
+/// if std::env::var_os(anybroker_conformance::CHILD_JOB).is_some() {
+///     return anybroker_conformance::run_child(connect).await;
+/// }
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+/// It returns only where it did not come to that point: `ConfigInvalid` without a job that it can read; what connecting says;
+/// `Unexpected` with what went wrong.
+pub async fn run_child(connect: impl Fn() -> BoxFuture<'static, Result<Bus>> + Send + Sync + 'static) -> Result<()> {
+    let unusable = |text: String| Error::new(ErrorKind::ConfigInvalid, "conform", text);
+    let text = std::env::var(CHILD_JOB).map_err(|error| unusable(format!("{CHILD_JOB}: {error}")))?;
+    let job: Job = serde_json::from_str(&text).map_err(|error| unusable(format!("{CHILD_JOB}: {error}")))?;
+    let bus = connect().await?;
+    let record = Arc::new(bus.capabilities().clone());
+    let harness =
+        UrlHarness::new("a process", connect).with_lease(job.lease).with_quiet(job.quiet).with_patience(job.patience);
+    let began = UNIX_EPOCH.checked_add(Duration::from_micros(job.began)).unwrap_or_else(SystemTime::now);
+    let history = History::part(began, job.first_number, Box::new(tell));
+    let env = Env::part(Arc::new(harness), record, job.scope.clone(), job.seed, history, job.client);
+    let client = env.wrap(bus);
+    let ended = match job.point.is_of_publisher() {
+        true => publish(&env, &client, &job).await,
+        false => consume(&env, &client, &job).await,
+    };
+    match ended {
+        Ok(()) => Ok(()),
+        Err(Breach::Failed(why) | Breach::Inconclusive(why) | Breach::NotRun(why)) => {
+            Err(Error::new(ErrorKind::Unexpected, "conform", why))
+        }
+    }
+}
+
+/// Nothing goes on before the suite can read it.
+fn tell(event: &Event) {
+    let line = serde_json::to_string(event).unwrap_or_default();
+    let mut output = std::io::stdout().lock();
+    let _ = writeln!(output, "{MARK}{line}").and_then(|()| output.flush());
+}
+
+/// The end. Nothing after it runs, nowhere in this process.
+fn end(env: &Env, client: &Client<'_>, subscription: Option<u64>) -> ! {
+    let (fault, clients) = (env.history.number(), vec![client.number()]);
+    client.record(What::FaultBegin { fault, kind: ENDED.into(), clients, connections: 0 });
+    if let Some(subscription) = subscription {
+        client.record(What::Vanished { subscription });
+    }
+    std::process::abort()
+}
+
+async fn publish(env: &Env, client: &Client<'_>, job: &Job) -> Proof {
+    let mut random = env.rng();
+    let batches = random.random_range(2..6);
+    for left in (0..batches).rev() {
+        let batch: Vec<_> = (0..BATCH)
+            .map(|_| client.message(&job.destination, format!("key {}", random.random_range(0..KEYS)).as_str()))
+            .collect();
+        if left > 0 || job.point == Point::Confirmed {
+            client.publish_ok(batch).await?;
+            continue;
+        }
+        client.invoke(&batch);
+        let confirms = async { client.bus.submit(batch, &PublishOptions::default()).await.await };
+        for_a_moment(&mut random, confirms).await;
+    }
+    end(env, client, None)
+}
+
+async fn consume(env: &Env, client: &Client<'_>, job: &Job) -> Proof {
+    let mut random = env.rng();
+    let spec = env.spec(&job.destination, &job.group).with_max_in_flight(BATCH).with_lease(job.lease);
+    let mut consumer = client.subscribe(spec).await?;
+    let subscription = consumer.subscription;
+    ack_all(consumer.take(env.at_once(HELD)).await?).await?;
+    let held = consumer.take(env.at_once(HELD)).await?;
+    let settled_with: fn() -> Settlement = match job.point {
+        Point::Acked => {
+            ack_all(held).await?;
+            end(env, client, Some(subscription))
+        }
+        Point::Closing => {
+            client.record(What::CloseInvoke { subscription });
+            for_a_moment(&mut random, consumer.subscriber.close(env.patience())).await;
+            // Held until the end.
+            drop_never(held);
+            end(env, client, Some(subscription))
+        }
+        Point::Acking => || Settlement::Ack,
+        Point::Nacking => || Settlement::Nack(Nack { delay: Duration::ZERO, error_type: None }),
+        Point::Burying => || Settlement::DeadLetter(Box::new(Verdict::new(Reason::Rejected))),
+        Point::Holding | Point::Publishing | Point::Confirmed => {
+            drop_never(held);
+            end(env, client, Some(subscription))
+        }
+    };
+    let entries = held.into_iter().map(|held| {
+        let (_, delivery_number, delivery) = held.take();
+        let settlement = settled_with();
+        client.record(What::SettleInvoke { delivery: delivery_number, verb: Verb::of(&settlement) });
+        (delivery, settlement)
+    });
+    for_a_moment(&mut random, anybroker_core::settle(entries.collect())).await;
+    end(env, client, Some(subscription))
+}
+
+/// Lets something go on for as long as the seed says, so that it is ended at another place each time.
+async fn for_a_moment(random: &mut StdRng, work: impl Future) {
+    let most = u64::try_from(ON_ITS_WAY.as_micros()).unwrap_or(0);
+    let work = std::pin::pin!(work);
+    let _ = tokio::time::timeout(Duration::from_micros(random.random_range(0..=most)), work).await;
+}
+
+/// A drop would give them back.
+fn drop_never(held: Vec<Held<'_>>) {
+    held.into_iter().for_each(Held::freeze);
+}
