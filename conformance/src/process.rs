@@ -252,6 +252,8 @@ async fn consume(env: &Env, client: &Client<'_>, job: &Job) -> Proof {
         Point::Nacking => || Settlement::Nack(Nack { delay: Duration::ZERO, error_type: None }),
         Point::Burying => || Settlement::DeadLetter(Box::new(Verdict::new(Reason::Rejected))),
         Point::Holding | Point::Publishing | Point::Confirmed => {
+            // As long as it takes a client to do what it does by the clock: commit, renew, note its progress.
+            tokio::time::sleep(env.quiet()).await;
             drop_never(held);
             end(env, client, Some(subscription))
         }
