@@ -51,8 +51,7 @@ impl Created {
 
 impl Env {
     pub(crate) fn new(harness: Arc<dyn Harness>, record: Arc<Capabilities>, scope: String, seed: u64) -> Self {
-        let (history, clients, created) = (History::new(), AtomicU32::new(0), Arc::default());
-        Self { harness, record, history, scope, seed, clients, created }
+        Self::part(harness, record, scope, seed, History::new(), 0)
     }
 
     /// The part of a case's surroundings that another process has: the names are the case's, and so is whatever is created.

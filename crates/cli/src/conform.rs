@@ -183,8 +183,7 @@ impl CommandHarness {
 
 /// The command line of another process that has the same endpoint; its environment is this one's.
 fn process_of(global: &Global, config: &Config) -> Result<Vec<OsString>, String> {
-    let url = config.endpoint_url().and_then(|url| EndpointUrl::parse(url).ok());
-    if url.is_none_or(|url| url.hosts().is_empty() && url.path().is_empty()) {
+    if config.endpoint_url().is_none_or(is_without_a_place) {
         return Err("the broker lives in this process: another one has its own".into());
     }
     let mut arguments: Vec<OsString> = Vec::new();
@@ -215,13 +214,17 @@ fn native(config: &Config) -> Result<Arc<dyn NativeChannel>, String> {
 /// broker without a name may each have one of their own, and the suite needs several to the same.
 fn private(global: &Global) -> Option<(String, String)> {
     let url = global.url.clone().or_else(|| std::env::var("ANYBROKER_URL").ok())?;
-    let parsed = EndpointUrl::parse(&url).ok()?;
-    if !parsed.hosts().is_empty() || !parsed.path().is_empty() {
+    if !is_without_a_place(&url) {
         return None;
     }
     let (scheme, rest) = url.split_once("://")?;
     let named = |what| format!("{scheme}://conform-{}{what}{rest}", std::process::id());
     Some((named(""), named("-strict")))
+}
+
+/// Whether a URL names neither host nor path, as that of a broker in this process does.
+fn is_without_a_place(url: &str) -> bool {
+    EndpointUrl::parse(url).is_ok_and(|url| url.hosts().is_empty() && url.path().is_empty())
 }
 
 /// Whether a second connection sees what the first one declared.
