@@ -9,13 +9,16 @@ use tokio::time::Instant;
 
 use crate::desk::{Desk, Telling, nak};
 use crate::record::Record;
-use crate::state::Key;
+use crate::state::{Key, Looking};
 
 /// As little as that is waited here rather than told to the server.
 const NEARLY: Duration = Duration::from_millis(100);
 
-/// Reads the record of a message that was delivered before.
-pub(crate) async fn look_up(desk: Arc<Desk>, feed: u32, key: Key, ack: Subject) {
+/// Reads the record of a message that was delivered before, where it is not known.
+pub(crate) async fn look_up(desk: Arc<Desk>, Looking { key, feed, ack, known }: Looking) {
+    if known.is_some() {
+        return apply(desk, feed, key, known, ack).await;
+    }
     loop {
         let Some((sequence, _)) = desk.shared.place_of(key) else { return };
         match desk.read_record(feed, sequence).await {
@@ -30,7 +33,7 @@ pub(crate) async fn look_up(desk: Arc<Desk>, feed: u32, key: Key, ack: Subject) 
 }
 
 /// Makes a message ready, or sends it back when it comes too early: a restarted server may have forgotten its delay.
-pub(crate) async fn apply(desk: Arc<Desk>, feed: u32, key: Key, found: Option<(Record, u64)>, ack: Subject) {
+async fn apply(desk: Arc<Desk>, feed: u32, key: Key, found: Option<(Record, u64)>, ack: Subject) {
     let Some((mut record, place)) = found else { return desk.shared.ready(key, Record::default(), None) };
     let not_before = Timestamp::from_millis(record.not_before);
     let early = not_before.since(Timestamp::now());

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::{
-    AckLevel, Delivery, Error, ErrorKind, Lane, Nack, Reason, Result, SettleError, SettleOutcome, Settlement, Settler,
-    Settling, Timestamp, Token, Verdict,
+    AckLevel, Delivery, Effect, Error, ErrorKind, Lane, Nack, Reason, Result, SettleError, SettleOutcome, Settlement,
+    Settler, Settling, Timestamp, Token, Verdict,
 };
 use async_trait::async_trait;
 use tokio::runtime::Handle;
@@ -188,7 +188,8 @@ async fn store(desk: &Arc<Desk>, jobs: Vec<Job>, deadline: Instant) -> Vec<(usiz
                 stored.push(job);
             }
             Err(error) => {
-                desk.shared.unsettled(job.taken.key);
+                let may_have_failed = matches!(job.then, Then::Nack(..)) && error.effect() != Effect::NotDone;
+                desk.shared.unsettled(job.taken.key, may_have_failed);
                 outcomes.push((job.index, Err(SettleError::new(job.delivery, not_stored(&error, &job.then)))));
             }
         }
@@ -276,7 +277,7 @@ pub(crate) async fn expire(desk: &Arc<Desk>, expired: Vec<Expired>) {
 }
 
 fn not_told(desk: &Desk, key: Key, delivery: Delivery, error: Error) -> SettleError {
-    desk.shared.unsettled(key);
+    desk.shared.unsettled(key, false);
     let error = error.with("group", delivery.group()).with("id", delivery.message().id());
     SettleError::new(delivery, error)
 }

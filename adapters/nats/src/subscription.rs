@@ -16,6 +16,7 @@ use crate::config::Settings;
 use crate::desk::{Desk, Scope};
 use crate::feed::Feed;
 use crate::link::{Link, by};
+use crate::lookup::look_up;
 use crate::names::Names;
 use crate::owner::Owner;
 use crate::settle::{self, NatsSettler};
@@ -99,8 +100,8 @@ impl NatsSubscription {
     }
 }
 
-/// Renews leases, and settles what has expired, until the subscription is gone.
-async fn keep(desk: Arc<Desk>, Tasks { mut renewed, mut expired }: Tasks) {
+/// Renews leases, settles what has expired, and looks up what may have failed, until the subscription is gone.
+async fn keep(desk: Arc<Desk>, Tasks { mut renewed, mut expired, mut looking }: Tasks) {
     let shared = Arc::clone(&desk.shared);
     let mut next = Instant::now();
     loop {
@@ -121,6 +122,10 @@ async fn keep(desk: Arc<Desk>, Tasks { mut renewed, mut expired }: Tasks) {
                 }
                 let desk = Arc::clone(&desk);
                 tokio::spawn(async move { settle::expire(&desk, all).await });
+            }
+            again = looking.recv() => {
+                let Some(again) = again else { return };
+                tokio::spawn(look_up(Arc::clone(&desk), again));
             }
             () = tokio::time::sleep_until(next) => next = Instant::now() + shared.keep_leases(),
         }

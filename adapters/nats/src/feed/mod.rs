@@ -22,9 +22,9 @@ use crate::codec::{self, Stored};
 use crate::desk::Desk;
 use crate::inbox::Inbox;
 use crate::link;
-use crate::lookup::{apply, look_up};
+use crate::lookup::look_up;
 use crate::owner::Owner;
-use crate::state::{Arrival, Looking};
+use crate::state::Arrival;
 use fresh::Fresh;
 use gather::Gathering;
 
@@ -352,12 +352,8 @@ impl Feed {
         if self.arrivals.is_empty() {
             return;
         }
-        for Looking { key, ack, known } in self.desk.shared.arrive(&mut self.arrivals) {
-            let desk = Arc::clone(&self.desk);
-            match known {
-                Some(known) => tokio::spawn(apply(desk, self.index, key, Some(known), ack)),
-                None => tokio::spawn(look_up(desk, self.index, key, ack)),
-            };
+        for looking in self.desk.shared.arrive(&mut self.arrivals) {
+            tokio::spawn(look_up(Arc::clone(&self.desk), looking));
         }
     }
 

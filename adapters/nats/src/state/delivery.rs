@@ -40,7 +40,7 @@ impl Shared {
     pub(crate) fn ready(&self, key: Key, record: Record, record_at: Option<u64>) {
         let mut state = self.lock();
         if let Some(entry) = state.entry(key) {
-            (entry.record, entry.record_at) = (record, record_at);
+            (entry.record, entry.record_at, entry.may_have_failed) = (record, record_at, false);
             state.make_ready(key);
         }
         drop(state);
@@ -196,14 +196,16 @@ impl Shared {
         }
     }
 
-    /// It could not be settled: it is the application's again.
-    pub(crate) fn unsettled(&self, key: Key) {
+    /// It could not be settled: it is the application's again. One that may have failed keeps in the way of later messages
+    /// what a failure keeps there, until it is settled or its record is read.
+    pub(crate) fn unsettled(&self, key: Key, may_have_failed: bool) {
         let mut guard = self.lock();
         let state = &mut *guard;
         let Some(entry) = state.entry(key) else { return };
         let Phase::Settling { until } = entry.phase else { return };
         entry.phase = Phase::Out { until };
-        if entry.record.failures == 0 {
+        entry.may_have_failed |= may_have_failed;
+        if entry.has_not_failed() {
             let (feed, message, sequence) = (entry.feed, Arc::clone(&entry.message), entry.sequence);
             state.feeds[feed as usize].unblock(&message, sequence);
         }
@@ -229,6 +231,7 @@ impl Shared {
         let state = &mut *guard;
         let Some(entry) = state.entry(key) else { return };
         (entry.record, entry.record_at, entry.phase) = (record, Some(record_at), Phase::Waiting);
+        entry.may_have_failed = false;
         let (feed, message, sequence) = (entry.feed, Arc::clone(&entry.message), entry.sequence);
         let feed = &mut state.feeds[feed as usize];
         feed.looking.remove(&sequence);
@@ -306,11 +309,12 @@ impl State {
             is_known: true,
             asked_at: None,
             phase: Phase::Looking,
+            may_have_failed: false,
         };
         let key = self.insert(entry);
         let Some(ack) = looked_up else { return Some(Ok(key)) };
         self.feeds[place.0 as usize].looking.insert(place.1, (self.arrivals, now));
         let known = remembered.filter(|(record, _)| record.delivered + 1 == arrival.delivered);
-        Some(Err(Looking { key, ack, known }))
+        Some(Err(Looking { key, feed: place.0, ack, known }))
     }
 }

@@ -157,6 +157,8 @@ pub(crate) struct Entry {
     /// When the server was asked for more time.
     pub(super) asked_at: Option<Instant>,
     pub(super) phase: Phase,
+    /// A nack of it had no answer: its record may count a failure that is not known here.
+    pub(super) may_have_failed: bool,
 }
 
 impl Entry {
@@ -171,6 +173,10 @@ impl Entry {
             redrives: self.redrives,
             first_at: self.record.first_at().or((self.delivered == 1).then_some(self.arrived_at)),
         }
+    }
+
+    pub(super) fn has_not_failed(&self) -> bool {
+        self.record.failures == 0 && !self.may_have_failed
     }
 
     pub(super) fn is_expired(&self) -> bool {
@@ -211,9 +217,10 @@ pub(crate) struct Surrendered {
     pub(crate) spared: Option<Record>,
 }
 
-/// An arrival whose record has to be read or applied first.
+/// A message whose record has to be read or applied first.
 pub(crate) struct Looking {
     pub(crate) key: Key,
+    pub(crate) feed: u32,
     pub(crate) ack: Subject,
     /// Its record, where it is known.
     pub(crate) known: Option<(Record, u64)>,

@@ -18,7 +18,9 @@ impl Shared {
             if !counts {
                 (entry.was_out, entry.again) = (entry.again > 0, entry.again.saturating_sub(1));
             }
-            state.make_ready(key);
+            if let Some(looking) = state.again(key) {
+                let _ = self.lookups.send(looking);
+            }
         }
         drop(state);
         self.arrived.notify_one();
@@ -101,14 +103,16 @@ impl Shared {
         for slot in over {
             let Some(mut entry) = state.remove(slot) else { continue };
             let feed = &state.feeds[entry.feed as usize];
-            if feed.blocks.is_some() && entry.record.failures > 0 {
+            if feed.blocks.is_some() && !entry.has_not_failed() {
                 // Later ones wait for it: it stays, as a new delivery, and keeps its place at the server.
                 let ack = entry.ack.clone();
                 entry.server_until = now + feed.ack_wait;
                 entry.phase = Phase::Looking;
                 let key = state.insert(entry);
                 let _ = self.renewals.send(Renewal { key, ack });
-                state.make_ready(key);
+                if let Some(looking) = state.again(key) {
+                    let _ = self.lookups.send(looking);
+                }
             }
         }
         drop(guard);

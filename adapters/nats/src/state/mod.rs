@@ -37,6 +37,8 @@ pub(crate) struct Tasks {
     /// Deliveries whose lease is to be renewed.
     pub(crate) renewed: mpsc::UnboundedReceiver<Renewal>,
     pub(crate) expired: mpsc::UnboundedReceiver<Expired>,
+    /// What may have failed, before it is handed out again.
+    pub(crate) looking: mpsc::UnboundedReceiver<Looking>,
 }
 
 /// Shared by the subscription, its feeds and its settler.
@@ -52,6 +54,8 @@ pub(crate) struct Shared {
     renewals: mpsc::UnboundedSender<Renewal>,
     /// Where messages go whose time to live has ended.
     expiries: mpsc::UnboundedSender<Expired>,
+    /// Where messages go whose record is to be read again.
+    lookups: mpsc::UnboundedSender<Looking>,
     /// Set when the subscription closes: until when it may take.
     pub(crate) closing: watch::Sender<Option<Instant>>,
     /// How many feeds work.
@@ -83,11 +87,12 @@ impl Shared {
     pub(crate) fn new(lease: Duration, max_in_flight: usize, feeds: Vec<FeedState>) -> (Self, Tasks) {
         let (renewals, renewed) = mpsc::unbounded_channel();
         let (expiries, expired) = mpsc::unbounded_channel();
+        let (lookups, looking) = mpsc::unbounded_channel();
         let working = watch::Sender::new(feeds.len());
         let state = Mutex::new(State { feeds, received: Some(Instant::now()), ..State::default() });
         let (arrived, room, closing) = (Notify::new(), Notify::new(), watch::Sender::new(None));
-        let shared = Self { state, lease, max_in_flight, arrived, room, renewals, expiries, closing, working };
-        (shared, Tasks { renewed, expired })
+        let shared = Self { state, lease, max_in_flight, arrived, room, renewals, expiries, lookups, closing, working };
+        (shared, Tasks { renewed, expired, looking })
     }
 
     /// Stops pulling and receiving; what is here goes back until `deadline`. Idempotent.

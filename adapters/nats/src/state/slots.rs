@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anybroker_core::{Lane, Token};
 use tokio::time::Instant;
 
-use super::entry::{Entry, Key, Phase};
+use super::entry::{Entry, Key, Looking, Phase};
 use super::{Expired, State};
 
 #[derive(Default)]
@@ -66,13 +66,31 @@ impl State {
         let Some(entry) = self.entry(key) else { return };
         entry.phase = Phase::Ready;
         let (feed, sequence) = (entry.feed, entry.sequence);
-        let failed = (entry.record.failures > 0).then(|| Arc::clone(&entry.message));
+        let (message, has_not_failed) = (Arc::clone(&entry.message), entry.has_not_failed());
         let feed = &mut self.feeds[feed as usize];
         feed.looking.remove(&sequence);
         feed.ready.insert(sequence, key.0);
-        if let Some(message) = failed {
+        if has_not_failed {
+            feed.unblock(&message, sequence);
+        } else {
             feed.block(&message, sequence);
         }
+    }
+
+    /// To be handed out again by this member: at once, or, where it may have failed, when its record has told.
+    pub(super) fn again(&mut self, key: Key) -> Option<Looking> {
+        let entry = self.entry(key)?;
+        if !entry.may_have_failed {
+            self.make_ready(key);
+            return None;
+        }
+        entry.phase = Phase::Looking;
+        let (feed, sequence, arrival, ack) = (entry.feed, entry.sequence, entry.arrival, entry.ack.clone());
+        let message = Arc::clone(&entry.message);
+        let own = &mut self.feeds[feed as usize];
+        own.looking.insert(sequence, (arrival, Instant::now()));
+        own.block(&message, sequence);
+        Some(Looking { key, feed, ack, known: None })
     }
 
     pub(super) fn next_ready(&mut self, feed: usize, now: Instant) -> Option<u32> {

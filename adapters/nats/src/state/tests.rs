@@ -1,4 +1,4 @@
-use anybroker_core::{Delivery, DeliveryContext, Lane, Result, Settlement, Settler, Settling, Token};
+use anybroker_core::{Delivery, DeliveryContext, Lane, Order, Result, Settlement, Settler, Settling, Token};
 use async_trait::async_trait;
 
 use super::*;
@@ -100,4 +100,45 @@ async fn a_paused_member_asks_for_nothing_not_even_for_what_must_be_here_togethe
     assert_eq!((shared.reserve(0), shared.reserve_for(0, 5, 5)), (0, 0));
     shared.lock().is_paused = false;
     assert_eq!(shared.reserve_for(0, 5, 5), 5);
+}
+
+/// Two messages of one key, of which the first is nacked without an answer, until its lease has ended.
+async fn a_nack_without_an_answer(lease: Duration) -> (Shared, Tasks, Arc<DeliveryContext>, Key) {
+    let feed = FeedState::new("d".into(), "g".into(), true, lease * 2).blocking(Order::Key);
+    let (shared, tasks) = Shared::new(lease, 10, vec![feed]);
+    shared.gain(0, "d".into(), Instant::now() + lease * 100);
+    let context = DeliveryContext::new("g".into(), None, Arc::new(Nobody));
+    let of_the_key = |sequence| {
+        let message = Arc::new(Message::new("d", "m").with_key("k"));
+        Arrival { message, ..arrival(sequence) }
+    };
+    shared.arrive(&mut [1, 2].map(of_the_key).into());
+    let first = shared.take(1, &context).unwrap().unwrap().deliveries.remove(0);
+    let taken = shared.begin(first.token(), first.lane()).unwrap();
+    shared.failing(taken.key);
+    shared.unsettled(taken.key, true);
+    assert!(shared.take(10, &context).unwrap().is_none_or(|received| received.deliveries.is_empty()));
+    tokio::time::sleep(lease * 2).await;
+    shared.keep_leases();
+    (shared, tasks, context, taken.key)
+}
+
+#[tokio::test]
+async fn what_may_have_failed_blocks_its_key_until_its_record_has_told() {
+    for (failures, together) in [(1, vec![(1, 2)]), (0, vec![(1, 1), (2, 1)])] {
+        let (shared, mut tasks, context, key) = a_nack_without_an_answer(Duration::from_millis(50)).await;
+        let take = || {
+            let received = shared.take(10, &context).unwrap();
+            let deliveries = received.map_or_else(Vec::new, |received| received.deliveries);
+            deliveries.iter().map(|held| (held.position().unwrap().major, held.attempt())).collect::<Vec<_>>()
+        };
+        assert_eq!(take(), vec![]);
+        let again = tasks.looking.try_recv().unwrap();
+        assert_ne!(again.key, key, "the delivery whose lease has ended settles nothing");
+        let record = Record { failures, ..Record::default() };
+        shared.ready(again.key, record, Some(7));
+        assert_eq!(take(), together);
+        shared.settled(again.key);
+        assert_eq!(take().len(), 2 - together.len(), "nothing stands in its way any more");
+    }
 }
