@@ -3,11 +3,11 @@
 
 mod common;
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use anybroker_conformance::{Options, UrlHarness, run};
+use anybroker_conformance::{Options, UrlHarness};
 use anybroker_conformance_native::channel;
+use anybroker_testing::judge;
 use common::{try_connect, url};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -30,12 +30,5 @@ async fn suite(settings: &'static str, strict_settings: &'static str) {
         .with_native(native)
         .with_lease(Duration::from_secs(2))
         .with_patience(Duration::from_secs(60));
-    let mut options = Options::default().with_parallelism(16);
-    if let Ok(filter) = std::env::var("ANYBROKER_CONFORM_FILTER") {
-        options = options.with_filter(filter);
-    }
-    let report = run(Arc::new(harness), options).await.unwrap();
-    println!("{}", report.text());
-    let failed: Vec<&str> = report.failures().map(|case| case.name).collect();
-    assert!(failed.is_empty(), "{failed:?}: {}", report.summary());
+    judge(harness, Options::default().with_parallelism(16), &[]).await;
 }

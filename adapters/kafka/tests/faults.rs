@@ -4,11 +4,11 @@
 mod common;
 
 use std::pin::pin;
-use std::sync::Arc;
 use std::time::Duration;
 
-use anybroker_conformance::{CaseReport, Level, Options, Outcome, Route, UrlHarness, run, url_through};
+use anybroker_conformance::{Route, UrlHarness, url_through};
 use anybroker_core::{Delivery, Effect, ErrorKind};
+use anybroker_testing::judge_faults;
 use common::{LONG, Server, connect, numbered, publish, receive, try_connect, unique, url};
 use futures_util::poll;
 use tokio::sync::Mutex;
@@ -18,7 +18,7 @@ const SHARE: [&str; 2] = ["faults/answers-that-are-lost-*", "faults/a-mixed-sche
 /// There is one address that a proxy can stand at.
 static ALONE: Mutex<()> = Mutex::const_new(());
 
-/// A share of them on one seed, which fixes what happens, not when; `cargo xtask faults kafka` runs all of them.
+/// A share of them, with one seed; `cargo xtask faults kafka` runs all of them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn faults_of_connections_break_no_promise() {
     let (Some(url), Some(server)) = (url(), Server::find()) else { return };
@@ -32,13 +32,7 @@ async fn faults_of_connections_break_no_promise() {
         .with_lease(Duration::from_secs(2))
         .with_quiet(Duration::from_secs(1))
         .with_patience(Duration::from_secs(60));
-    let options = Options::default().with_level(Level::Reliability).with_seed(1);
-    let options = SHARE.iter().fold(options, |options, case| options.with_filter(*case));
-    let report = run(Arc::new(harness), options).await.unwrap();
-    println!("{}", report.text());
-    let left_out = |case: &&CaseReport| case.outcome == Outcome::NotRun && !case.name.contains("a-server-");
-    assert_eq!(report.cases.iter().find(left_out).map(|case| case.name), None, "a case about connections was not run");
-    assert!(report.is_green(), "{}", report.summary());
+    judge_faults(harness, 8, &SHARE).await;
 }
 
 /// The copy that brings it back is on its way when its partition is lost: source and copy come, which the answer must not deny.

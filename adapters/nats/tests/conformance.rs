@@ -7,8 +7,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_conformance::mutants::mutants_in_faults;
-use anybroker_conformance::{CaseReport, Level, Options, Outcome, UrlHarness, run};
+use anybroker_conformance::{Level, Options, Outcome, UrlHarness, run};
 use anybroker_conformance_native::channel;
+use anybroker_testing::{judge, judge_faults};
 use common::{try_connect, url};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -26,29 +27,17 @@ async fn the_default_mode_passes_every_case() {
     .with_native(channel(&url, |_| None).unwrap())
     .with_lease(Duration::from_secs(1))
     .with_quiet(Duration::from_millis(500));
-    let mut options = Options::default().with_parallelism(8);
-    if let Ok(filter) = std::env::var("ANYBROKER_TEST_CASES") {
-        options = options.with_filter(filter);
-    }
-    let report = run(Arc::new(harness), options).await.unwrap();
-    println!("{}", report.text());
-    assert!(report.is_green(), "{}", report.summary());
+    judge(harness, Options::default(), &[]).await;
 }
 
 /// The cases that run with every change.
 const SHARE: [&str; 2] = ["faults/a-black-hole-*", "faults/a-mixed-schedule-keeps-*"];
 
-/// A share of them, with one seed, which fixes what happens, not when; `cargo xtask faults nats` runs all of them.
+/// A share of them, with one seed; `cargo xtask faults nats` runs all of them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn faults_of_connections_break_no_promise() {
     let Some(url) = url() else { return };
-    let options = Options::default().with_level(Level::Reliability).with_parallelism(3).with_seed(1);
-    let options = SHARE.iter().fold(options, |options, case| options.with_filter(*case));
-    let report = run(Arc::new(behind_proxies(&url)), options).await.unwrap();
-    println!("{}", report.text());
-    let left_out = |case: &&CaseReport| case.outcome == Outcome::NotRun && !case.name.contains("a-server-");
-    assert_eq!(report.cases.iter().find(left_out).map(|case| case.name), None, "a case about connections was not run");
-    assert!(report.is_green(), "{}", report.summary());
+    judge_faults(behind_proxies(&url), 3, &SHARE).await;
 }
 
 /// Those cases can fail: adapters that are wrong in faults only are found.

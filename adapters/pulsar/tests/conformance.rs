@@ -3,11 +3,11 @@
 
 mod common;
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use anybroker_conformance::{Options, UrlHarness, run};
+use anybroker_conformance::{Options, UrlHarness};
 use anybroker_conformance_native::channel;
+use anybroker_testing::judge;
 use common::{try_connect, url};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -25,11 +25,5 @@ async fn the_default_mode_passes_every_case() {
     .with_native(channel(&url, |_| None).unwrap())
     .with_lease(Duration::from_secs(1))
     .with_quiet(Duration::from_millis(500));
-    let mut options = Options::default().with_parallelism(8);
-    if let Ok(filter) = std::env::var("ANYBROKER_TEST_CASES") {
-        options = options.with_filter(filter);
-    }
-    let report = run(Arc::new(harness), options).await.unwrap();
-    println!("{}", report.text());
-    assert!(report.is_green(), "{}", report.summary());
+    judge(harness, Options::default(), &[]).await;
 }

@@ -3,17 +3,16 @@
 
 mod common;
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use anybroker_conformance::{CaseReport, Level, Options, Outcome, UrlHarness, run};
+use anybroker_conformance::UrlHarness;
+use anybroker_testing::judge_faults;
 use common::{try_connect, url};
 
-/// What is run with every change, with one seed; that fixes what happens, not when.
+/// What is run with every change.
 const SHARE: &[&str] = &["faults/answers-that-are-lost-*", "faults/a-mixed-schedule-keeps-*"];
 
-/// A share of them; `cargo xtask faults pulsar` runs all of them, seed after seed. `ANYBROKER_TEST_CASES` and
-/// `ANYBROKER_TEST_SEED` choose others.
+/// A share of them; `cargo xtask faults pulsar` runs all of them, seed after seed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn faults_of_connections_break_no_promise() {
     let Some(url) = url() else { return };
@@ -25,15 +24,5 @@ async fn faults_of_connections_break_no_promise() {
         .with_lease(Duration::from_secs(1))
         .with_quiet(Duration::from_secs(1))
         .with_patience(Duration::from_secs(60));
-    let seed = std::env::var("ANYBROKER_TEST_SEED").map_or(1, |seed| seed.parse().unwrap());
-    let options = Options::default().with_level(Level::Reliability).with_parallelism(3).with_seed(seed);
-    let options = match std::env::var("ANYBROKER_TEST_CASES") {
-        Ok(chosen) => options.with_filter(chosen),
-        Err(_) => SHARE.iter().fold(options, |options, case| options.with_filter(*case)),
-    };
-    let report = run(Arc::new(harness), options).await.unwrap();
-    println!("{}", report.text());
-    let left_out = |case: &&CaseReport| case.outcome == Outcome::NotRun && !case.name.contains("a-server-");
-    assert_eq!(report.cases.iter().find(left_out).map(|case| case.name), None, "a case about connections was not run");
-    assert!(report.is_green(), "{}", report.summary());
+    judge_faults(harness, 3, SHARE).await;
 }

@@ -1,13 +1,13 @@
 //! The conformance suite on a running server.
-#![allow(clippy::unwrap_used, clippy::print_stdout)]
+#![allow(clippy::unwrap_used)]
 
 mod common;
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use anybroker_conformance::{CaseReport, Level, Options, Outcome, UrlHarness, run};
+use anybroker_conformance::{Options, UrlHarness};
 use anybroker_conformance_native::channel;
+use anybroker_testing::{judge, judge_faults};
 use common::{try_connect, url};
 
 /// Answers that are lost make unknown outcomes, and order meets every other fault.
@@ -33,7 +33,7 @@ async fn what_the_record_of_streams_claims_holds_and_what_it_refuses_is_refused(
     suite("rabbitmq-stream", "queue=stream", &share).await;
 }
 
-/// `ANYBROKER_TEST_CASES` chooses others than `cases`; none are all.
+/// None are all.
 async fn suite(name: &'static str, settings: &'static str, cases: &[&str]) {
     let Some(url) = url() else { return };
     let (fresh, strict) = (url.clone(), url.clone());
@@ -50,32 +50,14 @@ async fn suite(name: &'static str, settings: &'static str, cases: &[&str]) {
     )
     .with_lease(Duration::from_secs(1))
     .with_quiet(Duration::from_millis(500));
-    let options = Options::default().with_parallelism(12);
-    let options = match std::env::var("ANYBROKER_TEST_CASES") {
-        Ok(chosen) => options.with_filter(chosen),
-        Err(_) => cases.iter().fold(options, |options, case| options.with_filter(*case)),
-    };
-    let report = run(Arc::new(harness), options).await.unwrap();
-    println!("{}", report.text());
-    assert!(report.is_green(), "{}", report.summary());
+    judge(harness, Options::default().with_parallelism(12), cases).await;
 }
 
-/// A share of them, with one seed; `cargo xtask faults rabbitmq` runs all of them. `ANYBROKER_TEST_CASES` and `ANYBROKER_TEST_SEED`
-/// choose others.
+/// A share of them, with one seed; `cargo xtask faults rabbitmq` runs all of them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn faults_of_connections_break_no_promise() {
     let Some(url) = url() else { return };
-    let seed = std::env::var("ANYBROKER_TEST_SEED").map_or(1, |seed| seed.parse().unwrap());
-    let options = Options::default().with_level(Level::Reliability).with_parallelism(3).with_seed(seed);
-    let options = match std::env::var("ANYBROKER_TEST_CASES") {
-        Ok(chosen) => options.with_filter(chosen),
-        Err(_) => SHARE.iter().fold(options, |options, case| options.with_filter(*case)),
-    };
-    let report = run(Arc::new(behind_proxies(&url)), options).await.unwrap();
-    println!("{}", report.text());
-    let left_out = |case: &&CaseReport| case.outcome == Outcome::NotRun && !case.name.contains("a-server-");
-    assert_eq!(report.cases.iter().find(left_out).map(|case| case.name), None, "a case about connections was not run");
-    assert!(report.is_green(), "{}", report.summary());
+    judge_faults(behind_proxies(&url), 3, &SHARE).await;
 }
 
 /// Clients go through proxies where a case wants that.

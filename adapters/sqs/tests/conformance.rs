@@ -3,11 +3,11 @@
 
 mod common;
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use anybroker_conformance::{Level, Options, UrlHarness, run};
+use anybroker_conformance::{Options, UrlHarness};
 use anybroker_conformance_native::channel;
+use anybroker_testing::{judge, judge_faults};
 use common::{localstack_url, try_connect, url};
 use tokio::sync::Mutex;
 
@@ -78,8 +78,7 @@ async fn faults_of_connections_break_no_promise() {
         .unwrap()
         .with_lease(Duration::from_secs(2))
         .with_patience(Duration::from_secs(60));
-    let options = Options::default().with_level(Level::Reliability).with_parallelism(3).with_seed(1);
-    judge(harness, options, FAULTS_SHARE).await;
+    judge_faults(harness, 3, FAULTS_SHARE).await;
 }
 
 async fn conform(url: String, parallelism: usize, cases: &[&str]) {
@@ -91,16 +90,4 @@ async fn conform(url: String, parallelism: usize, cases: &[&str]) {
         .with_lease(Duration::from_secs(2))
         .with_patience(Duration::from_secs(60));
     judge(harness, Options::default().with_parallelism(parallelism), cases).await;
-}
-
-/// Runs the cases, or those that `ANYBROKER_CONFORM_FILTER` names.
-async fn judge(harness: UrlHarness, mut options: Options, cases: &[&str]) {
-    match std::env::var("ANYBROKER_CONFORM_FILTER") {
-        Ok(filter) => options = options.with_filter(filter),
-        Err(_) => options = cases.iter().fold(options, |options, case| options.with_filter(*case)),
-    }
-    let report = run(Arc::new(harness), options).await.unwrap();
-    println!("{}", report.text());
-    let failed: Vec<&str> = report.failures().map(|case| case.name).collect();
-    assert!(failed.is_empty(), "{failed:?}: {}", report.summary());
 }

@@ -1,5 +1,7 @@
 //! What the tests of several adapters share.
-#![allow(clippy::print_stdout, reason = "tests say why they do not run")]
+#![allow(clippy::print_stdout, reason = "tests show reports, and say why they do not run")]
+
+mod suite;
 
 use std::process::Command;
 use std::sync::Arc;
@@ -7,6 +9,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use anybroker_conformance::ServerControl;
 use async_trait::async_trait;
+
+pub use suite::{judge, judge_faults};
 
 /// The path of the project's `xtask` binary; `cargo xtask test` sets it.
 const XTASK: &str = "ANYBROKER_XTASK";

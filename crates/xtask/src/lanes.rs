@@ -23,6 +23,9 @@ const LANES: &[&[&str]] =
 /// These use every server, so they wait until nobody else does: packages, or one file of a package's tests.
 const LAST: &[&str] = &["anybroker", "orders", "anybroker-cli tests/conform_brokers.rs"];
 
+/// How many lines of a program that failed are shown once more, behind everything else.
+const SHOWN_AGAIN: usize = 40;
+
 /// What a run of tests is given.
 pub(crate) struct Tests {
     /// For every test.
@@ -114,9 +117,9 @@ impl Tests {
         command.stdout(said.try_clone()?).stderr(said.try_clone()?).stdin(Stdio::null());
         let begun = Instant::now();
         let status = child::wait(&mut command, self.limit);
-        show(program, &mut said, begun.elapsed())?;
+        let text = show(program, &mut said, begun.elapsed())?;
         let status = status?;
-        ensure!(status.success(), "{status}");
+        ensure!(status.success(), "{status}; the end of what it said:\n{}", end_of(&text));
         Ok(())
     }
 }
@@ -127,8 +130,16 @@ impl std::fmt::Display for Program {
     }
 }
 
-/// In one piece, however many lanes there are.
-fn show(program: &Program, said: &mut File, took: Duration) -> Result<()> {
+/// Its last lines, which tell what failed: what it said stands a long way above, among what all the others said.
+fn end_of(text: &[u8]) -> String {
+    let text = String::from_utf8_lossy(text);
+    let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+    let last = lines.iter().skip(lines.len().saturating_sub(SHOWN_AGAIN));
+    last.map(|line| format!("    | {line}")).collect::<Vec<_>>().join("\n")
+}
+
+/// In one piece, however many lanes there are; answers it.
+fn show(program: &Program, said: &mut File, took: Duration) -> Result<Vec<u8>> {
     let mut text = Vec::new();
     said.rewind()?;
     said.read_to_end(&mut text)?;
@@ -136,7 +147,7 @@ fn show(program: &Program, said: &mut File, took: Duration) -> Result<()> {
     writeln!(out, "\n     Running {program} ({:.1} s)", took.as_secs_f64())?;
     out.write_all(&text)?;
     out.flush()?;
-    Ok(())
+    Ok(text)
 }
 
 fn is_in(packages: &[&str], program: &Program) -> bool {
@@ -226,6 +237,15 @@ mod tests {
         assert!(!is_in(LAST, &one_file));
         "tests/conform_brokers.rs".clone_into(&mut one_file.target);
         assert!(is_in(LAST, &one_file));
+    }
+
+    #[test]
+    fn of_what_a_failed_program_said_the_last_lines_are_shown_again() {
+        let text: String = (1..=100).map(|line| format!("line {line}\n\n")).collect();
+        let end = end_of(text.as_bytes());
+        assert_eq!(end.lines().count(), SHOWN_AGAIN);
+        assert_eq!((end.lines().next(), end.lines().last()), (Some("    | line 61"), Some("    | line 100")));
+        assert_eq!(end_of(b""), "");
     }
 
     #[test]

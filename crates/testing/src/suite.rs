@@ -1,0 +1,42 @@
+//! The conformance suite, as a test.
+
+use std::sync::Arc;
+
+use anybroker_conformance::{CaseReport, Level, Options, Outcome, Report, UrlHarness, run};
+
+/// Other cases than the test's own.
+const CASES: &str = "ANYBROKER_TEST_CASES";
+
+/// Another seed than the test's own.
+const SEED: &str = "ANYBROKER_TEST_SEED";
+
+/// Runs those cases, all of them when none is named, and prints the report. `ANYBROKER_TEST_CASES` names others, and
+/// `ANYBROKER_TEST_SEED` another seed.
+///
+/// # Panics
+/// When the report is not green, and when it cannot be made.
+pub async fn judge(harness: UrlHarness, options: Options, cases: &[&str]) -> Report {
+    let options = match std::env::var(CASES) {
+        Ok(chosen) => options.with_filter(chosen),
+        Err(_) => cases.iter().fold(options, |options, case| options.with_filter(*case)),
+    };
+    let options = match std::env::var(SEED) {
+        Ok(seed) => options.with_seed(seed.parse().unwrap_or_else(|_| panic!("{SEED}: {seed} is no whole number"))),
+        Err(_) => options,
+    };
+    let report = run(Arc::new(harness), options).await.unwrap_or_else(|error| panic!("{error}"));
+    println!("{}", report.text());
+    assert!(report.is_green(), "{}", report.summary());
+    report
+}
+
+/// [`judge`] for cases about connections, with one seed, which fixes what happens, not when.
+///
+/// # Panics
+/// As [`judge`], and when a case about connections was not run.
+pub async fn judge_faults(harness: UrlHarness, parallelism: usize, cases: &[&str]) {
+    let options = Options::default().with_level(Level::Reliability).with_parallelism(parallelism).with_seed(1);
+    let report = judge(harness, options, cases).await;
+    let left_out = |case: &&CaseReport| case.outcome == Outcome::NotRun && !case.name.contains("a-server-");
+    assert_eq!(report.cases.iter().find(left_out).map(|case| case.name), None, "a case about connections was not run");
+}
