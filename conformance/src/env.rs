@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use crate::Harness;
 use crate::case::{Breach, Proof};
 use crate::client::Client;
+use crate::faults::Schedule;
 use crate::history::{History, What};
 use crate::punctual::{self, LATE};
 
@@ -22,6 +23,8 @@ pub(crate) struct Env {
     pub(crate) harness: Arc<dyn Harness>,
     pub(crate) record: Arc<Capabilities>,
     pub(crate) history: History,
+    /// Which faults are to happen.
+    pub(crate) schedule: Schedule,
     /// Begins every name; no other case, and no other run, has it.
     scope: String,
     seed: u64,
@@ -54,6 +57,12 @@ impl Env {
         Self::part(harness, record, scope, seed, History::new(), 0)
     }
 
+    /// With these faults of its schedule only, by their numbers from 1.
+    pub(crate) fn with_schedule(mut self, only: Option<Vec<usize>>) -> Self {
+        self.schedule = Schedule::only(only);
+        self
+    }
+
     /// The part of a case's surroundings that another process has: the names are the case's, and so is whatever is created.
     pub(crate) fn part(
         harness: Arc<dyn Harness>,
@@ -63,7 +72,8 @@ impl Env {
         history: History,
         client: u32,
     ) -> Self {
-        Self { harness, record, history, scope, seed, clients: AtomicU32::new(client), created: Arc::default() }
+        let (clients, schedule, created) = (AtomicU32::new(client), Schedule::default(), Arc::default());
+        Self { harness, record, history, schedule, scope, seed, clients, created }
     }
 
     /// Surroundings within these, with names and a history of their own.

@@ -44,7 +44,7 @@ mod volume;
 pub use case::{Case, Level, Outcome};
 pub use cases::cases;
 pub use checker::{Anomaly, Counts};
-pub use faults::{Route, ServerControl, check_proxies, routes_of, url_through};
+pub use faults::{Route, ScheduleReport, ServerControl, Shrunk, check_proxies, routes_of, url_through};
 pub use harness::{About, Harness, UrlHarness};
 pub use native::{Carries, NativeChannel, Place, RawMessage};
 pub use need::Need;

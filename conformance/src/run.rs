@@ -13,6 +13,7 @@ use tokio::sync::watch;
 use crate::case::Breach;
 use crate::checker::{self, Anomaly, Rules};
 use crate::env::Env;
+use crate::faults::Shrinking;
 use crate::history::{Event, What};
 use crate::report::{CaseReport, EndpointReport, Report, RunSettings};
 use crate::{Case, Harness, Level, Outcome, cases, sweep};
@@ -69,6 +70,10 @@ pub struct Options {
     pub parallelism: usize,
     /// How long one case may take.
     pub case_timeout: Duration,
+    /// Which faults of a case's schedule happen, by their numbers from 1; `None` for all. A report names them.
+    pub schedule: Option<Vec<usize>>,
+    /// In how many more runs, at most, the schedule of a case that failed is shrunk to the faults that matter. 0 for none.
+    pub shrink: usize,
     /// Called with each case's report as soon as there is one.
     pub progress: Option<Progress>,
     /// Ends the run before its time.
@@ -83,6 +88,8 @@ impl Default for Options {
             seed: rand::rng().random(),
             parallelism: 8,
             case_timeout: Duration::from_secs(180),
+            schedule: None,
+            shrink: 0,
             progress: None,
             stop: Stop::new(),
         }
@@ -122,6 +129,20 @@ impl Options {
     #[must_use]
     pub fn with_case_timeout(mut self, timeout: Duration) -> Self {
         self.case_timeout = timeout;
+        self
+    }
+
+    /// Lets only these faults of a case's schedule happen, by their numbers from 1: what a report has shrunk it to.
+    #[must_use]
+    pub fn with_schedule(mut self, numbers: impl IntoIterator<Item = usize>) -> Self {
+        self.schedule = Some(numbers.into_iter().collect());
+        self
+    }
+
+    /// Shrinks the schedule of a case that failed, in at most so many more runs.
+    #[must_use]
+    pub fn with_shrinking(mut self, runs: usize) -> Self {
+        self.shrink = runs;
         self
     }
 
@@ -173,12 +194,28 @@ pub async fn run(harness: Arc<dyn Harness>, options: Options) -> Result<Report> 
     let chosen: Vec<&'static Case> = cases().iter().filter(|case| options.chooses(case)).collect();
     let parallelism = if harness.clock().is_some() { 1 } else { options.parallelism.max(1) };
     let run_one = |(index, case): (usize, &'static Case)| {
+        let (harness, record, options) = (Arc::clone(&harness), Arc::clone(&record), options.clone());
         let scope = format!("{run_id}.{index}");
-        let env = Env::new(Arc::clone(&harness), Arc::clone(&record), scope, seed_of(case, options.seed));
-        let (timeout, progress, stop) = (options.case_timeout, options.progress.clone(), options.stop.clone());
         async move {
-            let report = run_case(case, Arc::new(env), timeout, &stop).await;
-            if let Some(progress) = progress {
+            let env = |scope, only| {
+                let env = Env::new(Arc::clone(&harness), Arc::clone(&record), scope, seed_of(case, options.seed));
+                Arc::new(env.with_schedule(only))
+            };
+            let whole = env(scope.clone(), options.schedule.clone());
+            let mut report = run_case(case, whole, options.case_timeout, &options.stop).await;
+            if let Some(schedule) = &report.schedule {
+                let mut shrinking = Shrinking::new(schedule, options.shrink);
+                let mut number = 0;
+                while let Some(faults) = shrinking.next().filter(|_| !options.stop.is_requested()) {
+                    number += 1;
+                    let fewer = env(format!("{scope}.{number}"), Some(faults));
+                    let again = run_case(case, fewer, options.case_timeout, &options.stop).await;
+                    shrinking.tell(report.fails_like(&again));
+                }
+                let shrunk = shrinking.end();
+                report.schedule.iter_mut().for_each(|schedule| schedule.shrunk.clone_from(&shrunk));
+            }
+            if let Some(progress) = &options.progress {
                 progress(&report);
             }
             (index, report)
@@ -254,6 +291,10 @@ async fn run_case(case: &'static Case, env: Arc<Env>, timeout: Duration, stop: &
         }
         proof => proof,
     };
+    let proof = match (env.schedule.missing(), refused) {
+        (Some(missing), None) => Err(Breach::NotRun(missing)),
+        _ => proof,
+    };
     let (mut outcome, mut detail) = conclude(proof, refused.map(|need| need.name), &anomalies);
     if let Err(error) = env.clean_up(given_up).await
         && outcome == Outcome::Pass
@@ -262,7 +303,9 @@ async fn run_case(case: &'static Case, env: Arc<Env>, timeout: Duration, stop: &
     }
     let history = (!matches!(outcome, Outcome::Pass | Outcome::RefusedAndVerified | Outcome::NotRun))
         .then(|| env.history.to_json_lines());
-    CaseReport::new(case, outcome, detail, begin.elapsed(), counts, anomalies, history)
+    let mut report = CaseReport::new(case, outcome, detail, begin.elapsed(), counts, anomalies, history);
+    report.schedule = env.schedule.report().filter(|_| outcome == Outcome::Fail);
+    report
 }
 
 fn interrupted() -> Breach {

@@ -237,6 +237,8 @@ struct Scene {
     is_over: AtomicBool,
     seen: Mutex<Seen>,
     aborted: Mutex<Vec<Error>>,
+    /// What the last publish that failed said.
+    refusal: Mutex<Option<String>>,
     /// How it goes on after the last disturbance.
     since: Mutex<Since>,
 }
@@ -273,6 +275,7 @@ impl Scene {
             is_over: AtomicBool::new(false),
             seen: Mutex::default(),
             aborted: Mutex::default(),
+            refusal: Mutex::default(),
             since: Mutex::default(),
         })
     }
@@ -300,11 +303,17 @@ impl Scene {
                 (last, since) = (now, Instant::now());
             }
             if since.elapsed() > self.patience {
-                let text = format!("{now} of {count}, and no more for {:?}", self.patience);
-                return Err(Error::new(ErrorKind::Timeout, "volume", text));
+                return Err(self.stopped(&format!("{now} of {count}, and no more for {:?}", self.patience)));
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+    }
+
+    /// It does not go on, and what publishers were told last.
+    fn stopped(&self, what: &str) -> Error {
+        let refusal = self.refusal.lock();
+        let said = refusal.as_deref().map_or(String::new(), |said| format!("; the last publish that failed: {said}"));
+        Error::new(ErrorKind::Timeout, "volume", format!("{what}{said}"))
     }
 
     /// How it goes on after what began then is over, which is now: with what may be published from now on, `allowed` in all.
@@ -326,7 +335,9 @@ impl Scene {
                 return Ok(Recovery { what, lasted: over - began, confirm, delivery });
             }
             if moved.elapsed() > self.patience {
-                return Err(Error::new(ErrorKind::Timeout, "volume", format!("nothing works after it was {what}")));
+                let (confirmed, distinct) = counts;
+                let text = format!("{confirmed} confirmed, {distinct} delivered: nothing works after it was {what}");
+                return Err(self.stopped(&text));
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
@@ -403,6 +414,7 @@ async fn publish(scene: Arc<Scene>, bus: Bus, publisher: u32, is_ordered: bool) 
                     }
                     Err(error) if progress.elapsed() > scene.patience => return Err(error),
                     Err(error) => {
+                        *scene.refusal.lock() = Some(format!("{:?}: {error}", error.kind()));
                         if error.effect() == Effect::Unknown {
                             scene.unknown.lock().insert(number);
                         }

@@ -40,6 +40,9 @@ async fn faults_of_connections_break_no_promise() {
     judge_faults(behind_proxies(&url), 3, &SHARE).await;
 }
 
+/// One of them also shows that a schedule is shrunk; the other one takes its whole patience to fail.
+const SHRUNK: &str = "unknown-publish-is-not-done";
+
 /// Those cases can fail: adapters that are wrong in faults only are found.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn mutants_that_are_wrong_in_faults_only_are_killed_by_the_cases_named_for_them() {
@@ -47,11 +50,18 @@ async fn mutants_that_are_wrong_in_faults_only_are_killed_by_the_cases_named_for
     let mut survivors = Vec::new();
     for mutant in mutants_in_faults() {
         let options = Options::default().with_level(Level::Reliability).with_filter(mutant.killed_by).with_seed(1);
+        let options = options.with_shrinking(if mutant.name == SHRUNK { 2 } else { 0 });
         let report = run(Arc::new(mutant.harness(Arc::new(behind_proxies(&url)))), options).await.unwrap();
         let case = report.case(mutant.killed_by).unwrap();
         println!("{} {:?}: {}", mutant.name, case.outcome, case.detail.chars().take(160).collect::<String>());
         if case.outcome != Outcome::Fail || case.anomalies.is_empty() {
             survivors.push(mutant.name);
+            continue;
+        }
+        let schedule = case.schedule.as_ref().unwrap();
+        if let Some(shrunk) = &schedule.shrunk {
+            println!("of {} faults it takes {:?}", schedule.faults.len(), shrunk.faults);
+            assert!(!shrunk.faults.is_empty() && shrunk.failed > 0, "{schedule:?}");
         }
     }
     assert!(survivors.is_empty(), "{survivors:?}");

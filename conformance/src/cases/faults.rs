@@ -258,6 +258,10 @@ struct Hit {
 }
 
 impl Disturbance for Hit {
+    fn describe(&self) -> String {
+        self.planned.to_string()
+    }
+
     fn wants(&self) -> (bool, usize) {
         (self.planned.publishing, self.planned.whom)
     }
@@ -449,10 +453,15 @@ struct Process {
     kills: bool,
 }
 
+const FROZEN_SERVER: &str = "server frozen";
 /// Longer than a publish may take.
 const FROZEN: Duration = Duration::from_secs(5);
 
 impl Disturbance for Process {
+    fn describe(&self) -> String {
+        if self.kills { KILLED.to_owned() } else { format!("{FROZEN_SERVER}, for {FROZEN:?}") }
+    }
+
     fn wants(&self) -> (bool, usize) {
         (true, 0)
     }
@@ -466,7 +475,7 @@ impl Disturbance for Process {
         Box::pin(async move {
             match self.kills {
                 true => of_server(env, KILLED, Duration::ZERO, server.kill(), server.restart()).await,
-                false => of_server(env, "server frozen", FROZEN, server.pause(), server.resume()).await,
+                false => of_server(env, FROZEN_SERVER, FROZEN, server.pause(), server.resume()).await,
             }
         })
     }

@@ -5,6 +5,7 @@ mod address;
 mod plan;
 mod proxy;
 mod pump;
+mod schedule;
 #[cfg(test)]
 mod tests;
 mod trial;
@@ -27,6 +28,8 @@ pub use address::{routes_of, url_through};
 pub(crate) use plan::{Kind, Planned, plan};
 use proxy::Way;
 pub(crate) use proxy::{End, Proxy};
+pub(crate) use schedule::{Schedule, Shrinking};
+pub use schedule::{ScheduleReport, Shrunk};
 pub(crate) use trial::{Disturbance, HEALED_TIMEOUT, Trial, is_publishing_in_a_fault, is_settling_in_a_fault};
 
 /// An address of the server that a proxy can stand in front of.

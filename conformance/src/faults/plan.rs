@@ -67,6 +67,13 @@ pub(crate) struct Planned {
     pub(crate) whom: usize,
 }
 
+impl fmt::Display for Planned {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let whose = if self.publishing { "a publisher" } else { "a member" };
+        write!(f, "{}, of {whose}, for {:?}", self.kind, self.lasts)
+    }
+}
+
 /// `count` faults; `kind` draws each.
 pub(crate) fn plan(
     random: &mut StdRng,

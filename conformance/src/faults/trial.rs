@@ -40,6 +40,9 @@ pub(crate) trait Disturbance: Send + Sync {
     /// Whether it needs a publish in flight, or a delivery; of whom, or whoever comes next when that one has none.
     fn wants(&self) -> (bool, usize);
 
+    /// For a schedule that people read.
+    fn describe(&self) -> String;
+
     /// Whether a server may forget in it what it has not confirmed, although it has delivered it.
     fn forgets(&self) -> bool {
         false
@@ -134,7 +137,13 @@ impl<'e> Trial<'e> {
         disturbances: &[Box<dyn Disturbance + '_>],
     ) -> Proof {
         let mut random = self.env.rng();
-        self.progress.forgets.store(disturbances.iter().any(|disturbance| disturbance.forgets()), Ordering::Relaxed);
+        // Those that are not to happen keep their places, so that the others meet what they met with them.
+        let disturbances: Vec<Option<&(dyn Disturbance + '_)>> = disturbances
+            .iter()
+            .map(|disturbance| self.env.schedule.draw(disturbance.describe()).then_some(disturbance.as_ref()))
+            .collect();
+        let forgets = disturbances.iter().flatten().any(|disturbance| disturbance.forgets());
+        self.progress.forgets.store(forgets, Ordering::Relaxed);
         let mut consumers = Vec::new();
         for client in &members {
             consumers.push(client.subscribe(self.spec.clone()).await?);
@@ -146,7 +155,7 @@ impl<'e> Trial<'e> {
         let consuming = consumers.into_iter().zip(for_members).enumerate();
         let consuming = try_join_all(consuming.map(|(number, (consumer, seed))| self.consume(number, consumer, *seed)));
         let watched = async {
-            tokio::try_join!(self.disturb(disturbances), publishing)?;
+            tokio::try_join!(self.disturb(&disturbances), publishing)?;
             self.settle_down().await
         };
         let (missing, _) = tokio::try_join!(watched, consuming)?;
@@ -163,10 +172,11 @@ impl<'e> Trial<'e> {
     }
 
     /// One disturbance after the other, each in the middle of its share of the messages.
-    async fn disturb(&self, disturbances: &[Box<dyn Disturbance + '_>]) -> Proof {
+    async fn disturb(&self, disturbances: &[Option<&(dyn Disturbance + '_)>]) -> Proof {
         let progress = &self.progress;
         let share = EACH / (disturbances.len() + 1);
         for (number, disturbance) in disturbances.iter().enumerate() {
+            let Some(disturbance) = disturbance else { continue };
             progress.budget.store(share * (number + 1), Ordering::Relaxed);
             progress.tell();
             let (publishing, whom) = disturbance.wants();

@@ -50,7 +50,10 @@ impl Report {
             let _ = match case.outcome {
                 Outcome::Pass => Ok(()),
                 Outcome::RefusedAndVerified => write!(xml, "<system-out>{detail}</system-out>"),
-                Outcome::Fail => write!(xml, "<failure message=\"{detail}\"/>"),
+                Outcome::Fail => {
+                    let schedule = case.schedule_text(&self.settings).map_or(String::new(), |text| escape(&text));
+                    write!(xml, "<failure message=\"{detail}\">{schedule}</failure>")
+                }
                 Outcome::Inconclusive => write!(xml, "<error message=\"{detail}\"/>"),
                 Outcome::NotRun => write!(xml, "<skipped message=\"{detail}\"/>"),
             };

@@ -16,7 +16,7 @@ use anybroker_core::{Bus, Capabilities, Timestamp};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{Anomaly, Case, Counts, Harness, Level, Options, Outcome, timeline};
+use crate::{Anomaly, Case, Counts, Harness, Level, Options, Outcome, ScheduleReport, timeline};
 
 pub use compare::{CaseChange, Comparison, EndpointComparison, RecordChange};
 pub use file::{ReportError, ReportSet};
@@ -188,6 +188,9 @@ pub struct CaseReport {
     pub counts: Counts,
     /// What the checker found.
     pub anomalies: Vec<Anomaly>,
+    /// The faults of a case that failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub schedule: Option<ScheduleReport>,
     /// Where the history lies, from the folder of the report, where the case did not pass. The timeline is beside it, with
     /// the ending `.html`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -219,8 +222,23 @@ impl CaseReport {
             counts,
             anomalies,
             history_file: history.as_ref().map(|_| format!("histories/{}.jsonl", case.name.replace('/', "-"))),
+            schedule: None,
             history,
         }
+    }
+
+    /// Whether another run of a case that failed shows the same: an anomaly of the same name, or, where there was none, a failure
+    /// without one.
+    pub(crate) fn fails_like(&self, other: &Self) -> bool {
+        let names = |of: &Self| of.anomalies.iter().map(|anomaly| anomaly.name).collect::<Vec<_>>();
+        let (own, others) = (names(self), names(other));
+        other.outcome == Outcome::Fail
+            && if own.is_empty() { others.is_empty() } else { own.iter().any(|name| others.contains(name)) }
+    }
+
+    /// The faults of a case that failed, in lines, and how to run it again.
+    pub(crate) fn schedule_text(&self, settings: &RunSettings) -> Option<String> {
+        Some(self.schedule.as_ref()?.text(self.name, settings.seed))
     }
 
     /// Whether the promise held, or its refusal did.

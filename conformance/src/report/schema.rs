@@ -104,14 +104,36 @@ fn case() -> Value {
                  duplicates_justified, duplicates_unjustified, acked, nacked, settle_failed, letters_read.",
             ),
             ("anomalies", json!({"type": "array", "items": anomaly}), "What the checker found."),
+            ("schedule", schedule(), "The faults of a case that failed."),
             (
                 "history_file",
                 text(),
                 "Where its history lies, from the report's folder; the timeline is beside it as .html.",
             ),
         ]),
-        &["history_file"],
+        &["schedule", "history_file"],
     )
+}
+
+fn schedule() -> Value {
+    let shrunk = object(&[
+        ("faults", numbers(), "The fewest faults with which it failed again; none where it did not fail again."),
+        ("runs", count(), "How many more runs there were."),
+        ("failed", count(), "In how many of them it failed in the same way."),
+        ("is_minimal", json!({"type": "boolean"}), "Whether runs without any one of those faults passed."),
+    ]);
+    optional(
+        object(&[
+            ("faults", texts(), "All that the seed draws, in their order; they are numbered from 1."),
+            ("only", numbers(), "Those that were to happen, where not all were."),
+            ("shrunk", shrunk, "What it could be shrunk to, where that was tried."),
+        ]),
+        &["only", "shrunk"],
+    )
+}
+
+fn numbers() -> Value {
+    json!({"type": "array", "items": {"type": "integer", "minimum": 1}})
 }
 
 fn text() -> Value {
@@ -192,6 +214,7 @@ pub(super) fn differences(value: &Value, schema: &Value, at: &str, found: &mut V
                 }
             }
         }
+        (Some("boolean"), Value::Bool(_)) => {}
         (expected, _) => wrong(format!("expected {expected:?}, found {value}")),
     }
 }

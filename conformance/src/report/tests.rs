@@ -3,13 +3,20 @@
 use std::time::Duration;
 
 use super::*;
-use crate::cases;
+use crate::{Shrunk, cases};
 
 fn report(outcomes: &[(usize, Outcome)]) -> Report {
     let case = |&(index, outcome): &(usize, Outcome)| {
         let history = matches!(outcome, Outcome::Fail).then(|| "{}\n".to_owned());
         let detail = if matches!(outcome, Outcome::Pass) { String::new() } else { "<why> & \"so\"".to_owned() };
-        CaseReport::new(&cases()[index], outcome, detail, Duration::from_millis(12), Counts::default(), vec![], history)
+        let (took, counts) = (Duration::from_millis(12), Counts::default());
+        let mut report = CaseReport::new(&cases()[index], outcome, detail, took, counts, vec![], history);
+        report.schedule = matches!(outcome, Outcome::Fail).then(|| ScheduleReport {
+            faults: vec!["cut <1>".to_owned(), "cut 2".to_owned(), "cut 3".to_owned()],
+            only: Some(vec![1, 2]),
+            shrunk: Some(Shrunk { faults: vec![2], runs: 5, failed: 3, is_minimal: true }),
+        });
+        report
     };
     let endpoint = EndpointReport {
         name: "one".into(),
@@ -58,6 +65,16 @@ fn a_report_that_is_read_back_is_the_report_that_was_written() {
     }
     let history = written.cases[1].history_file.as_ref().unwrap();
     assert!(folder.join(history).is_file() && folder.join(history).with_extension("html").is_file());
+}
+
+#[test]
+fn a_case_that_failed_says_which_faults_it_takes_and_how_to_run_it_again() {
+    let written = report(&[(0, Outcome::Pass), (1, Outcome::Fail)]);
+    let again = format!("again: --case {} --seed {} --schedule 2", cases()[1].name, u64::MAX);
+    for (form, text) in [("text", written.text()), ("page", written.html()), ("JUnit", written.junit())] {
+        assert!(text.contains(&again) && text.contains("shrunk to 2: it failed in 3 of 5"), "{form}: {text}");
+        assert!(text.contains("(1) cut") && !text.contains("cut 3"), "{form}: {text}");
+    }
 }
 
 #[test]

@@ -54,6 +54,9 @@ impl Report {
                 case.proves,
                 case.detail
             );
+            for line in case.schedule_text(&self.settings).iter().flat_map(|text| text.lines()) {
+                let _ = writeln!(text, "    {line}");
+            }
         }
         let _ = writeln!(text, "{}", self.totals_line());
         text

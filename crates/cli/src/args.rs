@@ -347,6 +347,13 @@ pub(crate) struct FaultArgs {
     /// What is disturbed, separated by commas. When not given, level `reliability` disturbs connections and clients where it can
     #[arg(long, value_enum, value_name = "KINDS", value_delimiter = ',')]
     pub(crate) faults: Vec<FaultsArg>,
+    /// Only these faults of a case's schedule, as a report numbers them: what it has shrunk a schedule to
+    #[arg(long, value_name = "NUMBERS", value_delimiter = ',', requires_all = ["seed", "cases"],
+          value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) schedule: Vec<u16>,
+    /// In how many more runs, at most, the schedule of a case that failed is shrunk to the faults that matter
+    #[arg(long, value_name = "RUNS", default_value_t = 12)]
+    pub(crate) shrink: u16,
     /// Where the proxy listens, and the server's address behind it, such as 127.0.0.1:9192=127.0.0.1:9092; one for each host
     /// of the URL. For servers whose clients go to the address that they advertise (Kafka): give the server a listener at
     /// UPSTREAM that advertises LISTEN. Others need none

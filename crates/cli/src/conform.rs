@@ -56,6 +56,10 @@ pub(crate) async fn run(global: &Global, args: ConformArgs, output: &mut Output)
     if let Some(seed) = args.seed {
         options = options.with_seed(seed);
     }
+    options = options.with_shrinking(args.disturbing.shrink.into());
+    if !args.disturbing.schedule.is_empty() {
+        options = options.with_schedule(args.disturbing.schedule.iter().map(|number| usize::from(*number)));
+    }
     let stop = Stop::new();
     let run = anybroker_conformance::run(harness, options.with_stop(stop.clone()));
     tokio::pin!(run);

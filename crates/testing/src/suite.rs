@@ -7,6 +7,9 @@ use anybroker_conformance::{CaseReport, Level, Options, Outcome, Report, UrlHarn
 /// Other cases than the test's own.
 const CASES: &str = "ANYBROKER_TEST_CASES";
 
+/// In how many more runs the schedule of a case that failed is shrunk.
+const SHRINKING: usize = 8;
+
 /// Another seed than the test's own.
 const SEED: &str = "ANYBROKER_TEST_SEED";
 
@@ -36,6 +39,7 @@ pub async fn judge(harness: UrlHarness, options: Options, cases: &[&str]) -> Rep
 /// As [`judge`], and when a case about connections was not run.
 pub async fn judge_faults(harness: UrlHarness, parallelism: usize, cases: &[&str]) {
     let options = Options::default().with_level(Level::Reliability).with_parallelism(parallelism).with_seed(1);
+    let options = options.with_shrinking(SHRINKING);
     let report = judge(harness, options, cases).await;
     let left_out = |case: &&CaseReport| case.outcome == Outcome::NotRun && !case.name.contains("a-server-");
     assert_eq!(report.cases.iter().find(left_out).map(|case| case.name), None, "a case about connections was not run");

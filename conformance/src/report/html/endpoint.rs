@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use serde_json::Value;
 
 use super::{bar, capability, duration, pill, text, verdict};
-use crate::report::{CaseReport, Report};
+use crate::report::{CaseReport, Report, RunSettings};
 
 /// Columns of the table of cases.
 const COLUMNS: usize = 8;
@@ -113,14 +113,14 @@ counted'>letters<th class=n>time</tr></thead><tbody>\n",
                 if green { " green" } else { "" },
             );
         }
-        row(page, number, case);
+        row(page, number, case, &report.settings);
     }
     if !theme.is_empty() {
         page.push_str("</tbody></table></div>\n");
     }
 }
 
-fn row(page: &mut String, number: usize, case: &CaseReport) {
+fn row(page: &mut String, number: usize, case: &CaseReport, settings: &RunSettings) {
     let counts = &case.counts;
     let name = case.name.split_once('/').map_or(case.name, |(_, name)| name);
     let unjustified = if counts.duplicates_unjustified > 0 {
@@ -178,6 +178,10 @@ class=n>{} / {unjustified}<td class=n>{}<td class=n>{}<td class=n>{}</tr>",
             let _ = write!(page, "<li>and {} more", case.anomalies.len() - 20);
         }
         page.push_str("</ul>");
+    }
+    if let Some(schedule) = case.schedule_text(settings) {
+        let lines: Vec<String> = schedule.lines().map(text).collect();
+        let _ = write!(page, "<p>{}</p>", lines.join("<br>"));
     }
     page.push_str("<p class=muted>");
     if let Ok(Value::Object(counts)) = serde_json::to_value(case.counts) {

@@ -244,7 +244,7 @@ impl Stage {
             run.args(["--case", case]);
         }
         if cases.iter().any(|case| case.starts_with(FAULTS)) {
-            run.args(&self.faults).args(["--seed", SEED]);
+            run.args(&self.faults).args(["--seed", SEED, "--shrink", "0"]);
         }
         if let Some(mutant) = mutant {
             run.env(tree::SWITCH, &mutant.stem);
