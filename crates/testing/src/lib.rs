@@ -3,6 +3,8 @@
 
 mod suite;
 
+use std::fmt::Write as _;
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -14,6 +16,9 @@ pub use suite::{judge, judge_faults};
 
 /// The path of the project's `xtask` binary; `cargo xtask test` sets it.
 const XTASK: &str = "ANYBROKER_XTASK";
+
+/// How many lines of its logs are shown when a test fails.
+const SHOWN: usize = 120;
 
 /// Tests of one program run side by side, and must not end each other's servers.
 static STARTED: AtomicU32 = AtomicU32::new(0);
@@ -70,10 +75,38 @@ impl Running {
         assert!(done.status.success(), "{verb}: {}", String::from_utf8_lossy(&done.stderr));
         String::from_utf8(done.stdout).expect("it prints UTF-8")
     }
+
+    /// The end of what the server wrote to its logs, which go with it.
+    fn logs(&self) -> String {
+        let state = std::env::var_os("ANYBROKER_STATE").map(PathBuf::from);
+        let state = state.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".local/state/anybroker")));
+        let folder = state.unwrap_or_default().join("brokers").join(&self.instance).join(self.broker);
+        let mut text = String::new();
+        for folder in [folder.join("log"), folder] {
+            for file in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+                let path = file.path();
+                if path.extension().is_none_or(|extension| extension != "log") {
+                    continue;
+                }
+                let log = std::fs::read(&path).unwrap_or_default();
+                let log = String::from_utf8_lossy(&log);
+                let lines: Vec<&str> = log.lines().collect();
+                let _ = writeln!(text, "the end of {}:", path.file_name().unwrap_or_default().display());
+                let last = &lines[lines.len().saturating_sub(SHOWN)..];
+                for line in last {
+                    let _ = writeln!(text, "    | {line}");
+                }
+            }
+        }
+        text
+    }
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            println!("{}", self.logs());
+        }
         self.run("down", &[]);
     }
 }
