@@ -133,7 +133,12 @@ impl std::fmt::Display for Program {
 /// Its last lines, which tell what failed: what it said stands a long way above, among what all the others said.
 fn end_of(text: &[u8]) -> String {
     let text = String::from_utf8_lossy(text);
-    let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+    // A backtrace would leave no room for what the test has said.
+    let is_frame = |line: &str| {
+        let line = line.trim_start();
+        line.starts_with("at ") || line.split_once(": ").is_some_and(|(number, _)| number.parse::<u16>().is_ok())
+    };
+    let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty() && !is_frame(line)).collect();
     let last = lines.iter().skip(lines.len().saturating_sub(SHOWN_AGAIN));
     last.map(|line| format!("    | {line}")).collect::<Vec<_>>().join("\n")
 }
@@ -245,6 +250,10 @@ mod tests {
         let end = end_of(text.as_bytes());
         assert_eq!(end.lines().count(), SHOWN_AGAIN);
         assert_eq!((end.lines().next(), end.lines().last()), (Some("    | line 61"), Some("    | line 100")));
+        assert_eq!(
+            end_of(b"panicked\n   0: rust_begin_unwind\n             at /rustc/x.rs:1:2\nfailures:"),
+            "    | panicked\n    | failures:"
+        );
         assert_eq!(end_of(b""), "");
     }
 
