@@ -14,10 +14,10 @@ pub(crate) fn is_free(port: u16) -> bool {
     TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok()
 }
 
-/// As [`is_free`], with patience: the first thread of a killed process can be gone while others still hold its sockets, and
-/// a server that comes back on another port is lost to its clients.
-pub(crate) fn is_free_soon(port: u16) -> bool {
-    let deadline = Instant::now() + Duration::from_secs(2);
+/// As [`is_free`], with patience: the first thread of a killed process can be gone while others still hold its sockets, for
+/// seconds on a busy machine.
+pub(crate) fn is_free_soon(port: u16, patience: Duration) -> bool {
+    let deadline = Instant::now() + patience;
     while !is_free(port) {
         if Instant::now() >= deadline {
             return false;

@@ -16,13 +16,18 @@ use super::engine::Engine;
 pub(crate) use super::process::Condition;
 use super::process::Process;
 use super::{Recipe, Site, ports};
-use crate::interrupt;
+use crate::{folders, interrupt};
 
 /// A busy machine may need a multiple of the few seconds that a quiet one takes.
 const READY_WITHIN: Duration = Duration::from_secs(120);
 /// How long a server may take to end by itself before it is killed.
 const STOPPED_WITHIN: Duration = Duration::from_secs(20);
 const KILLED_WITHIN: Duration = Duration::from_secs(10);
+/// How long the sockets of a killed server may stay.
+const PORT_FREED_WITHIN: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 30 });
+
+/// Where a server is remembered, in its folder.
+const RECORD: &str = "server.json";
 
 /// A handle to a broker's server, whether it runs or not. Ports and data stay the same from start to start until
 /// [`Server::remove`].
@@ -32,7 +37,7 @@ pub(crate) struct Server {
     folder: PathBuf,
 }
 
-/// What the folder's `server.json` holds.
+/// What the folder's [`RECORD`] holds.
 #[derive(Serialize, Deserialize)]
 struct Record {
     ports: Vec<u16>,
@@ -58,6 +63,31 @@ pub(crate) enum Way {
 enum Body {
     Process(Process),
     Container(Container),
+}
+
+/// The ports of all servers of this machine, those that are down for a moment too: whoever took one of theirs would keep them
+/// from coming back, or would be taken for them.
+fn others() -> Result<Vec<u16>> {
+    let mut ports = Vec::new();
+    for instance in entries(&folders::state()?.join("brokers"))? {
+        for folder in entries(&instance)? {
+            // It may be deleted meanwhile, and a record that cannot be read is not for us to mend.
+            let record = fs::read(folder.join(RECORD)).ok();
+            ports.extend(
+                record.and_then(|text| serde_json::from_slice::<Record>(&text).ok()).map(|record| record.ports),
+            );
+        }
+    }
+    Ok(ports.concat())
+}
+
+/// What is in a folder; nothing where it is none.
+fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
+    match fs::read_dir(folder) {
+        Ok(entries) => entries.map(|entry| Ok(entry?.path())).collect(),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(Vec::new()),
+        Err(error) => Err(error.into()),
+    }
 }
 
 impl Server {
@@ -174,18 +204,29 @@ impl Server {
         written
     }
 
+    /// A server that was there before comes back on its ports or not at all: on others it is lost to its clients.
     fn choose_ports(&self, first: Option<u16>, last: &[u16]) -> Result<Vec<u16>> {
         let mut ports = Vec::new();
+        let mut taken = others()?;
         for (index, purpose) in self.recipe.port_names().iter().enumerate() {
             let port = match (first, last.get(index)) {
                 (Some(wanted), _) if index == 0 => {
                     ensure!(ports::is_free(wanted), "port {wanted} ({purpose}) is taken by another process");
                     wanted
                 }
-                (_, Some(&port)) if self.recipe.is_port_of_tests(purpose) || ports::is_free_soon(port) => port,
-                _ => ports::choose(&ports)?,
+                (_, Some(&port)) => {
+                    let is_ours = self.recipe.is_port_of_tests(purpose) || ports::is_free_soon(port, PORT_FREED_WITHIN);
+                    ensure!(
+                        is_ours,
+                        "port {port} ({purpose}), where {} was, is taken by another process: end that one, or `down` and `up`",
+                        self.name()
+                    );
+                    port
+                }
+                _ => ports::choose(&taken)?,
             };
             ports.push(port);
+            taken.push(port);
         }
         Ok(ports)
     }
@@ -304,7 +345,7 @@ impl Server {
     }
 
     fn record(&self) -> Result<Option<Record>> {
-        let file = self.folder.join("server.json");
+        let file = self.folder.join(RECORD);
         match fs::read(&file) {
             Ok(text) => {
                 let record = serde_json::from_slice(&text);
@@ -319,7 +360,7 @@ impl Server {
     fn write(&self, record: &Record) -> Result<()> {
         let mut file = tempfile::NamedTempFile::new_in(&self.folder)?;
         serde_json::to_writer(&mut file, record)?;
-        file.persist(self.folder.join("server.json"))?;
+        file.persist(self.folder.join(RECORD))?;
         Ok(())
     }
 }
@@ -481,6 +522,23 @@ mod tests {
         server.start(None, Way::Native).unwrap();
         let error = server.wait_ready().unwrap_err().to_string();
         assert!(error.contains("ended while it was starting") && error.ends_with("cannot work"), "{error}");
+    }
+
+    #[test]
+    fn a_server_whose_port_was_taken_while_it_was_down_says_so_instead_of_moving() {
+        let folder = tempfile::tempdir().unwrap();
+        let server = server(folder.path());
+        server.start(None, Way::Native).unwrap();
+        server.kill().unwrap();
+        let url = server.url().unwrap().unwrap();
+        let port: u16 = url.rsplit(':').next().unwrap().parse().unwrap();
+        let held = std::net::TcpListener::bind(("127.0.0.1", port)).unwrap();
+        let error = server.restart().unwrap_err().to_string();
+        assert!(error.contains(&port.to_string()) && error.contains("taken"), "{error}");
+        drop(held);
+        server.restart().unwrap();
+        assert_eq!(server.url().unwrap(), Some(url));
+        server.stop().unwrap();
     }
 
     #[test]
