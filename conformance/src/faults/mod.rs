@@ -3,6 +3,8 @@
 
 mod address;
 mod http;
+#[cfg(test)]
+mod http_tests;
 mod plan;
 mod proxy;
 mod pump;
