@@ -9,7 +9,7 @@ use anybroker_core::{Bus, Error, ErrorKind, ManualClock, Result};
 use async_trait::async_trait;
 use futures_util::future::BoxFuture;
 
-use crate::{NativeChannel, Route, ServerControl, routes_of, url_through};
+use crate::{HttpService, NativeChannel, Route, ServerControl, routes_of, url_through};
 
 /// An endpoint under test. The suite creates destinations under names of its own, deletes what it created where
 /// the endpoint can, and touches nothing else.
@@ -79,6 +79,15 @@ pub trait Harness: Send + Sync + 'static {
         Err(Error::new(ErrorKind::Unsupported, "connect", format!("no way through {addresses:?}")))
     }
 
+    /// The service behind those addresses, where it is spoken to over HTTP, for the cases in which a proxy answers in its place;
+    /// or why it is not. Those cases then count as not run, with that reason.
+    ///
+    /// # Errors
+    /// Why nothing can answer in its place.
+    fn http(&self) -> std::result::Result<Arc<dyn HttpService>, String> {
+        Err(NO_HTTP.into())
+    }
+
     /// The process of the server, where the harness may kill and freeze it. Nobody else may be using it.
     fn server(&self) -> Option<Arc<dyn ServerControl>> {
         None
@@ -105,6 +114,9 @@ pub trait Harness: Send + Sync + 'static {
     }
 }
 
+const NO_HTTP: &str =
+    "the harness names no service that is spoken to over HTTP, so that no proxy can answer in its place";
+
 /// See [`Harness::about`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct About {
@@ -129,6 +141,7 @@ pub struct UrlHarness {
     clock: Option<ManualClock>,
     disturbed: bool,
     through: Option<(Vec<Route>, ConnectThrough)>,
+    http: std::result::Result<Arc<dyn HttpService>, String>,
     server: Option<Arc<dyn ServerControl>>,
     child: Option<Child>,
     native: std::result::Result<Arc<dyn NativeChannel>, String>,
@@ -151,6 +164,7 @@ impl UrlHarness {
             clock: None,
             disturbed: false,
             through: None,
+            http: Err(NO_HTTP.into()),
             server: None,
             child: None,
             native: Err("the harness has no native channel: the bare client is not known to it".into()),
@@ -222,6 +236,13 @@ impl UrlHarness {
         connect: impl Fn(Vec<SocketAddr>) -> BoxFuture<'static, Result<Bus>> + Send + Sync + 'static,
     ) -> Self {
         self.through = Some((routes, Box::new(connect)));
+        self
+    }
+
+    /// See [`Harness::http`].
+    #[must_use]
+    pub fn with_http(mut self, service: Arc<dyn HttpService>) -> Self {
+        self.http = Ok(service);
         self
     }
 
@@ -314,6 +335,10 @@ impl Harness for UrlHarness {
             Some((_, connect)) => connect(addresses.to_vec()).await,
             None => Err(Error::new(ErrorKind::Unsupported, "connect", "the harness has no way through a proxy")),
         }
+    }
+
+    fn http(&self) -> std::result::Result<Arc<dyn HttpService>, String> {
+        self.http.clone()
     }
 
     fn server(&self) -> Option<Arc<dyn ServerControl>> {

@@ -274,8 +274,13 @@ async fn run_case(case: &'static Case, env: Arc<Env>, timeout: Duration, stop: &
         }
         proof
     };
-    let events = env.history.events();
-    let (anomalies, counts) = checker::check(&events, Rules::of(&env.record));
+    let (events, rules) = (env.history.events(), Rules::of(&env.record));
+    // Not here: other cases go on in this task, and what they wait for has its time.
+    let checked = tokio::task::spawn_blocking(move || {
+        let checked = checker::check(&events, rules);
+        (events, checked)
+    });
+    let (events, (anomalies, counts)) = checked.await.expect("the checker does not panic");
     let lost = |event: &Event| matches!(event.what, What::Degraded { .. } | What::LaneLost { .. });
     let proof = match proof {
         Err(Breach::Failed(why)) if env.harness.is_disturbed() && anomalies.is_empty() && events.iter().any(lost) => {

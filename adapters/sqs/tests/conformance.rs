@@ -6,7 +6,7 @@ mod common;
 use std::time::Duration;
 
 use anybroker_conformance::{Options, UrlHarness};
-use anybroker_conformance_native::channel;
+use anybroker_conformance_native::{channel, http};
 use anybroker_testing::{judge, judge_faults};
 use common::{localstack_url, try_connect, url};
 use tokio::sync::Mutex;
@@ -31,8 +31,9 @@ const TOPICS_SHARE: &[&str] = &[
     "native/*",
 ];
 /// Of the faults those that SQS found hard: an answer that is lost leaves a message leased to nobody, or deleted; an ack that is lost
-/// is asked for again.
-const FAULTS_SHARE: &[&str] = &["faults/answers-that*", "faults/an-ack-that*"];
+/// is asked for again; what is answered in the place of SQS.
+const FAULTS_SHARE: &[&str] =
+    &["faults/answers-that*", "faults/an-ack-that*", "faults/answers-of*", "faults/what-is-throttled*"];
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn standard_queues_hold_what_their_record_claims() {
@@ -74,8 +75,10 @@ async fn topics_with_fifo_queues_keep_the_order_of_every_group() {
 async fn faults_of_connections_break_no_promise() {
     let Some(url) = url() else { return };
     let _alone = ELASTIC_MQ.lock().await;
+    let service = http(&url, |_| None).unwrap();
     let harness = UrlHarness::behind_proxies(url.clone(), &url, move |url| Box::pin(try_connect(url, "")))
         .unwrap()
+        .with_http(service)
         .with_lease(Duration::from_secs(2))
         .with_patience(Duration::from_secs(60));
     judge_faults(harness, 3, FAULTS_SHARE).await;

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use answers::{Fault, Proxy};
+use anybroker_conformance_native::http;
 use anybroker_core::{
     Bus, Delivery, Effect, ErrorKind, Message, Order, PublishOptions, PublishOrder, Reason, Subscriber,
     SubscriptionEvent, Verdict, ack,
@@ -22,8 +23,15 @@ use tokio::time::Instant;
 const UNAVAILABLE: &str = r#"{"__type":"com.amazonaws.sqs#ServiceUnavailable","message":"by the test"}"#;
 /// A load balancer's answer is not SQS's.
 const NOT_OF_SQS: &str = "<html>503 Service Temporarily Unavailable</html>";
-const THROTTLED: &str = r#"{"__type":"com.amazonaws.sqs#RequestThrottled","message":"by the test"}"#;
+/// What SQS says in general, beside its own [`throttled`].
 const THROTTLING: &str = r#"{"__type":"com.amazon.coral.availability#ThrottlingException","message":"by the test"}"#;
+
+/// What SQS and SNS answer when they are asked too often, in the form in which they are asked.
+fn throttled(content_type: &str) -> Fault {
+    let service = http("sqs://127.0.0.1:1", |_| None).unwrap();
+    let answer = service.throttled(content_type);
+    Fault::Answer(answer.status, answer.body.leak())
+}
 
 /// A connection through a proxy, and one that goes past it.
 async fn connections(url: &str, settings: &'static str) -> (Proxy, Bus, Bus) {
@@ -71,7 +79,7 @@ async fn what_is_throttled_is_certainly_not_stored() {
     let (proxy, bus, direct) = connections(&url, "").await;
     let name = unique("throttled");
     let mut subscriber = direct.subscribe(direct.subscription(name.as_str(), "g")).await.unwrap();
-    proxy.script("SendMessageBatch", [Fault::Answer(400, THROTTLED), Fault::Answer(400, THROTTLING)]);
+    proxy.script("SendMessageBatch", [throttled("application/x-amz-json-1.0"), Fault::Answer(400, THROTTLING)]);
     for _ in 0..2 {
         let refused = vec![Some((ErrorKind::RateLimited, Effect::NotDone)); 5];
         assert_eq!(outcomes(&bus, numbered(&name, 0..5)).await, refused);
@@ -397,7 +405,7 @@ async fn a_topic_under_stress_is_told_entry_by_entry_too() {
         <Code>InternalError</Code><Message>by the test</Message><SenderFault>false</SenderFault></member></Failed>\
         </PublishBatchResult><ResponseMetadata><RequestId>r</RequestId></ResponseMetadata></PublishBatchResponse>";
     let faults = [
-        Fault::Answer(400, error("Throttled")),
+        throttled("application/x-www-form-urlencoded"),
         Fault::DoneBut(503, error("ServiceUnavailable")),
         Fault::DoneBut(200, mixed),
     ];

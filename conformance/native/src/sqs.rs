@@ -29,6 +29,22 @@ pub(crate) struct Native {
     is_fifo: bool,
 }
 
+/// `http://host:port` or `https://host:port` of what the URL names; `None` where it names nothing.
+pub(crate) fn endpoint(access: &Access) -> Option<String> {
+    let host = access.hosts().first()?;
+    Some(match access.setting("tls") {
+        Some("on") => format!("https://{host}"),
+        Some("off") => format!("http://{host}"),
+        _ if is_near(host) => format!("http://{host}"),
+        _ => format!("https://{host}"),
+    })
+}
+
+/// Whether it is on this machine, as emulators are.
+fn is_near(host: &str) -> bool {
+    host.starts_with("127.") || host.starts_with("localhost") || host.starts_with("[::1]")
+}
+
 /// A message as both services take it: its attributes with their types, and what a FIFO queue or topic wants besides.
 struct Parcel {
     body: String,
@@ -45,18 +61,11 @@ impl Native {
     pub(crate) fn new(access: &Access) -> Result<Self, String> {
         access.without(&["tls_ca", "profile", "session_token"])?;
         let is_fifo = access.setting("mode") == Some("fifo");
-        let host = access.hosts().first();
-        let is_plain =
-            |host: &str| host.starts_with("127.") || host.starts_with("localhost") || host.starts_with("[::1]");
-        let endpoint = host.map(|host| match access.setting("tls") {
-            Some("on") => format!("https://{host}"),
-            Some("off") => format!("http://{host}"),
-            _ if is_plain(host) => format!("http://{host}"),
-            _ => format!("https://{host}"),
-        });
+        let endpoint = endpoint(access);
         let own = access.user().map(|(key, secret)| Credentials::new(key, secret, None, None, "url"));
         // An emulator wants some, and looks at none.
-        let any = || host.filter(|host| is_plain(host)).map(|_| Credentials::new("k", "s", None, None, "emulator"));
+        let is_near = || access.hosts().first().is_some_and(|host| is_near(host));
+        let any = || is_near().then(|| Credentials::new("k", "s", None, None, "emulator"));
         Ok(Self {
             sns_endpoint: access.setting("sns_endpoint").map(str::to_owned).or_else(|| endpoint.clone()),
             endpoint,

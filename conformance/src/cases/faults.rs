@@ -122,7 +122,7 @@ pub(super) const CASES: &[Case] = &[
     ),
 ];
 
-fn millis(random: &mut StdRng, range: std::ops::Range<u64>) -> Duration {
+pub(super) fn millis(random: &mut StdRng, range: std::ops::Range<u64>) -> Duration {
     Duration::from_millis(random.random_range(range))
 }
 
@@ -207,7 +207,7 @@ async fn mixed_with_blocking(env: &Env) -> Proof {
     disturbed(env, |spec| spec.with_order(Order::Key).with_on_failure(OnFailure::Block), 6, any).await
 }
 
-fn any(random: &mut StdRng, _: usize) -> (Kind, Duration, bool) {
+pub(super) fn any(random: &mut StdRng, _: usize) -> (Kind, Duration, bool) {
     let publishing = random.random();
     let (kind, lasts) = match random.random_range(0..8) {
         0..3 => cut(random),
@@ -225,9 +225,19 @@ async fn disturbed(
     env: &Env,
     shape: impl FnOnce(SubscribeSpec) -> SubscribeSpec,
     count: usize,
+    draw: impl FnMut(&mut StdRng, usize) -> (Kind, Duration, bool),
+) -> Proof {
+    disturbed_on(env, &Network::open(env).await?, shape, count, draw).await
+}
+
+/// The same on that network.
+pub(super) async fn disturbed_on(
+    env: &Env,
+    network: &Network<'_>,
+    shape: impl FnOnce(SubscribeSpec) -> SubscribeSpec,
+    count: usize,
     mut draw: impl FnMut(&mut StdRng, usize) -> (Kind, Duration, bool),
 ) -> Proof {
-    let network = Network::open(env).await?;
     let (publishers, members) = Trial::CLIENTS;
     let (mut lines, mut clients) = (Vec::new(), Vec::new());
     for _ in 0..publishers + members {

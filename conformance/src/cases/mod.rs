@@ -2,6 +2,7 @@
 
 pub(crate) mod refusals;
 
+mod answers;
 mod dead_letter;
 mod delivery;
 mod faults;
@@ -46,6 +47,7 @@ const THEMES: &[&[Case]] = &[
     transactions::CASES,
     random::CASES,
     faults::CASES,
+    answers::CASES,
     processes::CASES,
 ];
 

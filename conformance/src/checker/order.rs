@@ -50,10 +50,10 @@ impl Checker {
         seen: &Seen,
     ) {
         let passed = self.publishes.iter().find(|publish| {
-            publish.destination == seen.destination
-                && publish.producer == producer
+            publish.producer == producer
                 && publish.sequence < sequence
                 && publish.key == *key
+                && publish.destination == seen.destination
                 && (order == Order::Total || key.is_some())
                 && self
                     .stories
@@ -82,18 +82,16 @@ impl Checker {
         let members = &self.members;
         let other = self.stories.get(place).and_then(|stories| {
             stories.iter().find(|(id, story)| {
-                let same_key = order == Order::Total
-                    || self
-                        .by_id
-                        .get(&(seen.destination.clone(), (*id).clone()))
-                        .is_some_and(|calls| calls.iter().any(|call| self.publishes[*call].key == *key));
-                same_key
-                    && story.held().any(|held| {
-                        held.member != seen.subscription
-                            && held.until > at
-                            && moved.is_none_or(|moved| held.at > moved)
-                            && members.get(&held.member).is_some_and(|member| !member.gone)
-                    })
+                // First what few of them are: this is asked of every story at every delivery.
+                let is_held = story.held().any(|held| {
+                    held.member != seen.subscription
+                        && held.until > at
+                        && moved.is_none_or(|moved| held.at > moved)
+                        && members.get(&held.member).is_some_and(|member| !member.gone)
+                });
+                let of = || self.by_id.get(&(seen.destination.clone(), (*id).clone()));
+                let has_its_key = |call: &usize| self.publishes[*call].key == *key;
+                is_held && (order == Order::Total || of().is_some_and(|calls| calls.iter().any(has_its_key)))
             })
         });
         if let Some((other, _)) = other {

@@ -2,6 +2,9 @@
 //! that was hit may come twice, and nothing else.
 
 mod address;
+mod http;
+#[cfg(test)]
+mod http_tests;
 mod plan;
 mod proxy;
 mod pump;
@@ -13,6 +16,7 @@ mod trial;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anybroker_core::{Error, ErrorKind};
@@ -23,8 +27,10 @@ use crate::case::{Breach, Proof};
 use crate::client::Client;
 use crate::env::Env;
 use crate::history::What;
-use crate::{Harness, sweep};
+use crate::{Harness, HttpService, sweep};
 pub use address::{routes_of, url_through};
+pub(crate) use http::Answers;
+use http::HttpProxy;
 pub(crate) use plan::{Kind, Planned, plan};
 use proxy::Way;
 pub(crate) use proxy::{End, Proxy};
@@ -89,19 +95,26 @@ pub trait ServerControl: Send + Sync {
 /// The proxies of one client, or of all where the server advertises one address.
 pub(crate) struct Line {
     proxies: Vec<Proxy>,
+    /// Behind them, where requests are to be answered in the server's place.
+    answerers: Vec<HttpProxy>,
     clients: Mutex<Vec<u32>>,
 }
 
 impl Line {
-    async fn start(routes: &[Route]) -> Proof<Arc<Self>> {
-        let mut proxies = Vec::new();
-        for route in routes {
-            let proxy = Proxy::start(route.listen, route.upstream.clone()).await.map_err(|error| {
-                Breach::NotRun(format!("no proxy can listen in front of {}: {error}", route.upstream))
-            })?;
-            proxies.push(proxy);
+    async fn start(routes: &[Route], answering: Option<&Answering>) -> Proof<Arc<Self>> {
+        let (mut proxies, mut answerers) = (Vec::new(), Vec::new());
+        for Route { listen, upstream } in routes {
+            let no_proxy = |error| Breach::NotRun(format!("no proxy can listen in front of {upstream}: {error}"));
+            let mut behind = upstream.clone();
+            if let Some(Answering { service, count }) = answering {
+                let started = HttpProxy::start(behind, Arc::clone(service), Arc::clone(count)).await;
+                let answerer = started.map_err(no_proxy)?;
+                behind = answerer.address().to_string();
+                answerers.push(answerer);
+            }
+            proxies.push(Proxy::start(*listen, behind).await.map_err(no_proxy)?);
         }
-        Ok(Arc::new(Self { proxies, clients: Mutex::default() }))
+        Ok(Arc::new(Self { proxies, answerers, clients: Mutex::default() }))
     }
 
     /// A client whose connections go through it.
@@ -123,6 +136,10 @@ impl Line {
 
     fn end(&self, how: End) {
         self.proxies.iter().for_each(|proxy| proxy.end(how));
+    }
+
+    fn answer(&self, answers: Answers) {
+        self.answerers.iter().for_each(|answerer| answerer.set(answers));
     }
 
     fn refuse(&self, refuses: bool) {
@@ -169,12 +186,14 @@ impl Line {
                 false => self.set(Way::CutAfter(bytes), Way::Pass),
                 true => self.set(Way::Pass, Way::CutAfter(bytes)),
             },
+            Kind::Answered(answers) => self.answer(answers),
         }
     }
 
     fn over(&self, kind: Kind) {
         match kind {
             Kind::Cut | Kind::Finish => self.refuse(false),
+            Kind::Answered(_) => self.answer(Answers::OfTheServer),
             _ => self.set(Way::Pass, Way::Pass),
         }
     }
@@ -184,19 +203,37 @@ impl Line {
 pub(crate) struct Network<'e> {
     env: &'e Env,
     routes: Vec<Route>,
+    answering: Option<Answering>,
     /// The only line, where the server advertises its address.
     shared: Option<Arc<Line>>,
+}
+
+/// How requests are answered in the place of the server, and how many were.
+struct Answering {
+    service: Arc<dyn HttpService>,
+    count: Arc<AtomicU64>,
 }
 
 impl<'e> Network<'e> {
     /// Finds out how, and that no client walks round it.
     pub(crate) async fn open(env: &'e Env) -> Proof<Self> {
+        Self::open_with(env, None).await
+    }
+
+    /// The same, where requests can be answered in the place of the server; not run where the endpoint is not spoken to so.
+    pub(crate) async fn open_to_answer(env: &'e Env) -> Proof<Self> {
+        let service = env.harness.http().map_err(Breach::NotRun)?;
+        http::check(service.as_ref()).map_err(Breach::Failed)?;
+        Self::open_with(env, Some(Answering { service, count: Arc::default() })).await
+    }
+
+    async fn open_with(env: &'e Env, answering: Option<Answering>) -> Proof<Self> {
         let routes = env.harness.routes().map_err(Breach::NotRun)?;
         let shared = match routes.iter().any(|route| route.listen.is_some()) {
-            true => Some(Line::start(&routes).await?),
+            true => Some(Line::start(&routes, answering.as_ref()).await?),
             false => None,
         };
-        let network = Self { env, routes, shared };
+        let network = Self { env, routes, answering, shared };
         network.is_on_the_way().await?;
         Ok(network)
     }
@@ -205,8 +242,13 @@ impl<'e> Network<'e> {
     pub(crate) async fn line(&self) -> Proof<Arc<Line>> {
         match &self.shared {
             Some(line) => Ok(Arc::clone(line)),
-            None => Line::start(&self.routes).await,
+            None => Line::start(&self.routes, self.answering.as_ref()).await,
         }
+    }
+
+    /// How many requests were answered in the place of the server so far.
+    pub(crate) fn answered(&self) -> u64 {
+        self.answering.as_ref().map_or(0, |answering| answering.count.load(Ordering::Relaxed))
     }
 
     /// With everything held back nothing can be published: otherwise the endpoint has told the client of another address.

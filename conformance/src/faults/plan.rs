@@ -6,6 +6,8 @@ use std::time::Duration;
 use rand::RngExt;
 use rand::rngs::StdRng;
 
+use super::http::Answers;
+
 /// A fault of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
@@ -37,6 +39,8 @@ pub(crate) enum Kind {
         /// Of the server's bytes, not of the client's.
         answers: bool,
     },
+    /// Requests are answered in the place of the server, where they are HTTP's.
+    Answered(Answers),
 }
 
 impl fmt::Display for Kind {
@@ -52,6 +56,10 @@ impl fmt::Display for Kind {
             Self::Slow { delay, bytes_per_second } => write!(f, "slow ({delay:?} late, {bytes_per_second} B/s)"),
             Self::CutAfter { bytes, answers: false } => write!(f, "cut after {bytes} B of the client's"),
             Self::CutAfter { bytes, answers: true } => write!(f, "cut after {bytes} B of the server's"),
+            Self::Answered(Answers::OfTheServer) => f.write_str("answered by the server"),
+            Self::Answered(Answers::Unavailable) => f.write_str("answered 503, not passed on"),
+            Self::Answered(Answers::DoneButUnavailable) => f.write_str("done, and answered 503"),
+            Self::Answered(Answers::Throttled) => f.write_str("throttled"),
         }
     }
 }

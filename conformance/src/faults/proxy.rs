@@ -87,20 +87,10 @@ impl Proxy {
             bytes: AtomicU64::new(0),
         });
         let accepting = Arc::clone(&shared);
-        let listening = tokio::spawn(async move {
-            // Owned by this task, so that connections end with it.
-            let mut connections = tokio::task::JoinSet::new();
-            loop {
-                tokio::select! {
-                    accepted = listener.accept() => {
-                        let Ok((client, _)) = accepted else { continue };
-                        accepting.accepted.fetch_add(1, Ordering::Relaxed);
-                        connections.spawn(serve(client, upstream.clone(), Arc::clone(&accepting)));
-                    }
-                    Some(_) = connections.join_next() => {}
-                }
-            }
-        });
+        let listening = tokio::spawn(listen_with(listener, move |client| {
+            accepting.accepted.fetch_add(1, Ordering::Relaxed);
+            serve(client, upstream.clone(), Arc::clone(&accepting))
+        }));
         Ok(Self { address, shared, listening })
     }
 
@@ -149,6 +139,23 @@ impl Proxy {
 impl Drop for Proxy {
     fn drop(&mut self) {
         self.listening.abort();
+    }
+}
+
+/// Serves every connection that comes, for as long as it is polled: they end with it.
+pub(super) async fn listen_with<F>(listener: TcpListener, mut serve: impl FnMut(TcpStream) -> F)
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let mut connections = tokio::task::JoinSet::new();
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => {
+                let Ok((client, _)) = accepted else { continue };
+                connections.spawn(serve(client));
+            }
+            Some(_) = connections.join_next() => {}
+        }
     }
 }
 

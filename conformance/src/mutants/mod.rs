@@ -15,7 +15,7 @@ use std::sync::Arc;
 use anybroker_core::{Broker, Bus, BusOptions, ManualClock, Result};
 use async_trait::async_trait;
 
-use crate::{Harness, NativeChannel, Route, ServerControl};
+use crate::{Harness, HttpService, NativeChannel, Route, ServerControl};
 use tampered::{Fault, Tampered};
 
 /// A broker with one fault.
@@ -121,6 +121,10 @@ impl Harness for MutantHarness {
 
     async fn connect_through(&self, addresses: &[SocketAddr]) -> Result<Bus> {
         Ok(self.tamper(&self.inner.connect_through(addresses).await?))
+    }
+
+    fn http(&self) -> std::result::Result<Arc<dyn HttpService>, String> {
+        self.inner.http()
     }
 
     fn server(&self) -> Option<Arc<dyn ServerControl>> {

@@ -10,8 +10,8 @@ use std::time::Duration;
 use anybroker::config::EndpointUrl;
 use anybroker::{Bus, Config, ErrorKind, TopologySpec};
 use anybroker_conformance::{
-    About, Harness, Level, NativeChannel, Options, Outcome, Report, Route, ServerControl, Stop, cases, check_proxies,
-    fresh_name, url_through,
+    About, Harness, HttpService, Level, NativeChannel, Options, Outcome, Report, Route, ServerControl, Stop, cases,
+    check_proxies, fresh_name, url_through,
 };
 use async_trait::async_trait;
 use futures_util::future::BoxFuture;
@@ -156,6 +156,7 @@ struct CommandHarness {
     child: Result<Vec<OsString>, String>,
     faults: Faults,
     native: Result<Arc<dyn NativeChannel>, String>,
+    http: Result<Arc<dyn HttpService>, String>,
 }
 
 impl CommandHarness {
@@ -178,10 +179,12 @@ impl CommandHarness {
             true => process_of(global, &config),
             false => Err("--faults asks for others, which leave clients alone".to_owned()),
         };
-        let native = native(&config);
+        let url = config.endpoint_url().unwrap_or_default();
+        let native = anybroker_conformance_native::channel(url, |setting| given(&config, setting));
+        let http = anybroker_conformance_native::http(url, |setting| given(&config, setting));
         let about = About { client: args.client.clone(), emulated: args.emulated.clone() };
         let (lease, quiet, patience) = (args.lease, args.quiet, args.patience);
-        Ok(Self { name, about, lease, quiet, patience, config, strict, child, faults, native })
+        Ok(Self { name, about, lease, quiet, patience, config, strict, child, faults, native, http })
     }
 }
 
@@ -205,13 +208,10 @@ fn process_of(global: &Global, config: &Config) -> Result<Vec<OsString>, String>
     Ok(arguments)
 }
 
-/// The broker's bare client, by the same settings.
-fn native(config: &Config) -> Result<Arc<dyn NativeChannel>, String> {
+/// A setting of the endpoint's section, which is called as its first scheme.
+fn given(config: &Config, setting: &str) -> Option<String> {
     let scheme = config.scheme().unwrap_or_default();
-    // An endpoint's section is called as its first scheme.
-    let section = scheme.split('+').next().unwrap_or_default();
-    let given = |setting: &str| config.text(&format!("{section}.{setting}"));
-    anybroker_conformance_native::channel(config.endpoint_url().unwrap_or_default(), given)
+    config.text(&format!("{}.{setting}", scheme.split('+').next().unwrap_or_default()))
 }
 
 /// Where the URL names neither host nor path: the same URL with a name, and with another one. Connections to an in-process
@@ -292,6 +292,10 @@ impl Harness for CommandHarness {
     async fn connect_through(&self, addresses: &[SocketAddr]) -> anybroker::Result<Bus> {
         let url = url_through(self.config.endpoint_url().unwrap_or_default(), addresses);
         anybroker::connect_with(self.config.clone().with("url", url)).await
+    }
+
+    fn http(&self) -> Result<Arc<dyn HttpService>, String> {
+        self.http.clone()
     }
 
     fn server(&self) -> Option<Arc<dyn ServerControl>> {
