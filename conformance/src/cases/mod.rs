@@ -16,6 +16,7 @@ mod processes;
 mod publish;
 mod random;
 mod redelivery;
+mod server;
 mod settle;
 mod shapes;
 mod time;
@@ -46,6 +47,7 @@ const THEMES: &[&[Case]] = &[
     transactions::CASES,
     random::CASES,
     faults::CASES,
+    server::CASES,
     processes::CASES,
 ];
 
