@@ -1,4 +1,4 @@
-//! Connections that are cut, held, slowed down or half gone, and servers that are killed and frozen.
+//! Connections that are cut, held, slowed down or half gone.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -16,17 +16,17 @@ use crate::client::Client;
 use crate::consumer::{Consumer, Held, settle};
 use crate::env::Env;
 use crate::faults::{
-    Disturbance, HEALED_TIMEOUT, KILLED, Kind, Line, Network, Planned, Trial, is_publishing_in_a_fault,
-    is_settling_in_a_fault, of_server, plan,
+    Disturbance, HEALED_TIMEOUT, Kind, Line, Network, Planned, Trial, is_publishing_in_a_fault, is_settling_in_a_fault,
+    plan,
 };
-use crate::{Case, Level, ServerControl, need};
+use crate::{Case, need};
 
 /// A case of the second level.
 macro_rules! fault {
     ($name:literal, $alone:literal, [$($need:expr),* $(,)?], $proves:literal, $run:path) => {
-        Case {
+        $crate::Case {
             name: $name,
-            level: Level::Reliability,
+            level: $crate::Level::Reliability,
             proves: $proves,
             needs: &[$($need),*],
             alone: $alone,
@@ -34,6 +34,8 @@ macro_rules! fault {
         }
     };
 }
+
+pub(super) use fault;
 
 pub(super) const CASES: &[Case] = &[
     fault!(
@@ -105,20 +107,6 @@ pub(super) const CASES: &[Case] = &[
         [need::KEY_ORDER, need::BLOCK],
         "OnFailure::Block holds whatever becomes of connections.",
         mixed_with_blocking
-    ),
-    fault!(
-        "faults/a-server-that-is-killed-and-comes-back-loses-nothing-that-was-confirmed",
-        true,
-        [need::SURVIVES_KILL],
-        "What is confirmed survives the server's process; everybody recovers by himself.",
-        killed
-    ),
-    fault!(
-        "faults/a-server-that-is-frozen-for-a-while-loses-nothing",
-        true,
-        [],
-        "Every call ends by its deadline while the server is frozen, and everything goes on afterwards.",
-        frozen
     ),
 ];
 
@@ -434,59 +422,4 @@ async fn lost_acks(env: &Env) -> Proof {
         client.close().await?;
     }
     Ok(())
-}
-
-async fn killed(env: &Env) -> Proof {
-    of_process(env, |server| Process { server, kills: true }, 1).await
-}
-
-async fn frozen(env: &Env) -> Proof {
-    of_process(env, |server| Process { server, kills: false }, 1).await
-}
-
-async fn of_process(env: &Env, process: impl Fn(Arc<dyn ServerControl>) -> Process, count: usize) -> Proof {
-    let server = env.harness.server().ok_or_else(|| Breach::NotRun("the harness may not kill the server".into()))?;
-    let (publishers, members) = Trial::CLIENTS;
-    let mut clients = Vec::new();
-    for _ in 0..publishers + members {
-        clients.push(env.client().await?);
-    }
-    let members = clients.split_off(publishers);
-    let hits: Vec<Box<dyn Disturbance>> =
-        (0..count).map(|_| Box::new(process(Arc::clone(&server))) as Box<dyn Disturbance>).collect();
-    Trial::new(env, |spec| spec).run(clients, members, &hits).await
-}
-
-/// A fault of the server.
-struct Process {
-    server: Arc<dyn ServerControl>,
-    kills: bool,
-}
-
-const FROZEN_SERVER: &str = "server frozen";
-/// Longer than a publish may take.
-const FROZEN: Duration = Duration::from_secs(5);
-
-impl Disturbance for Process {
-    fn describe(&self) -> String {
-        if self.kills { KILLED.to_owned() } else { format!("{FROZEN_SERVER}, for {FROZEN:?}") }
-    }
-
-    fn wants(&self) -> (bool, usize) {
-        (true, 0)
-    }
-
-    fn forgets(&self) -> bool {
-        self.kills
-    }
-
-    fn happen<'a>(&'a self, env: &'a Env, _: usize) -> BoxFuture<'a, Proof> {
-        let server = &self.server;
-        Box::pin(async move {
-            match self.kills {
-                true => of_server(env, KILLED, Duration::ZERO, server.kill(), server.restart()).await,
-                false => of_server(env, FROZEN_SERVER, FROZEN, server.pause(), server.resume()).await,
-            }
-        })
-    }
 }

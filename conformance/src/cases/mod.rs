@@ -17,6 +17,7 @@ mod processes;
 mod publish;
 mod random;
 mod redelivery;
+mod server;
 mod settle;
 mod shapes;
 mod time;
@@ -48,6 +49,7 @@ const THEMES: &[&[Case]] = &[
     random::CASES,
     faults::CASES,
     answers::CASES,
+    server::CASES,
     processes::CASES,
 ];
 

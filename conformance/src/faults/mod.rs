@@ -90,6 +90,27 @@ pub trait ServerControl: Send + Sync {
 
     /// Lets it go on.
     async fn resume(&self) -> Result<(), String>;
+
+    /// Takes from it the room for new messages, as a full disk or a quota that is used up does. It goes on serving clients.
+    /// Returns when new messages are refused or held.
+    async fn fill(&self) -> Result<(), String> {
+        Err("the server cannot be told to have no room".into())
+    }
+
+    /// Gives the room back. A server that has room stays as it is.
+    async fn relieve(&self) -> Result<(), String> {
+        Err("the server cannot be told to have no room".into())
+    }
+
+    /// Takes back what lets the suite's clients in (a password, a permission), also from those that are connected.
+    async fn lock_out(&self) -> Result<(), String> {
+        Err("the server cannot be told to lock clients out".into())
+    }
+
+    /// Lets them in again. A server that has locked out nobody stays as it is.
+    async fn let_in(&self) -> Result<(), String> {
+        Err("the server cannot be told to lock clients out".into())
+    }
 }
 
 /// The proxies of one client, or of all where the server advertises one address.
@@ -298,20 +319,20 @@ const PROBE: Duration = Duration::from_millis(1_000);
 /// The fault by which the server's process ends, with what it has not written.
 pub(crate) const KILLED: &str = "server killed";
 
-/// A fault of the server, which hits every client.
+/// A fault of the server, which hits every client and lasts as long as what goes on meanwhile. It is over also when that fails.
 pub(crate) async fn of_server(
     env: &Env,
     kind: &str,
-    lasts: Duration,
     begin: impl Future<Output = Result<(), String>>,
+    meanwhile: impl Future<Output = Proof>,
     over: impl Future<Output = Result<(), String>>,
 ) -> Proof {
     let fault = env.history.number();
     let clients = (0..env.clients()).collect();
     env.history.record(0, What::FaultBegin { fault, kind: kind.to_owned(), clients, connections: 0 });
     begin.await.map_err(Breach::NotRun)?;
-    tokio::time::sleep(lasts).await;
+    let seen = meanwhile.await;
     over.await.map_err(Breach::Failed)?;
     env.history.record(0, What::FaultEnd { fault, connections: 0, bytes: 0 });
-    Ok(())
+    seen
 }

@@ -334,6 +334,7 @@ impl<'e> Trial<'e> {
 
 /// What a settle may fail with while connections come and go.
 pub(crate) fn is_settling_in_a_fault(error: &Error) -> Proof {
+    // RateLimited: what a settle has to store finds no room.
     let passes = matches!(error.kind(), ErrorKind::Timeout | ErrorKind::Unavailable | ErrorKind::RateLimited);
     let is_of_faults = passes || error.kind() == ErrorKind::StaleDelivery || error.effect() == Effect::Unknown;
     ensure!(is_of_faults, "settling in a fault: {error:?}");

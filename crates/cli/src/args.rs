@@ -68,7 +68,7 @@ pub(crate) enum Command {
     /// Delete a group with its dead letters, or a destination with all its groups
     Delete(DeleteArgs),
     /// Run the conformance suite against the endpoint
-    Conform(ConformArgs),
+    Conform(Box<ConformArgs>),
     /// The settings: their JSON Schema, and whether yours are valid
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -369,13 +369,26 @@ pub(crate) struct FaultArgs {
     /// Lets a frozen server go on
     #[arg(long, value_name = "CMD", requires = "pause_command")]
     pub(crate) resume_command: Option<String>,
+    /// Takes from the server the room for new messages, such as 'rabbitmqctl set_disk_free_limit 1000000GB'; a line for sh, which
+    /// returns when it has taken effect
+    #[arg(long, value_name = "CMD", requires = "relieve_command")]
+    pub(crate) fill_command: Option<String>,
+    /// Gives that room back, and changes nothing where there is room
+    #[arg(long, value_name = "CMD", requires = "fill_command")]
+    pub(crate) relieve_command: Option<String>,
+    /// Takes from the clients of this URL what lets them in, also from those that are connected; a line for sh
+    #[arg(long, value_name = "CMD", requires = "let_in_command")]
+    pub(crate) lock_out_command: Option<String>,
+    /// Lets them in again, and changes nothing where they are let in
+    #[arg(long, value_name = "CMD", requires = "lock_out_command")]
+    pub(crate) let_in_command: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum FaultsArg {
     /// Connections: the command's own clients go through proxies, which cut, hold, lose and slow down; safe on a shared server
     Proxy,
-    /// The server, by --restart-command or --pause-command and --resume-command
+    /// The server, by --restart-command, --pause-command, --fill-command and --lock-out-command, and what undoes them
     Process,
     /// Processes that the command starts to publish and to consume: they are killed; safe on a shared server
     Clients,

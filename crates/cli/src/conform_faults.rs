@@ -35,7 +35,15 @@ impl Faults {
     /// What the command line asks for; a fault that cannot be brought about is refused before anything is run.
     pub(crate) fn of(args: &FaultArgs, level: Option<Level>, config: &Config) -> Result<Self, Failure> {
         let asks = |kind| args.faults.contains(&kind);
-        let has_commands = args.restart_command.is_some() || args.pause_command.is_some();
+        let pair = |begin: &Option<String>, over: &Option<String>| begin.clone().zip(over.clone());
+        let commands = Commands {
+            restart: args.restart_command.clone(),
+            frozen: pair(&args.pause_command, &args.resume_command),
+            full: pair(&args.fill_command, &args.relieve_command),
+            locked: pair(&args.lock_out_command, &args.let_in_command),
+            config: config.clone(),
+        };
+        let has_commands = commands.are_any();
         let wants_proxies = asks(FaultsArg::Proxy) || !args.proxies.is_empty();
         let wants_process = asks(FaultsArg::Process) || has_commands;
         let wants_clients = asks(FaultsArg::Clients);
@@ -46,7 +54,8 @@ impl Faults {
         }
         if wants_process && !has_commands {
             let text = "--faults process needs --restart-command CMD, which kills the server and starts it again, or \
-                        --pause-command with --resume-command: the command knows no way to the server's process";
+                        --pause-command with --resume-command (or --fill-command, or --lock-out-command): the command knows \
+                        no way to the server's process";
             return Err(Failure::Usage(text.into()));
         }
         let is_disturbed = wants_proxies || wants_process || wants_clients;
@@ -70,10 +79,7 @@ impl Faults {
         if let (true, Err(why)) = (wants_proxies, &routes) {
             return Err(unsupported(why.clone()));
         }
-        let server = has_commands.then(|| {
-            let frozen = args.pause_command.clone().zip(args.resume_command.clone());
-            Arc::new(Commands { restart: args.restart_command.clone(), frozen, config: config.clone() })
-        });
+        let server = has_commands.then(|| Arc::new(commands));
         let kills_clients = wants_clients || args.faults.is_empty() && !has_commands;
         Ok(Self { routes, wants_proxies, kills_clients, server, level })
     }
@@ -91,7 +97,15 @@ fn has_hosts(url: &str) -> bool {
 pub(crate) struct Commands {
     restart: Option<String>,
     frozen: Option<(String, String)>,
+    full: Option<(String, String)>,
+    locked: Option<(String, String)>,
     config: Config,
+}
+
+impl Commands {
+    fn are_any(&self) -> bool {
+        self.restart.is_some() || [&self.frozen, &self.full, &self.locked].into_iter().any(Option::is_some)
+    }
 }
 
 #[async_trait]
@@ -123,6 +137,26 @@ impl ServerControl for Commands {
     async fn resume(&self) -> Result<(), String> {
         let (_, resume) = self.frozen.as_ref().ok_or("no --resume-command")?;
         run("--resume-command", resume).await
+    }
+
+    async fn fill(&self) -> Result<(), String> {
+        let (fill, _) = self.full.as_ref().ok_or("no --fill-command")?;
+        run("--fill-command", fill).await
+    }
+
+    async fn relieve(&self) -> Result<(), String> {
+        let (_, relieve) = self.full.as_ref().ok_or("no --fill-command")?;
+        run("--relieve-command", relieve).await
+    }
+
+    async fn lock_out(&self) -> Result<(), String> {
+        let (lock_out, _) = self.locked.as_ref().ok_or("no --lock-out-command")?;
+        run("--lock-out-command", lock_out).await
+    }
+
+    async fn let_in(&self) -> Result<(), String> {
+        let (_, let_in) = self.locked.as_ref().ok_or("no --lock-out-command")?;
+        run("--let-in-command", let_in).await
     }
 }
 

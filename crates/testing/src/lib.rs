@@ -56,24 +56,36 @@ impl OwnServer {
         Some(Self { running: Arc::new(running), url })
     }
 
-    /// `kill`, `restart`, `pause` or `resume`.
+    /// `kill`, `restart`, `pause`, `resume`, `fill`, `relieve`, `lock-out` or `let-in`.
     ///
     /// # Panics
     /// When that fails.
     pub async fn does(&self, verb: &'static str) {
+        self.tries(verb).await.unwrap_or_else(|why| panic!("{verb}: {why}"));
+    }
+
+    async fn tries(&self, verb: &'static str) -> Result<(), String> {
         let running = Arc::clone(&self.running);
-        tokio::task::spawn_blocking(move || running.run(verb, &[])).await.expect("the command succeeds");
+        let ran = tokio::task::spawn_blocking(move || running.tries(verb, &[])).await;
+        ran.expect("the command does not panic").map(drop)
     }
 }
 
 impl Running {
     fn run(&self, verb: &str, options: &[&str]) -> String {
+        self.tries(verb, options).unwrap_or_else(|why| panic!("{verb}: {why}"))
+    }
+
+    /// What the command prints, or what it complains about.
+    fn tries(&self, verb: &str, options: &[&str]) -> Result<String, String> {
         let xtask = std::env::var_os(XTASK).expect("set when the server was started");
         let mut command = Command::new(xtask);
         command.args(["brokers", "--instance", &self.instance, verb, self.broker]).args(options);
         let done = command.output().expect("the xtask binary starts");
-        assert!(done.status.success(), "{verb}: {}", String::from_utf8_lossy(&done.stderr));
-        String::from_utf8(done.stdout).expect("it prints UTF-8")
+        match done.status.success() {
+            true => Ok(String::from_utf8(done.stdout).expect("it prints UTF-8")),
+            false => Err(String::from_utf8_lossy(&done.stderr).trim().to_owned()),
+        }
     }
 
     /// The end of what the server wrote to its logs, which go with it.
@@ -131,5 +143,21 @@ impl ServerControl for OwnServer {
     async fn resume(&self) -> Result<(), String> {
         self.does("resume").await;
         Ok(())
+    }
+
+    async fn fill(&self) -> Result<(), String> {
+        self.tries("fill").await
+    }
+
+    async fn relieve(&self) -> Result<(), String> {
+        self.tries("relieve").await
+    }
+
+    async fn lock_out(&self) -> Result<(), String> {
+        self.tries("lock-out").await
+    }
+
+    async fn let_in(&self) -> Result<(), String> {
+        self.tries("let-in").await
     }
 }

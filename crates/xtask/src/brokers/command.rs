@@ -4,7 +4,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 
 use super::instance::{self, How, Instance};
-use super::{Condition, Server, recipes, stand_ins};
+use super::{Change, Condition, Server, recipes, stand_ins};
 use crate::folders;
 
 /// Start, end and disturb real brokers on this machine
@@ -72,6 +72,30 @@ enum Action {
         #[arg(required = true)]
         names: Vec<String>,
     },
+    /// Take from brokers the room for new messages, as a full disk or a quota does; native ones only
+    Fill {
+        /// Which ones: those that can be told to
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Give brokers that room back
+    Relieve {
+        /// Which ones
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Take from the clients of brokers what lets them in, also from those that are connected; native ones only
+    LockOut {
+        /// Which ones: those that can be told to
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Let the clients of brokers in again
+    LetIn {
+        /// Which ones
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
     /// End brokers if they run, start them on the same ports with the same data, wait until they are ready
     Restart {
         /// Which ones
@@ -95,6 +119,10 @@ impl Brokers {
             Action::Kill { names } => each(&instance, names, "killed", Server::kill),
             Action::Pause { names } => each(&instance, names, "paused", Server::pause),
             Action::Resume { names } => each(&instance, names, "resumed", Server::resume),
+            Action::Fill { names } => each(&instance, names, "has no room", |server| server.change(Change::Fill)),
+            Action::Relieve { names } => each(&instance, names, "has room", |server| server.change(Change::Relieve)),
+            Action::LockOut { names } => each(&instance, names, "locked", |server| server.change(Change::LockOut)),
+            Action::LetIn { names } => each(&instance, names, "open", |server| server.change(Change::LetIn)),
             Action::Restart { names } => each(&instance, names, "restarted", Server::restart),
         }
     }

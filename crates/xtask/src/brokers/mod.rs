@@ -24,6 +24,7 @@ use anyhow::{Result, bail};
 
 use container::Contained;
 pub(crate) use instance::{Endpoint, How, PrivateInstance};
+use process::Process;
 use server::{Condition, Server};
 use stand_ins::StandIn;
 
@@ -87,8 +88,44 @@ pub(crate) trait Recipe: Sync {
     /// What an image consists of that takes the official one's place; none when there is no way to build one.
     fn stand_in(&self) -> Option<StandIn>;
 
+    /// What a running server can be told. A server in a container is told nothing.
+    fn changes(&self) -> &'static [Change] {
+        &[]
+    }
+
+    /// Tells it one of [`Recipe::changes`], and returns when it has taken effect. Undone by the opposite one; a restart undoes no more
+    /// than the server forgets by itself.
+    fn change(&self, site: &Site<'_>, process: &Process, change: Change) -> Result<()> {
+        let _ = (site, process);
+        bail!("{} cannot be told to {change}", self.name())
+    }
+
     /// `Ok` once clients are served; an error says what is missing still. Returns within about a second.
     fn probe(&self, ports: &[u16]) -> Result<()>;
+}
+
+/// What a running server can be told, beside what signals do to its process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Change {
+    /// To have no room for new messages.
+    Fill,
+    /// To have room again.
+    Relieve,
+    /// To serve none of its clients, whose password or permission is gone.
+    LockOut,
+    /// To serve them again.
+    LetIn,
+}
+
+impl std::fmt::Display for Change {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Fill => "have no room",
+            Self::Relieve => "have room again",
+            Self::LockOut => "lock its clients out",
+            Self::LetIn => "let its clients in again",
+        })
+    }
 }
 
 /// Where one server lives.

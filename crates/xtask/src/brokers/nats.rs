@@ -8,9 +8,11 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::process::Signal;
 
 use super::stand_ins::Contents;
-use super::{Contained, Recipe, Site, StandIn};
+use super::{Change, Contained, Process, Recipe, Site, StandIn};
+use crate::interrupt;
 
 const MODULE: &str = "github.com/nats-io/nats-server/v2";
 const VERSION: &str = "2.15.2";
@@ -86,7 +88,7 @@ impl Recipe for Nats {
     }
 
     fn prepare(&self, site: &Site<'_>) -> Result<()> {
-        fs::write(configuration_file(site), configuration(site))?;
+        fs::write(configuration_file(site), configuration(site, State::Open))?;
         Ok(())
     }
 
@@ -109,6 +111,30 @@ impl Recipe for Nats {
     fn stand_in(&self) -> Option<StandIn> {
         let contents = Contents::Folder("/usr/local/bin");
         Some(StandIn { contents, scripts: Vec::new(), entrypoint: &["nats-server"] })
+    }
+
+    fn changes(&self) -> &'static [Change] {
+        &[Change::Fill, Change::Relieve, Change::LockOut, Change::LetIn]
+    }
+
+    /// By its configuration, which it reads again on SIGHUP. What its file store may hold altogether cannot become less while it runs
+    /// ("config reload not supported for decreasing jetstream max memory and store", 2.15.2); what an account may hold can.
+    fn change(&self, site: &Site<'_>, process: &Process, change: Change) -> Result<()> {
+        let state = match change {
+            Change::Fill => State::Full,
+            Change::LockOut => State::Locked,
+            Change::Relieve | Change::LetIn => State::Open,
+        };
+        let log = site.folder.join("server.log");
+        let told =
+            || fs::read_to_string(&log).map(|text| (text.matches(RELOADED).count(), text.matches(REFUSED).count()));
+        let before = told()?;
+        fs::write(configuration_file(site), configuration(site, state))?;
+        process.signal(Signal::HUP)?;
+        let after = interrupt::poll(RELOADED_WITHIN, || Ok(Some(told()?).filter(|after| *after != before)))?;
+        let after = after.context("it does not say that it has read its configuration again")?;
+        ensure!(after.1 == before.1, "it refuses its configuration: see {}", log.display());
+        Ok(())
     }
 
     /// The server greets a client before JetStream has recovered its streams: asked is JetStream itself.
@@ -149,11 +175,38 @@ fn configuration_file(site: &Site<'_>) -> PathBuf {
     site.folder.join("nats.conf")
 }
 
+/// What its configuration lets clients do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Open,
+    /// Their account may store nothing more.
+    Full,
+    /// They may enter, and do nothing: who enters without a password cannot be changed while it runs ("config reload not supported for
+    /// NoAuthUser", 2.15.2).
+    Locked,
+}
+
+/// What it logs after it was told to read its configuration again.
+const RELOADED: &str = "Reloaded server configuration";
+const REFUSED: &str = "Failed to reload server configuration";
+const RELOADED_WITHIN: Duration = Duration::from_secs(20);
+
 /// File storage below the server's own folder. `sync_interval` is left at its default: a killed process loses nothing that
-/// was acknowledged, a power loss may (its documentation, "sync_interval").
-fn configuration(site: &Site<'_>) -> String {
+/// was acknowledged, a power loss may (its documentation, "sync_interval"). Clients without a password belong to an account of
+/// their own, because the one of a server without accounts can be given no limits.
+fn configuration(site: &Site<'_>, state: State) -> String {
+    let most = if state == State::Full { "1KB" } else { "8GB" };
+    let nothing = ", permissions: { publish: { deny: \">\" }, subscribe: { deny: \">\" } }";
+    let allowed = if state == State::Locked { nothing } else { "" };
     format!(
-        "listen: \"127.0.0.1:{port}\"\nserver_name: anybroker\njetstream {{ store_dir: {store:?}, max_file_store: 8GB }}\n",
+        "listen: \"127.0.0.1:{port}\"\n\
+         server_name: anybroker\n\
+         jetstream {{ store_dir: {store:?}, max_file_store: 8GB }}\n\
+         accounts {{ CLIENTS {{\n\
+         \u{20}   jetstream: {{ max_file: {most} }}\n\
+         \u{20}   users: [ {{ user: anybody, password: anything{allowed} }} ]\n\
+         }} }}\n\
+         no_auth_user: anybody\n",
         port = site.ports[0],
         store = site.folder.join("data").display().to_string(),
     )

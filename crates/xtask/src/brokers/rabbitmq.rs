@@ -14,11 +14,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 
 use super::stand_ins::Contents;
-use super::{Contained, Recipe, Site, StandIn};
+use super::{Change, Contained, Process, Recipe, Site, StandIn};
 
 const SUITE: &str = "trixie";
 /// Where the server's own folder is inside of the root folder.
 const INSIDE: &str = "/srv";
+/// Less than this is free where the disk counts as full.
+const DISK_LIMIT: &str = "200MB";
 const TOOLS: &[&str] = &["mmdebstrap", "unshare", "chroot", "mount"];
 
 /// The broker of the `amqp://` scheme.
@@ -101,6 +103,24 @@ impl Recipe for RabbitMq {
         command
     }
 
+    fn changes(&self) -> &'static [Change] {
+        &[Change::Fill, Change::Relieve, Change::LockOut, Change::LetIn]
+    }
+
+    /// By its own command. A disk on which less is free than the limit raises the alarm (its documentation, "Free Disk Space Alarms"),
+    /// at once when the limit is set. A password that is changed keeps nobody out who is in: connections are closed too.
+    fn change(&self, site: &Site<'_>, _: &Process, change: Change) -> Result<()> {
+        match change {
+            Change::Fill => control(site, &["set_disk_free_limit", "1000000GB"]),
+            Change::Relieve => control(site, &["set_disk_free_limit", DISK_LIMIT]),
+            Change::LockOut => {
+                control(site, &["change_password", "guest", "changed"])?;
+                control(site, &["close_all_connections", "the password was changed"])
+            }
+            Change::LetIn => control(site, &["change_password", "guest", "guest"]),
+        }
+    }
+
     fn image(&self) -> &'static str {
         "rabbitmq:4.0.5-management"
     }
@@ -147,6 +167,21 @@ impl Recipe for RabbitMq {
     }
 }
 
+/// Runs `rabbitmqctl` beside the server, in the root folder and with the server's folder in the same place.
+fn control(site: &Site<'_>, arguments: &[&str]) -> Result<()> {
+    let script = "root=\"$0\" && mount --bind \"$1\" \"$root$2\" && mount -t proc proc \"$root/proc\" && shift 2 && \
+        exec chroot \"$root\" /usr/lib/rabbitmq/bin/rabbitmqctl --quiet \"$@\"";
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", script]).arg(site.home).arg(site.folder).arg(INSIDE).args(arguments);
+    command.env_clear();
+    command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+    command.envs(environment(INSIDE, site.ports));
+    let output = command.stdin(Stdio::null()).output().context("could not start unshare")?;
+    let said = [output.stdout, output.stderr].concat();
+    ensure!(output.status.success(), "rabbitmqctl {}: {}", arguments[0], String::from_utf8_lossy(&said).trim());
+    Ok(())
+}
+
 /// What the server reads, with its own folder at `own`.
 fn environment(own: &str, ports: &[u16]) -> Vec<(&'static str, String)> {
     let own = |name: &str| format!("{own}/{name}");
@@ -186,7 +221,7 @@ fn configuration(site: &Site<'_>) -> String {
          management.tcp.ip = 127.0.0.1\n\
          management.tcp.port = {admin}\n\
          collect_statistics_interval = 1000\n\
-         disk_free_limit.absolute = 200MB\n\
+         disk_free_limit.absolute = {DISK_LIMIT}\n\
          log.file.level = warning\n",
         clients = site.ports[0],
         admin = site.ports[1],

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use crate::brokers::PrivateInstance;
+use crate::brokers::{Change, PrivateInstance};
 
 /// The arguments by which `anybroker conform` disturbs the connections to a server, and with `processes` the server itself where
 /// that is this command's own. Empty for what has no server.
@@ -26,6 +26,13 @@ pub(crate) fn arguments(instance: &PrivateInstance, broker: Option<&str>, proces
     arguments.extend(["--resume-command".to_owned(), does("resume")]);
     if server.keeps_data() {
         arguments.extend(["--restart-command".to_owned(), format!("{} && {}", does("kill"), does("restart"))]);
+    }
+    if server.can(Change::Fill)? {
+        arguments.extend(["--fill-command".to_owned(), does("fill"), "--relieve-command".to_owned(), does("relieve")]);
+    }
+    if server.can(Change::LockOut)? {
+        arguments.extend(["--lock-out-command".to_owned(), does("lock-out")]);
+        arguments.extend(["--let-in-command".to_owned(), does("let-in")]);
     }
     Ok(arguments)
 }

@@ -1,0 +1,320 @@
+//! Servers that are killed, killed again while everybody comes back, frozen, without room, and closed to their clients.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anybroker_core::{Error, ErrorKind, Settlement, SubscribeSpec};
+use futures_util::future::BoxFuture;
+use tokio::time::Instant;
+
+use super::faults::{fault, millis};
+use crate::case::{Breach, Proof, ensure};
+use crate::client::Client;
+use crate::consumer::{Consumer, settle};
+use crate::env::Env;
+use crate::faults::{Disturbance, HEALED_TIMEOUT, KILLED, Trial, of_server};
+use crate::{Case, ServerControl, need};
+
+pub(super) const CASES: &[Case] = &[
+    fault!(
+        "faults/a-server-that-is-killed-and-comes-back-loses-nothing-that-was-confirmed",
+        true,
+        [need::SURVIVES_KILL],
+        "What is confirmed survives the server's process; everybody recovers by himself.",
+        killed
+    ),
+    fault!(
+        "faults/a-server-that-is-killed-again-while-clients-come-back-loses-nothing-that-was-confirmed",
+        true,
+        [need::SURVIVES_KILL],
+        "Every subscription recovers by itself with back-off, also when the server goes again before everybody is back.",
+        killed_again
+    ),
+    fault!(
+        "faults/a-server-that-is-frozen-for-a-while-loses-nothing",
+        true,
+        [],
+        "Every call ends by its deadline while the server is frozen, and everything goes on afterwards.",
+        frozen
+    ),
+    fault!(
+        "faults/a-server-without-room-refuses-or-holds-what-is-published-and-loses-nothing",
+        true,
+        [],
+        "Every publish ends by its deadline while there is no room, typed or stored; with room again everything goes on by itself.",
+        full
+    ),
+    fault!(
+        "faults/clients-that-are-locked-out-are-told-so-and-go-on-when-they-are-let-in-again",
+        true,
+        [],
+        "Whose credentials are revoked is told so by kind and in time; nothing is lost, and with them again everybody goes on.",
+        locked_out
+    ),
+];
+
+async fn killed(env: &Env) -> Proof {
+    disturbed(env, Process::Killed(vec![Duration::ZERO])).await
+}
+
+/// How long the server is away each time. A client that waits longer between two tries finds it there between the two at times,
+/// and at times not.
+const AWAY: std::ops::Range<u64> = 200..2_500;
+
+async fn killed_again(env: &Env) -> Proof {
+    let mut random = env.rng();
+    let away = (0..2).map(|_| millis(&mut random, AWAY)).collect();
+    disturbed(env, Process::Killed(away)).await
+}
+
+async fn frozen(env: &Env) -> Proof {
+    disturbed(env, Process::Frozen).await
+}
+
+fn server(env: &Env) -> Proof<Arc<dyn ServerControl>> {
+    env.harness.server().ok_or_else(|| Breach::NotRun("the harness may not disturb the server".into()))
+}
+
+async fn full(env: &Env) -> Proof {
+    // Whether it can be told to is known before anything has begun.
+    server(env)?.relieve().await.map_err(Breach::NotRun)?;
+    disturbed(env, Process::Full).await
+}
+
+async fn disturbed(env: &Env, process: Process) -> Proof {
+    let server = server(env)?;
+    let (publishers, members) = Trial::CLIENTS;
+    let mut clients = Vec::new();
+    for _ in 0..publishers + members {
+        clients.push(env.client().await?);
+    }
+    let members = clients.split_off(publishers);
+    let hits: [Box<dyn Disturbance>; 1] = [Box::new(OfServer { server, process })];
+    Trial::new(env, |spec: SubscribeSpec| spec).run(clients, members, &hits).await
+}
+
+/// The fault is that time goes by.
+async fn lasting(time: Duration) -> Proof {
+    tokio::time::sleep(time).await;
+    Ok(())
+}
+
+/// A fault of the server.
+struct OfServer {
+    server: Arc<dyn ServerControl>,
+    process: Process,
+}
+
+/// What becomes of its process.
+enum Process {
+    /// It is killed that often, and stays away so long each time. It is killed again as soon as it serves.
+    Killed(Vec<Duration>),
+    Frozen,
+    /// It has no room for new messages.
+    Full,
+}
+
+const FROZEN_SERVER: &str = "server frozen";
+const FULL_SERVER: &str = "server without room";
+/// Longer than a publish may take.
+const FROZEN: Duration = Duration::from_secs(5);
+/// Some publishes begin and end in it.
+const FULL: Duration = Duration::from_secs(6);
+/// What a publish may take then.
+const PUBLISH_TIMEOUT: Duration = Duration::from_secs(2);
+
+impl Disturbance for OfServer {
+    fn describe(&self) -> String {
+        match &self.process {
+            Process::Killed(away) => format!("{KILLED}, away for {away:?}"),
+            Process::Frozen => format!("{FROZEN_SERVER}, for {FROZEN:?}"),
+            Process::Full => format!("{FULL_SERVER}, for {FULL:?}"),
+        }
+    }
+
+    fn wants(&self) -> (bool, usize) {
+        (true, 0)
+    }
+
+    fn forgets(&self) -> bool {
+        matches!(self.process, Process::Killed(_))
+    }
+
+    fn happen<'a>(&'a self, env: &'a Env, _: usize) -> BoxFuture<'a, Proof> {
+        let server = &self.server;
+        Box::pin(async move {
+            match &self.process {
+                Process::Killed(away) => {
+                    for away in away {
+                        of_server(env, KILLED, server.kill(), lasting(*away), server.restart()).await?;
+                    }
+                    Ok(())
+                }
+                Process::Frozen => {
+                    of_server(env, FROZEN_SERVER, server.pause(), lasting(FROZEN), server.resume()).await
+                }
+                Process::Full => without_room(env, server).await,
+            }
+        })
+    }
+}
+
+/// One publisher more, beside those of the trial, whose outcomes while there is no room are looked at: each comes in time, and is of a
+/// kind that says that it may pass. Afterwards it publishes again by itself.
+async fn without_room(env: &Env, server: &Arc<dyn ServerControl>) -> Proof {
+    let publisher = env.client().await?;
+    let spec = env.spec(&env.destination("full"), &env.group("g"));
+    publisher.subscribe(spec.clone()).await?.close().await?;
+    publish_until_stored(env, &publisher, &spec, "before").await?;
+    let publishing = async {
+        let (begin, mut turned_away) = (Instant::now(), 0);
+        while begin.elapsed() < FULL {
+            for error in publish(&publisher, &spec).await? {
+                let passes =
+                    matches!(error.kind(), ErrorKind::RateLimited | ErrorKind::Unavailable | ErrorKind::Timeout);
+                ensure!(passes, "publishing while there is no room: {error:?}");
+                turned_away += 1;
+            }
+            // A server that refuses at once is asked now and then.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        if turned_away == 0 {
+            return Err(Breach::Inconclusive("the server took everything while it was said to have no room".into()));
+        }
+        Ok(())
+    };
+    of_server(env, FULL_SERVER, server.fill(), publishing, server.relieve()).await?;
+    publish_until_stored(env, &publisher, &spec, "with room again").await?;
+    publisher.drain(spec).await?;
+    publisher.close().await
+}
+
+/// Publishes some messages; what failed.
+async fn publish(publisher: &Client<'_>, spec: &SubscribeSpec) -> Proof<Vec<Error>> {
+    let batch = publisher.messages(&spec.destinations[0], "k", 5);
+    let outcomes = publisher.publish_within(batch, PUBLISH_TIMEOUT).await?;
+    Ok(outcomes.into_iter().filter_map(Result::err).collect())
+}
+
+/// The same client publishes again without anybody's help.
+async fn publish_until_stored(env: &Env, publisher: &Client<'_>, spec: &SubscribeSpec, when: &str) -> Proof {
+    let (begin, limit) = (Instant::now(), env.patience());
+    loop {
+        let batch = publisher.messages(&spec.destinations[0], "k", 5);
+        let outcomes = publisher.publish_within(batch, HEALED_TIMEOUT).await?;
+        let Some(error) = outcomes.into_iter().find_map(Result::err) else { return Ok(()) };
+        ensure!(begin.elapsed() < limit, "{when} the publisher publishes nothing for {limit:?}: {error:?}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// Long enough for clients that come back with back-off to be turned away more than once.
+const LOCKED_OUT: Duration = Duration::from_secs(6);
+
+/// What a client may be told that is not let in any more: so, or what it knows of it, which is that its connection ended.
+fn is_locked_out(error: &Error, what: &str) -> Proof {
+    let tells = matches!(
+        error.kind(),
+        ErrorKind::Unauthenticated
+            | ErrorKind::PermissionDenied
+            | ErrorKind::Unavailable
+            | ErrorKind::Timeout
+            | ErrorKind::StaleDelivery
+    );
+    ensure!(tells, "{what} while locked out: {error:?}");
+    Ok(())
+}
+
+async fn locked_out(env: &Env) -> Proof {
+    let server = server(env)?;
+    server.let_in().await.map_err(Breach::NotRun)?;
+    let (publisher, member) = (env.client().await?, env.client().await?);
+    let spec = env.spec(&env.destination("d"), &env.group("g"));
+    let mut consumer = Some(member.subscribe(spec.clone()).await?);
+    publish_until_stored(env, &publisher, &spec, "before").await?;
+    let mut held = match &mut consumer {
+        Some(consumer) => consumer.take(env.at_once(5)).await?,
+        None => Vec::new(),
+    };
+    let begin = Instant::now();
+    let publishing = async {
+        let mut told = false;
+        while begin.elapsed() < LOCKED_OUT || !told && begin.elapsed() < LOCKED_OUT * 3 {
+            for error in publish(&publisher, &spec).await? {
+                is_locked_out(&error, "publishing")?;
+                told |= matches!(error.kind(), ErrorKind::Unauthenticated | ErrorKind::PermissionDenied);
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        ensure!(told, "a publisher whose credentials are revoked is never told so");
+        Ok(())
+    };
+    let consuming = async {
+        if let Some(first) = held.pop()
+            && let Err((_, error)) = first.settle(Settlement::Ack).await?
+        {
+            is_locked_out(&error, "acking")?;
+        }
+        while begin.elapsed() < LOCKED_OUT {
+            receive(&mut consumer).await?;
+        }
+        Ok(())
+    };
+    let meanwhile = async { futures_util::try_join!(publishing, consuming).map(drop) };
+    of_server(env, "clients locked out", server.lock_out(), meanwhile, server.let_in()).await?;
+    drop(held);
+    publish_until_stored(env, &publisher, &spec, "let in again").await?;
+    gather(env, &member, consumer, &spec, &publisher).await?;
+    env.client().await?.drain(spec).await?;
+    for client in [publisher, member] {
+        client.close().await?;
+    }
+    Ok(())
+}
+
+/// Whatever comes is acked; a subscription that ends with the error of one that is locked out is gone.
+async fn receive(consumer: &mut Option<Consumer<'_>>) -> Proof<usize> {
+    let Some(open) = consumer else {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        return Ok(0);
+    };
+    let came = match open.try_receive(10, Duration::from_millis(500)).await? {
+        Ok(came) => came,
+        Err(error) => {
+            is_locked_out(&error, "receiving")?;
+            *consumer = None;
+            return Ok(0);
+        }
+    };
+    let count = came.len();
+    for outcome in settle(came.into_iter().map(|held| (held, Settlement::Ack)).collect()).await? {
+        if let Err((_, error)) = outcome {
+            is_locked_out(&error, "acking")?;
+        }
+    }
+    Ok(count)
+}
+
+/// The member goes on, or one that takes its place on the same client: what is published comes.
+async fn gather<'e>(
+    env: &'e Env,
+    member: &Client<'e>,
+    mut consumer: Option<Consumer<'e>>,
+    spec: &SubscribeSpec,
+    publisher: &Client<'e>,
+) -> Proof {
+    let (begin, limit) = (Instant::now(), env.patience());
+    let mut count = 0;
+    publish_until_stored(env, publisher, spec, "let in again").await?;
+    while count < 5 {
+        ensure!(begin.elapsed() < limit, "let in again, the member receives nothing for {limit:?}");
+        if consumer.is_none() {
+            consumer = member.try_subscribe(spec.clone()).await?.ok();
+        }
+        count += receive(&mut consumer).await?;
+    }
+    if let Some(consumer) = consumer {
+        consumer.close().await?;
+    }
+    Ok(())
+}
