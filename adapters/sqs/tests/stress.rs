@@ -26,6 +26,11 @@ const NOT_OF_SQS: &str = "<html>503 Service Temporarily Unavailable</html>";
 /// What SQS says in general, beside its own [`throttled`].
 const THROTTLING: &str = r#"{"__type":"com.amazon.coral.availability#ThrottlingException","message":"by the test"}"#;
 
+/// How SQS is asked.
+const JSON: &str = "application/x-amz-json-1.0";
+/// How SNS is asked.
+const FORM: &str = "application/x-www-form-urlencoded";
+
 /// What SQS and SNS answer when they are asked too often, in the form in which they are asked.
 fn throttled(content_type: &str) -> Fault {
     let service = http("sqs://127.0.0.1:1", |_| None).unwrap();
@@ -79,7 +84,7 @@ async fn what_is_throttled_is_certainly_not_stored() {
     let (proxy, bus, direct) = connections(&url, "").await;
     let name = unique("throttled");
     let mut subscriber = direct.subscribe(direct.subscription(name.as_str(), "g")).await.unwrap();
-    proxy.script("SendMessageBatch", [throttled("application/x-amz-json-1.0"), Fault::Answer(400, THROTTLING)]);
+    proxy.script("SendMessageBatch", [throttled(JSON), Fault::Answer(400, THROTTLING)]);
     for _ in 0..2 {
         let refused = vec![Some((ErrorKind::RateLimited, Effect::NotDone)); 5];
         assert_eq!(outcomes(&bus, numbered(&name, 0..5)).await, refused);
@@ -286,7 +291,7 @@ async fn a_redrive_whose_letter_cannot_be_deleted_has_done_something() {
     publish(&direct, numbered(&name, 0..1)).await;
     receive(&mut subscriber, 1).await.remove(0).dead_letter(Verdict::new(Reason::Rejected)).await.unwrap();
     // As often as it is asked for.
-    proxy.script("DeleteMessageBatch", (0..3).map(|_| Fault::Answer(400, THROTTLED)));
+    proxy.script("DeleteMessageBatch", (0..3).map(|_| throttled(JSON)));
     let report = bus.dead_letters(name.as_str(), "g").unwrap().redrive(&Default::default()).await.unwrap();
     let failed: Vec<_> = report.failed.iter().map(|(_, error)| (error.kind(), error.effect())).collect();
     assert_eq!((report.moved, failed), (0, vec![(ErrorKind::RateLimited, Effect::Unknown)]));
@@ -302,7 +307,7 @@ async fn a_failure_whose_copy_is_throttled_keeps_its_source_and_its_attempt() {
     let name = unique("copy");
     let mut subscriber = bus.subscribe(bus.subscription(name.as_str(), "g")).await.unwrap();
     publish(&bus, numbered(&name, 0..1)).await;
-    proxy.script("SendMessageBatch", [Fault::Answer(400, THROTTLED)]);
+    proxy.script("SendMessageBatch", [throttled(JSON)]);
     let failed = receive(&mut subscriber, 1).await.remove(0).nack(Duration::ZERO).await.unwrap_err();
     assert_eq!(failed.error().kind(), ErrorKind::RateLimited);
     failed.into_delivery().nack(Duration::ZERO).await.unwrap();
@@ -404,11 +409,7 @@ async fn a_topic_under_stress_is_told_entry_by_entry_too() {
         <Successful><member><Id>0</Id><MessageId>m</MessageId></member></Successful><Failed><member><Id>1</Id>\
         <Code>InternalError</Code><Message>by the test</Message><SenderFault>false</SenderFault></member></Failed>\
         </PublishBatchResult><ResponseMetadata><RequestId>r</RequestId></ResponseMetadata></PublishBatchResponse>";
-    let faults = [
-        throttled("application/x-www-form-urlencoded"),
-        Fault::DoneBut(503, error("ServiceUnavailable")),
-        Fault::DoneBut(200, mixed),
-    ];
+    let faults = [throttled(FORM), Fault::DoneBut(503, error("ServiceUnavailable")), Fault::DoneBut(200, mixed)];
     proxy.script("PublishBatch", faults);
     let refused = Some((ErrorKind::RateLimited, Effect::NotDone));
     assert_eq!(outcomes(&bus, numbered(&name, 0..3)).await, [refused; 3]);

@@ -47,6 +47,7 @@ fn on_each_broker(test: impl Fn(&str, &str)) {
 }
 
 const CUT: &str = "faults/answers-that-are-lost-leave-outcomes-unknown-and-lose-nothing";
+const ANSWERED: &str = "faults/answers-of-an-error-leave-outcomes-unknown-and-lose-nothing";
 const KILLED: &str = "faults/a-server-that-is-killed-and-comes-back-loses-nothing-that-was-confirmed";
 
 fn conform(url: &str, case: &str, more: &[&str]) -> Ran {
@@ -66,6 +67,31 @@ fn connections_of_the_command_are_disturbed_without_anything_being_set_up() {
     let Some(url) = url("nats", cfg!(feature = "nats")) else { return };
     let _alone = alone_on_nats();
     assert_disturbed(&conform(&url, CUT, &["--faults", "proxy"]));
+}
+
+#[test]
+fn the_command_answers_in_the_place_of_a_server_that_is_spoken_to_over_http() {
+    let Some(url) = url("sqs", cfg!(feature = "sqs")) else { return };
+    assert_disturbed(&conform(&url, ANSWERED, &["--faults", "proxy"]));
+}
+
+#[test]
+fn a_case_about_answers_over_http_is_missed_elsewhere_only_by_whoever_names_it_or_runs_nothing_else() {
+    let Some(url) = url("nats", cfg!(feature = "nats")) else { return };
+    let _alone = alone_on_nats();
+    for (case, code, outcomes) in [
+        ("faults/answers-*", 0, &["pass", "not_run"][..]),
+        ("faults/answers-of-*", 1, &["not_run"]),
+        (ANSWERED, 1, &["not_run"]),
+    ] {
+        let ran = conform(&url, case, &["--faults", "proxy"]);
+        let mut objects = ran.objects();
+        objects.pop();
+        let found: Vec<&str> = objects.iter().filter_map(|case| case["outcome"].as_str()).collect();
+        assert_eq!((ran.code, &*found), (Some(code), outcomes), "{ran:?}");
+        let detail = objects.last().and_then(|case| case["detail"].as_str());
+        assert!(detail.is_some_and(|detail| detail.starts_with("`nats` is not spoken to over HTTP")), "{ran:?}");
+    }
 }
 
 /// Whether the endpoint keeps its promises then is for the adapter's own tests to show.
