@@ -219,7 +219,10 @@ async fn locked_out(env: &Env) -> Proof {
     let server = server(env)?;
     server.let_in().await.map_err(Breach::NotRun)?;
     let (publisher, member) = (env.client().await?, env.client().await?);
-    let spec = env.spec(&env.destination("d"), &env.group("g"));
+    // What cannot be given back comes again when its lease ends.
+    let longest = env.record.limits.lease_max_ms.map_or(Duration::MAX, Duration::from_millis);
+    let lease = env.lease().max(Duration::from_secs(5)).min(longest);
+    let spec = env.spec(&env.destination("d"), &env.group("g")).with_lease(lease);
     let mut consumer = Some(member.subscribe(spec.clone()).await?);
     publish_until_stored(env, &publisher, &spec, "before").await?;
     let mut held = match &mut consumer {
