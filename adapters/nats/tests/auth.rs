@@ -168,10 +168,11 @@ async fn an_account_that_may_store_nothing_more_is_unavailable_until_it_may() {
     let Some(server) = OwnServer::start(|_| account("100MB")) else { return };
     let bus = connect(&server.url(&format!("alice:{PASSWORD}")), "").await;
     let name = unique("room");
-    let mut subscriber = bus.subscribe(bus.subscription(name.as_str(), "g")).await.unwrap();
+    let spec = bus.subscription(name.as_str(), "g").with_lease(Duration::from_secs(3));
+    let mut subscriber = bus.subscribe(spec).await.unwrap();
     publish(&bus, numbered(&name, 0..2)).await;
     let mut held = receive(&mut subscriber, 2).await;
-    server.reload(&account("100B"));
+    server.reload(&account("100"));
     let error = bus.send(Message::new(name.as_str(), "x")).await.unwrap_err();
     assert_eq!((error.kind(), error.effect()), (ErrorKind::Unavailable, Effect::NotDone), "{error}");
     // A failure is stored before it is told; an ack takes no room.
