@@ -24,8 +24,8 @@ impl Default for Denials {
 }
 
 impl Denials {
-    /// Notes what the server said; the subject, where a publish was refused.
-    pub(crate) fn note(&self, text: &str) -> Option<String> {
+    /// Notes what the server said: whether it refuses a publish, and not a subscription, and the subject.
+    pub(crate) fn note(&self, text: &str) -> Option<(bool, String)> {
         let (is_publish, subject) = parse(text)?;
         let denial = Denial { at: Instant::now(), is_publish, subject: subject.to_owned() };
         self.0.send_modify(|denials| {
@@ -34,7 +34,7 @@ impl Denials {
             }
             denials.push(denial);
         });
-        is_publish.then(|| subject.to_owned())
+        Some((is_publish, subject.to_owned()))
     }
 
     /// Ends when publishing to this subject, or any subscription, is refused at or after `since`.

@@ -38,8 +38,9 @@ const MESSAGE_TOO_LARGE: u32 = 10054;
 const NOT_ENABLED: [u32; 2] = [10076, 10039];
 /// `JSMessageSchedulesDisabledErr`: the stream was made without them.
 const SCHEDULES_DISABLED: u32 = 10188;
-/// `JSStreamStoreFailedF`, `JSInsufficientResourcesErr`, `JSStorageResourcesExceededErr`, `JSMemoryResourcesExceededErr`.
-const NO_ROOM: [u32; 4] = [10077, 10023, 10047, 10028];
+/// `JSStreamStoreFailedF`, `JSInsufficientResourcesErr`, `JSStorageResourcesExceededErr`, `JSMemoryResourcesExceededErr`,
+/// `JSAccountResourcesExceededErr`.
+const NO_ROOM: [u32; 5] = [10077, 10023, 10047, 10028, 10002];
 
 impl ApiError {
     pub(crate) fn is(&self, err_code: u32) -> bool {

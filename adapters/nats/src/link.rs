@@ -8,7 +8,7 @@ use std::time::Duration;
 use anybroker_core::{Error, ErrorKind, Result};
 use async_nats::{Client, Event, ServerError};
 use futures_util::{FutureExt, StreamExt};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
@@ -19,6 +19,8 @@ use crate::error::unconnected;
 
 /// How often batches that nobody waits for are forgotten.
 const SWEEP: Duration = Duration::from_secs(5);
+/// How long a connection without its subscriptions waits before it is made anew. Who may not subscribe is refused again then.
+const DEAF: Duration = Duration::from_secs(1);
 /// Answers that are noted together.
 const AT_ONCE: usize = 128;
 
@@ -67,8 +69,11 @@ impl Link {
         // Its inbox is only known once it is connected.
         let noticed: Arc<OnceLock<Arc<Board>>> = Arc::default();
         let (denied, boards) = (Arc::clone(&denials), Arc::clone(&noticed));
+        let deaf = Arc::new(Notify::new());
+        let is_deaf = Arc::clone(&deaf);
         let options = settings.options().await?.event_callback(move |event| {
             let (sender, denied, boards) = (Arc::clone(&sender), Arc::clone(&denied), Arc::clone(&boards));
+            let is_deaf = Arc::clone(&is_deaf);
             async move {
                 match event {
                     Event::Disconnected => sender.send_modify(|state| {
@@ -77,8 +82,10 @@ impl Link {
                     Event::Connected => sender.send_modify(|state| state.is_connected = true),
                     Event::ServerError(ServerError::Other(text)) => {
                         tracing::debug!(%text, "nats");
-                        if let (Some(subject), Some(board)) = (denied.note(&text), boards.get()) {
-                            board.deny(&subject);
+                        match (denied.note(&text), boards.get()) {
+                            (Some((true, subject)), Some(board)) => board.deny(&subject),
+                            (Some((false, _)), _) => is_deaf.notify_one(),
+                            _ => {}
                         }
                     }
                     // A dropped answer leaves an outcome unknown, a dropped delivery comes again; both are rare.
@@ -99,8 +106,19 @@ impl Link {
         let listener = tokio::spawn(async move {
             let mut sweep = tokio::time::interval(SWEEP);
             let mut came = Vec::with_capacity(AT_ONCE);
+            let mut renewed_at = None;
             loop {
                 tokio::select! {
+                    () = deaf.notified() => {
+                        renewed_at.get_or_insert(Instant::now() + DEAF);
+                    }
+                    // When a permission is taken back, the server ends subscriptions for good (nats-server, client.go,
+                    // `removeUnauthorizedSubs`), also that on which the client waits for all answers. With the permission back
+                    // again only a new connection subscribes anew.
+                    () = tokio::time::sleep_until(renewed_at.unwrap_or_else(Instant::now)), if renewed_at.is_some() => {
+                        renewed_at = None;
+                        let _ = connection.force_reconnect().await;
+                    }
                     answer = answers.next() => {
                         let Some(answer) = answer else { return };
                         came.push(answer);

@@ -128,6 +128,66 @@ async fn what_a_user_may_not_do_is_told_at_once() {
     admin.close(LONG).await.unwrap();
 }
 
+/// Taking a permission back ends subscriptions at the server for good, that for all answers included.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_gets_a_permission_back_is_answered_again() {
+    let users = |permissions: &str| {
+        format!("authorization {{ users = [ {{ user: alice, password: {PASSWORD}{permissions} }} ] }}")
+    };
+    let Some(server) = OwnServer::start(|_| users("")) else { return };
+    let bus = connect(&server.url(&format!("alice:{PASSWORD}")), "").await;
+    let name = unique("revoked");
+    bus.declare(&TopologySpec::group(name.as_str(), "g")).await.unwrap();
+    publish(&bus, numbered(&name, 0..1)).await;
+    server.reload(&users(", permissions: { publish: { deny: \">\" }, subscribe: { deny: \">\" } }"));
+    let error = bus.send(Message::new(name.as_str(), "x")).await.unwrap_err();
+    assert_eq!((error.kind(), error.effect()), (ErrorKind::PermissionDenied, Effect::NotDone), "{error}");
+    server.reload(&users(""));
+    // The first one may go out before the connection is made anew: then it is stored, and its answer is lost.
+    let send = || async { bus.send(Message::new(name.as_str(), "x")).await };
+    if let Err(error) = send().await {
+        assert_eq!((error.kind(), error.effect()), (ErrorKind::Timeout, Effect::Unknown), "{error}");
+        send().await.unwrap();
+    }
+    // So do requests of the API, which have a subscription of their own.
+    let mut subscriber = bus.subscribe(bus.subscription(name.as_str(), "g")).await.unwrap();
+    receive(&mut subscriber, 2).await;
+    subscriber.close(LONG).await.unwrap();
+    bus.delete(name.as_str(), None).await.unwrap();
+    bus.close(LONG).await.unwrap();
+}
+
+/// What an account may store at most.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_account_that_may_store_nothing_more_is_unavailable_until_it_may() {
+    let account = |most: &str| {
+        format!(
+            "accounts {{ A {{ jetstream: {{ max_file: {most} }}, users: [ {{ user: alice, password: {PASSWORD} }} ] }} }}"
+        )
+    };
+    let Some(server) = OwnServer::start(|_| account("100MB")) else { return };
+    let bus = connect(&server.url(&format!("alice:{PASSWORD}")), "").await;
+    let name = unique("room");
+    let spec = bus.subscription(name.as_str(), "g").with_lease(Duration::from_secs(3));
+    let mut subscriber = bus.subscribe(spec).await.unwrap();
+    publish(&bus, numbered(&name, 0..2)).await;
+    let mut held = receive(&mut subscriber, 2).await;
+    server.reload(&account("100"));
+    let error = bus.send(Message::new(name.as_str(), "x")).await.unwrap_err();
+    assert_eq!((error.kind(), error.effect()), (ErrorKind::Unavailable, Effect::NotDone), "{error}");
+    // A failure is stored before it is told; an ack takes no room.
+    let failed = held.remove(0).nack(Duration::ZERO).await.unwrap_err();
+    assert_eq!(failed.error().kind(), ErrorKind::Unavailable, "{failed}");
+    drop(failed);
+    held.remove(0).ack().await.unwrap();
+    server.reload(&account("100MB"));
+    publish(&bus, numbered(&name, 2..3)).await;
+    receive(&mut subscriber, 2).await;
+    subscriber.close(LONG).await.unwrap();
+    bus.delete(name.as_str(), None).await.unwrap();
+    bus.close(LONG).await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_token_lets_in() {
     let Some(server) = OwnServer::start(|_| format!("authorization {{ token: {PASSWORD} }}")) else { return };

@@ -13,7 +13,7 @@ pub(crate) struct OwnServer {
     settings: String,
 }
 
-fn run(binary: &Path, at: &Path, port: i32, settings: &str) -> Child {
+fn configure(at: &Path, port: i32, settings: &str) {
     // A second `jetstream` block replaces the first: what it sets is put into this one.
     let (inside, rest) = match settings.strip_prefix("jetstream {") {
         Some(inside) => (inside.trim_end_matches('}'), ""),
@@ -25,6 +25,10 @@ fn run(binary: &Path, at: &Path, port: i32, settings: &str) -> Child {
         at.join("data")
     );
     std::fs::write(at.join("nats.conf"), configuration).unwrap();
+}
+
+fn run(binary: &Path, at: &Path, port: i32, settings: &str) -> Child {
+    configure(at, port, settings);
     let log = std::fs::File::options().create(true).append(true).open(at.join("log")).unwrap();
     Command::new(binary)
         .arg("-c")
@@ -78,6 +82,21 @@ impl OwnServer {
         self.child.wait().unwrap();
         self.child = run(&self.binary, self.folder.path(), self.port.into(), &self.settings);
         self.wait();
+    }
+
+    /// Other settings, without an end of the process: it reads them on SIGHUP, and has read them when this returns.
+    pub(crate) fn reload(&self, settings: &str) {
+        let log = || std::fs::read_to_string(self.folder.path().join("log")).unwrap();
+        let count = |log: &str| log.matches("Reloaded server configuration").count();
+        let before = count(&log());
+        configure(self.folder.path(), self.port.into(), settings);
+        let told = Command::new("kill").args(["-HUP", &self.child.id().to_string()]).status().unwrap();
+        assert!(told.success());
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while count(&log()) == before {
+            assert!(Instant::now() < deadline, "{}", log());
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 
     /// Until it listens.
