@@ -24,9 +24,9 @@ fn own_server(name: &str) -> Option<OwnServer> {
     OwnServer::start("nats", name)
 }
 
-/// The suite's case about a frozen server, on a server of this test's own.
+/// Of the suite's cases about a server those that `many_messages_…` is not about, on a server of this test's own.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_frozen_server_breaks_no_promise() {
+async fn a_server_that_is_frozen_full_or_closed_to_its_clients_breaks_no_promise() {
     let Some(server) = own_server("suite") else { return };
     let url = server.url.clone();
     let harness = UrlHarness::new("nats", move || {
@@ -37,7 +37,9 @@ async fn a_frozen_server_breaks_no_promise() {
     .with_lease(Duration::from_secs(1))
     .with_quiet(Duration::from_secs(1));
     let options = Options::default().with_level(Level::Reliability).with_seed(1);
-    let options = options.with_filter("faults/a-server-that-is-frozen-*");
+    let cases =
+        ["faults/a-server-that-is-frozen-*", "faults/a-server-without-*", "faults/clients-that-are-locked-out-*"];
+    let options = cases.iter().fold(options, |options, case| options.with_filter(*case));
     let report = run(Arc::new(harness), options).await.unwrap();
     println!("{}", report.text());
     assert!(report.is_green() && report.totals.not_run == 0, "{}", report.summary());

@@ -17,8 +17,11 @@ use tokio::time::Instant;
 
 const CRASHER: &str = "ANYBROKER_RABBITMQ_TEST_CRASHER";
 
-/// The suite's case about a killed server, on servers of this test's own.
-async fn kill_by_the_suite(name: &str, query: &'static str) {
+/// The suite's cases about a killed server: once, and again while clients come back.
+const KILLED: &[&str] = &["faults/a-server-that-is-killed-*"];
+
+/// Cases of the suite, on a server of this test's own.
+async fn by_the_suite(name: &str, query: &'static str, cases: &[&str]) {
     let Some(server) = own_server(name) else { return };
     let url = server.url.clone();
     let harness = UrlHarness::new("rabbitmq", move || {
@@ -29,7 +32,7 @@ async fn kill_by_the_suite(name: &str, query: &'static str) {
     .with_lease(Duration::from_secs(1))
     .with_quiet(Duration::from_secs(1));
     let options = Options::default().with_level(Level::Reliability).with_seed(1);
-    let options = options.with_filter("faults/a-server-that-is-killed-*");
+    let options = cases.iter().fold(options, |options, case| options.with_filter(*case));
     let report = run(Arc::new(harness), options).await.unwrap();
     println!("{}", report.text());
     assert!(report.is_green() && report.totals.not_run == 0, "{}", report.summary());
@@ -37,17 +40,22 @@ async fn kill_by_the_suite(name: &str, query: &'static str) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_server_breaks_no_promise() {
-    kill_by_the_suite("suite", "").await;
+    by_the_suite("suite", "", KILLED).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_server_breaks_no_promise_of_classic_queues() {
-    kill_by_the_suite("suite-classic", "queue=classic").await;
+    by_the_suite("suite-classic", "queue=classic", KILLED).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_server_breaks_no_promise_of_streams() {
-    kill_by_the_suite("suite-stream", "queue=stream").await;
+    by_the_suite("suite-stream", "queue=stream", KILLED).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_disk_alarm_and_a_changed_password_break_no_promise() {
+    by_the_suite("alarm", "", &["faults/a-server-without-room-*", "faults/clients-that-are-locked-out-*"]).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

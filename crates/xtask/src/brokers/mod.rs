@@ -25,6 +25,7 @@ use anyhow::{Result, bail};
 use container::Contained;
 pub(crate) use instance::{Endpoint, How, PrivateInstance};
 use process::Process;
+pub(crate) use server::change::Change;
 use server::{Condition, Server};
 use stand_ins::StandIn;
 
@@ -102,30 +103,6 @@ pub(crate) trait Recipe: Sync {
 
     /// `Ok` once clients are served; an error says what is missing still. Returns within about a second.
     fn probe(&self, ports: &[u16]) -> Result<()>;
-}
-
-/// What a running server can be told, beside what signals do to its process.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Change {
-    /// To have no room for new messages.
-    Fill,
-    /// To have room again.
-    Relieve,
-    /// To serve none of its clients, whose password or permission is gone.
-    LockOut,
-    /// To serve them again.
-    LetIn,
-}
-
-impl std::fmt::Display for Change {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Fill => "have no room",
-            Self::Relieve => "have room again",
-            Self::LockOut => "lock its clients out",
-            Self::LetIn => "let its clients in again",
-        })
-    }
 }
 
 /// Where one server lives.

@@ -217,6 +217,15 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_full_account_may_store_next_to_nothing_and_a_locked_one_may_do_nothing() {
+        let site = Site { home: Path::new("/home"), folder: Path::new("/folder"), ports: &[4222] };
+        let [open, full, locked] = [State::Open, State::Full, State::Locked].map(|state| configuration(&site, state));
+        assert!(open.contains("max_file: 8GB }") && !open.contains("deny"), "{open}");
+        assert!(full.contains("max_file: 1KB }") && !full.contains("deny"), "{full}");
+        assert!(locked.contains("max_file: 8GB }") && locked.contains("publish: { deny: \">\" }"), "{locked}");
+    }
+
+    #[test]
     fn the_version_of_go_is_read() {
         assert_eq!(minor_version("go version go1.26.8 linux/amd64"), Some(26));
         assert_eq!(minor_version("go version go1.19 linux/amd64"), Some(19));

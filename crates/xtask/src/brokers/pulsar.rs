@@ -11,11 +11,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::java;
 use super::stand_ins::Contents;
-use super::{Contained, Recipe, Site, StandIn};
+use super::{Change, Contained, Process, Recipe, Site, StandIn};
 
 /// 4.0.7 can loop for ever over its bookie's registration after a kill (apache/pulsar#25001, apache/bookkeeper#4686).
 const VERSION: &str = "4.2.4";
@@ -154,20 +154,47 @@ impl Recipe for Pulsar {
         })
     }
 
+    fn changes(&self) -> &'static [Change] {
+        &[Change::Fill, Change::Relieve]
+    }
+
+    /// A quota of the namespace for what its groups have not settled (its documentation, "Backlog quotas"). The broker looks for topics
+    /// beyond it once in `backlogQuotaCheckIntervalInSeconds`, ends their producers and lets in no other.
+    fn change(&self, site: &Site<'_>, _: &Process, change: Change) -> Result<()> {
+        const QUOTA: &str = "/admin/v2/namespaces/public/default/backlogQuota?backlogQuotaType=destination_storage";
+        let status = match change {
+            Change::Fill => {
+                let quota = r#"{"limitSize":1,"limitTime":-1,"policy":"producer_exception"}"#;
+                let headers = format!("Content-Type: application/json\r\nContent-Length: {}\r\n", quota.len());
+                ask(site.ports[1], &format!("POST {QUOTA}"), &headers, quota)?
+            }
+            Change::Relieve => ask(site.ports[1], &format!("DELETE {QUOTA}"), "", "")?,
+            _ => bail!("who shows no token may do everything, and keeps that right while the broker runs"),
+        };
+        ensure!(status.lines().next().is_some_and(|line| line.contains(" 204 ")), "the broker answers: {status}");
+        Ok(())
+    }
+
     /// The ports open seconds before the namespace exists that clients use.
     fn probe(&self, ports: &[u16]) -> Result<()> {
         let limit = Duration::from_secs(1);
         TcpStream::connect_timeout(&SocketAddr::from((Ipv4Addr::LOCALHOST, ports[0])), limit)?;
-        let mut stream = TcpStream::connect_timeout(&SocketAddr::from((Ipv4Addr::LOCALHOST, ports[1])), limit)?;
-        stream.set_read_timeout(Some(limit))?;
-        stream
-            .write_all(b"GET /admin/v2/namespaces/public HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")?;
-        let mut answer = Vec::new();
-        stream.take(65_536).read_to_end(&mut answer)?;
-        let answer = String::from_utf8_lossy(&answer);
+        let answer = ask(ports[1], "GET /admin/v2/namespaces/public", "", "")?;
         ensure!(answer.contains("\"public/default\""), "it answers, but the namespace public/default is not there yet");
         Ok(())
     }
+}
+
+/// What the admin endpoint answers, as it is on the line.
+fn ask(port: u16, what: &str, headers: &str, body: &str) -> Result<String> {
+    let limit = Duration::from_secs(1);
+    let mut stream = TcpStream::connect_timeout(&SocketAddr::from((Ipv4Addr::LOCALHOST, port)), limit)?;
+    stream.set_read_timeout(Some(limit))?;
+    let request = format!("{what} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n{headers}\r\n{body}");
+    stream.write_all(request.as_bytes())?;
+    let mut answer = Vec::new();
+    stream.take(65_536).read_to_end(&mut answer)?;
+    Ok(String::from_utf8_lossy(&answer).into_owned())
 }
 
 /// What the virtual machine is told, but for memory and the log.
@@ -262,6 +289,8 @@ managedLedgerDefaultMarkDeleteRateLimit=0
 # thread, and after the first one the broker reads again what the second one brings (4.2.4, `sendInProgress` is one flag for
 # both, PersistentDispatcherMultipleConsumers.java).
 dispatcherDispatchMessagesInSubscriptionThread=false
+# What is beyond a quota is noticed once a minute by default.
+backlogQuotaCheckIntervalInSeconds=1
 # A small machine.
 numIOThreads=2
 numHttpServerThreads=8

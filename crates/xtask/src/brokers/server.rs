@@ -1,5 +1,7 @@
 //! One server of one instance: its folder, its pid file, and what can be done to it.
 
+pub(crate) mod change;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
@@ -15,7 +17,7 @@ use super::container::{Container, Image};
 use super::engine::Engine;
 pub(crate) use super::process::Condition;
 use super::process::Process;
-use super::{Change, Recipe, Site, ports};
+use super::{Recipe, Site, ports};
 use crate::{folders, interrupt};
 
 /// A busy machine may need a multiple of the few seconds that a quiet one takes.
@@ -295,23 +297,6 @@ impl Server {
             Body::Container(container) if container.condition()? == Condition::Paused => container.resume(),
             Body::Container(_) => Ok(()),
         }
-    }
-
-    /// Whether it can be told to.
-    pub(crate) fn can(&self, change: Change) -> Result<bool> {
-        Ok(self.recipe.changes().contains(&change) && self.image()?.is_none())
-    }
-
-    /// Tells the running server something that is not done by a signal.
-    pub(crate) fn change(&self, change: Change) -> Result<()> {
-        let Body::Process(process) = self.started()? else {
-            bail!("{} runs in a container, and only a native one can be told to {change}", self.name())
-        };
-        ensure!(self.can(change)?, "{} cannot be told to {change}", self.name());
-        let (home, ports) = (self.recipe.install(&self.cache)?, self.record()?.map(|record| record.ports));
-        let site = Site { home: &home, folder: &self.folder, ports: &ports.unwrap_or_default() };
-        let changed = self.recipe.change(&site, &process, change);
-        changed.with_context(|| format!("{} could not be told to {change}", self.name()))
     }
 
     /// Stops the server if it runs, starts it on the same ports with the same data, and waits until it is ready.
