@@ -68,7 +68,7 @@ pub(crate) enum Command {
     /// Delete a group with its dead letters, or a destination with all its groups
     Delete(DeleteArgs),
     /// Run the conformance suite against the endpoint
-    Conform(ConformArgs),
+    Conform(Box<ConformArgs>),
     /// The settings: their JSON Schema, and whether yours are valid
     #[command(subcommand)]
     Config(ConfigCommand),
