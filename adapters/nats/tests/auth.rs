@@ -5,7 +5,7 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use anybroker_core::{Effect, Error, ErrorKind, Message, Reason, TopologySpec, Verdict};
+use anybroker_core::{Effect, Error, ErrorKind, Message, PublishOptions, Reason, TopologySpec, Verdict};
 use common::server::OwnServer;
 use common::{LONG, connect, numbered, publish, receive, try_connect, unique};
 use nkeys::KeyPair;
@@ -144,7 +144,8 @@ async fn who_gets_a_permission_back_is_answered_again() {
     assert_eq!((error.kind(), error.effect()), (ErrorKind::PermissionDenied, Effect::NotDone), "{error}");
     server.reload(&users(""));
     // The first one may go out before the connection is made anew: then it is stored, and its answer is lost.
-    let send = || async { bus.send(Message::new(name.as_str(), "x")).await };
+    let options = PublishOptions::default().with_timeout(Duration::from_secs(3));
+    let send = || async { bus.submit(vec![Message::new(name.as_str(), "x")], &options).await.await.remove(0) };
     if let Err(error) = send().await {
         assert_eq!((error.kind(), error.effect()), (ErrorKind::Timeout, Effect::Unknown), "{error}");
         send().await.unwrap();

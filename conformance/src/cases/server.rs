@@ -3,16 +3,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anybroker_core::{Error, ErrorKind, Settlement, SubscribeSpec};
+use anybroker_core::{Error, ErrorKind, Nack, Settlement, SubscribeSpec};
 use futures_util::future::BoxFuture;
 use tokio::time::Instant;
 
 use super::faults::{fault, millis};
 use crate::case::{Breach, Proof, ensure};
 use crate::client::Client;
-use crate::consumer::{Consumer, settle};
+use crate::consumer::{Consumer, Held, settle};
 use crate::env::Env;
-use crate::faults::{Disturbance, HEALED_TIMEOUT, KILLED, Trial, of_server};
+use crate::faults::{Disturbance, HEALED_TIMEOUT, KILLED, Trial, is_settling_in_a_fault, of_server};
 use crate::{Case, ServerControl, need};
 
 pub(super) const CASES: &[Case] = &[
@@ -159,13 +159,16 @@ impl Disturbance for OfServer {
     }
 }
 
-/// One publisher more, beside those of the trial, whose outcomes while there is no room are looked at: each comes in time, and is of a
-/// kind that says that it may pass. Afterwards it publishes again by itself.
+/// A publisher and a member more, beside those of the trial, which are done with their share soon. What they are told while there is
+/// no room is looked at: it comes in time, and is of a kind that says that it may pass. Afterwards the publisher goes on by itself.
 async fn without_room(env: &Env, server: &Arc<dyn ServerControl>) -> Proof {
-    let publisher = env.client().await?;
-    let spec = env.spec(&env.destination("full"), &env.group("g"));
-    publisher.subscribe(spec.clone()).await?.close().await?;
-    publish_until_stored(env, &publisher, &spec, "before").await?;
+    let (publisher, member) = (env.client().await?, env.client().await?);
+    let spec = env.spec(&env.destination("full"), &env.group("g")).with_lease(short_lease(env));
+    let mut consumer = member.subscribe(spec.clone()).await?;
+    for _ in 0..HELD / BATCH {
+        publish_until_stored(env, &publisher, &spec, "before").await?;
+    }
+    let held = consumer.take(env.at_once(HELD)).await?;
     let mut turned_away = 0;
     let publishing = async {
         let begin = Instant::now();
@@ -181,19 +184,56 @@ async fn without_room(env: &Env, server: &Arc<dyn ServerControl>) -> Proof {
         }
         Ok(())
     };
-    of_server(env, FULL_SERVER, server.fill(), publishing, server.relieve()).await?;
+    let settling = settle_one_by_one(env, &mut consumer, held);
+    let meanwhile = async { futures_util::try_join!(publishing, settling).map(drop) };
+    of_server(env, FULL_SERVER, server.fill(), meanwhile, server.relieve()).await?;
     publish_until_stored(env, &publisher, &spec, "with room again").await?;
+    consumer.close().await?;
     publisher.drain(spec).await?;
-    publisher.close().await?;
+    for client in [publisher, member] {
+        client.close().await?;
+    }
     match turned_away {
         0 => Err(Breach::Inconclusive("the server took everything while it was said to have no room".into())),
         _ => Ok(()),
     }
 }
 
+/// What a member has when the room ends, and how many messages are published at once.
+const HELD: usize = 20;
+const BATCH: usize = 5;
+
+/// Acks one and nacks the next, for as long as there is no room, and then acks what comes again.
+async fn settle_one_by_one<'e>(env: &'e Env, consumer: &mut Consumer<'e>, held: Vec<Held<'e>>) -> Proof {
+    let begin = Instant::now();
+    let pause = FULL / u32::try_from(HELD).unwrap_or(1);
+    let judged = |outcomes: Vec<_>| {
+        let failed = outcomes.into_iter().filter_map(|outcome: Result<_, (_, Error)>| outcome.err());
+        failed.map(|(_, error)| error).try_for_each(|error| is_settling_in_a_fault(&error))
+    };
+    for (number, held) in held.into_iter().enumerate() {
+        let nack = Nack { delay: Duration::ZERO, error_type: None };
+        let nacks = number % 2 == 1 && env.record.nack.is_given();
+        let settlement = if nacks { Settlement::Nack(nack) } else { Settlement::Ack };
+        judged(settle(vec![(held, settlement)]).await?)?;
+        tokio::time::sleep(pause).await;
+    }
+    while begin.elapsed() < FULL {
+        let came = consumer.receive(10, pause).await?;
+        judged(settle(came.into_iter().map(|held| (held, Settlement::Ack)).collect()).await?)?;
+    }
+    Ok(())
+}
+
+/// One that is worth waiting for: what cannot be given back comes again when its lease ends.
+fn short_lease(env: &Env) -> Duration {
+    let longest = env.record.limits.lease_max_ms.map_or(Duration::MAX, Duration::from_millis);
+    env.lease().max(Duration::from_secs(5)).min(longest)
+}
+
 /// Publishes some messages; what failed.
 async fn publish(publisher: &Client<'_>, spec: &SubscribeSpec) -> Proof<Vec<Error>> {
-    let batch = publisher.messages(&spec.destinations[0], "k", 5);
+    let batch = publisher.messages(&spec.destinations[0], "k", BATCH);
     let outcomes = publisher.publish_within(batch, PUBLISH_TIMEOUT).await?;
     Ok(outcomes.into_iter().filter_map(Result::err).collect())
 }
@@ -202,7 +242,7 @@ async fn publish(publisher: &Client<'_>, spec: &SubscribeSpec) -> Proof<Vec<Erro
 async fn publish_until_stored(env: &Env, publisher: &Client<'_>, spec: &SubscribeSpec, when: &str) -> Proof {
     let (begin, limit) = (Instant::now(), env.patience());
     loop {
-        let batch = publisher.messages(&spec.destinations[0], "k", 5);
+        let batch = publisher.messages(&spec.destinations[0], "k", BATCH);
         let outcomes = publisher.publish_within(batch, HEALED_TIMEOUT).await?;
         let Some(error) = outcomes.into_iter().find_map(Result::err) else { return Ok(()) };
         ensure!(begin.elapsed() < limit, "{when} the publisher publishes nothing for {limit:?}: {error:?}");
@@ -231,10 +271,7 @@ async fn locked_out(env: &Env) -> Proof {
     let server = server(env)?;
     server.let_in().await.map_err(Breach::NotRun)?;
     let (publisher, member) = (env.client().await?, env.client().await?);
-    // What cannot be given back comes again when its lease ends.
-    let longest = env.record.limits.lease_max_ms.map_or(Duration::MAX, Duration::from_millis);
-    let lease = env.lease().max(Duration::from_secs(5)).min(longest);
-    let spec = env.spec(&env.destination("d"), &env.group("g")).with_lease(lease);
+    let spec = env.spec(&env.destination("d"), &env.group("g")).with_lease(short_lease(env));
     let mut consumer = Some(member.subscribe(spec.clone()).await?);
     publish_until_stored(env, &publisher, &spec, "before").await?;
     let mut held = match &mut consumer {

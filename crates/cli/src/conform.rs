@@ -28,7 +28,7 @@ use crate::{conform_report, conform_sweep, connect};
 /// The setting that adapters have for it, by convention.
 const CREATE_DESTINATIONS: &str = "create_destinations";
 
-pub(crate) async fn run(global: &Global, args: Box<ConformArgs>, output: &mut Output) -> Result<Exit, Failure> {
+pub(crate) async fn run(global: &Global, args: ConformArgs, output: &mut Output) -> Result<Exit, Failure> {
     match &args.command {
         Some(ConformCommand::Report(command)) => return conform_report::run(command, output),
         Some(ConformCommand::Child) => return child(global).await,

@@ -58,7 +58,7 @@ async fn run(invocation: Invocation) -> Result<Exit, Failure> {
         Command::Declare(args) => topology::declare(&global, args, &mut output).await,
         Command::Describe(args) => topology::describe(&global, args, &mut output).await,
         Command::Delete(args) => topology::delete(&global, args, &mut output).await,
-        Command::Conform(args) => conform::run(&global, args, &mut output).await,
+        Command::Conform(args) => conform::run(&global, *args, &mut output).await,
         Command::Config(ConfigCommand::Schema) => connect::schema(&mut output),
         Command::Config(ConfigCommand::Check(args)) => connect::check(&global, args, &mut output).await,
         Command::Completions { shell } => {

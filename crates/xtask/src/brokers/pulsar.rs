@@ -68,6 +68,9 @@ const OPENED: &[&str] = &[
 /// Signs tokens (HS256). It guards nothing: the broker listens on the loopback interface only.
 const TOKEN_KEY: &str = "data:;base64,YW55YnJva2VyIHRlc3RzIG9uIHRoZSBsb29wYmFjayBpbnRlcmZhY2U=";
 
+/// How long the admin endpoint of a busy broker may take.
+const CHANGED_WITHIN: Duration = Duration::from_secs(20);
+
 const STARTER: &str = "org.apache.pulsar.PulsarStandaloneStarter";
 
 /// The official image's command.
@@ -166,9 +169,9 @@ impl Recipe for Pulsar {
             Change::Fill => {
                 let quota = r#"{"limitSize":1,"limitTime":-1,"policy":"producer_exception"}"#;
                 let headers = format!("Content-Type: application/json\r\nContent-Length: {}\r\n", quota.len());
-                ask(site.ports[1], &format!("POST {QUOTA}"), &headers, quota)?
+                ask(site.ports[1], CHANGED_WITHIN, &format!("POST {QUOTA}"), &headers, quota)?
             }
-            Change::Relieve => ask(site.ports[1], &format!("DELETE {QUOTA}"), "", "")?,
+            Change::Relieve => ask(site.ports[1], CHANGED_WITHIN, &format!("DELETE {QUOTA}"), "", "")?,
             _ => bail!("who shows no token may do everything, and keeps that right while the broker runs"),
         };
         ensure!(status.lines().next().is_some_and(|line| line.contains(" 204 ")), "the broker answers: {status}");
@@ -179,15 +182,14 @@ impl Recipe for Pulsar {
     fn probe(&self, ports: &[u16]) -> Result<()> {
         let limit = Duration::from_secs(1);
         TcpStream::connect_timeout(&SocketAddr::from((Ipv4Addr::LOCALHOST, ports[0])), limit)?;
-        let answer = ask(ports[1], "GET /admin/v2/namespaces/public", "", "")?;
+        let answer = ask(ports[1], limit, "GET /admin/v2/namespaces/public", "", "")?;
         ensure!(answer.contains("\"public/default\""), "it answers, but the namespace public/default is not there yet");
         Ok(())
     }
 }
 
-/// What the admin endpoint answers, as it is on the line.
-fn ask(port: u16, what: &str, headers: &str, body: &str) -> Result<String> {
-    let limit = Duration::from_secs(1);
+/// What the admin endpoint answers within the limit, as it is on the line.
+fn ask(port: u16, limit: Duration, what: &str, headers: &str, body: &str) -> Result<String> {
     let mut stream = TcpStream::connect_timeout(&SocketAddr::from((Ipv4Addr::LOCALHOST, port)), limit)?;
     stream.set_read_timeout(Some(limit))?;
     let request = format!("{what} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n{headers}\r\n{body}");

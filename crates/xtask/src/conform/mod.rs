@@ -47,7 +47,7 @@ pub(crate) struct Conform {
     #[arg(long, value_name = "DIR")]
     report: Option<PathBuf>,
     /// Up to this level: conformance, reliability or cluster. From reliability on, connections are disturbed by proxies, and
-    /// servers that this command started are killed and frozen
+    /// servers that this command started are killed, frozen, filled and locked
     #[arg(long, default_value = "conformance")]
     level: String,
     /// Only cases whose name matches; may be repeated

@@ -17,7 +17,7 @@ use tally::Tally;
 
 /// One seed of all cases takes a minute or two; one that takes that long hangs.
 const SEED_LIMIT: Duration = Duration::from_secs(15 * 60);
-/// One seed in so many also has its server killed and frozen: that makes about one run in ten.
+/// One seed in so many also has its server killed, frozen and so on: that makes about one run in ten.
 const PROCESSES: u64 = 3;
 
 /// Run the suite's fault cases on modes, seed after seed
