@@ -50,6 +50,8 @@ const CUT: &str = "faults/answers-that-are-lost-leave-outcomes-unknown-and-lose-
 const ANSWERED: &str = "faults/answers-of-an-error-leave-outcomes-unknown-and-lose-nothing";
 const KILLED: &str = "faults/a-server-that-is-killed-and-comes-back-loses-nothing-that-was-confirmed";
 
+const FULL: &str = "faults/a-server-without-room-refuses-or-holds-what-is-published-and-loses-nothing";
+
 fn conform(url: &str, case: &str, more: &[&str]) -> Ran {
     bare(&[&["conform", "--url", url, "--case", case, "--seed", "5", "--patience", "60s", "--json"][..], more].concat())
 }
@@ -121,6 +123,24 @@ fn a_server_is_restarted_by_the_command_that_its_owner_names_and_by_nothing_else
     let case = &failed.objects()[0];
     assert_eq!(case["outcome"], "fail", "{failed:?}");
     assert!(case["detail"].as_str().is_some_and(|detail| detail.contains("--restart-command")), "{failed:?}");
+}
+
+/// The commands do nothing to the server.
+#[test]
+fn a_command_that_takes_no_room_is_noticed_and_one_that_fails_leaves_the_case_not_run() {
+    let Some(url) = url("nats", cfg!(feature = "nats")) else { return };
+    let _alone = alone_on_nats();
+    let outcome = |fill: &str, relieve: &str| {
+        let ran = conform(&url, FULL, &["--fill-command", fill, "--relieve-command", relieve]);
+        let case = ran.objects().swap_remove(0);
+        (case["outcome"].to_string(), case["detail"].to_string())
+    };
+    let (found, why) = outcome("true", "true");
+    assert!(found == "\"inconclusive\"" && why.contains("took everything"), "{found}: {why}");
+    let (found, why) = outcome("true", "exit 7");
+    assert!(found == "\"not_run\"" && why.contains("--relieve-command"), "{found}: {why}");
+    let alone = conform(&url, FULL, &["--fill-command", "true"]);
+    assert_eq!(alone.code, Some(2), "{alone:?}");
 }
 
 #[test]
