@@ -38,12 +38,17 @@ impl Shared {
 
     /// Its record is read and applied: it can be handed out.
     pub(crate) fn ready(&self, key: Key, record: Record, record_at: Option<u64>) {
-        let mut state = self.lock();
+        let mut guard = self.lock();
+        let state = &mut *guard;
         if let Some(entry) = state.entry(key) {
             (entry.record, entry.record_at, entry.may_have_failed) = (record, record_at, false);
+            if entry.has_not_failed() {
+                let (feed, message, sequence) = (entry.feed, Arc::clone(&entry.message), entry.sequence);
+                state.feeds[feed as usize].unblock(&message, sequence);
+            }
             state.make_ready(key);
         }
-        drop(state);
+        drop(guard);
         self.arrived.notify_one();
     }
 

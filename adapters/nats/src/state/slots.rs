@@ -66,13 +66,11 @@ impl State {
         let Some(entry) = self.entry(key) else { return };
         entry.phase = Phase::Ready;
         let (feed, sequence) = (entry.feed, entry.sequence);
-        let (message, has_not_failed) = (Arc::clone(&entry.message), entry.has_not_failed());
+        let failed = (!entry.has_not_failed()).then(|| Arc::clone(&entry.message));
         let feed = &mut self.feeds[feed as usize];
         feed.looking.remove(&sequence);
         feed.ready.insert(sequence, key.0);
-        if has_not_failed {
-            feed.unblock(&message, sequence);
-        } else {
+        if let Some(message) = failed {
             feed.block(&message, sequence);
         }
     }
