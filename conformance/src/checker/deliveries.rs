@@ -63,10 +63,15 @@ impl Checker {
         let had_others = rules.attempts == AttemptCount::Approximate && self.members.values().any(is_gone);
         let members = &self.members;
         let story = self.stories.entry(place.clone()).or_default().entry(seen.id.clone()).or_default();
-        let has_cause = story.justify(at, with_resent, moved, |member, since, until| {
-            members.get(&member).is_some_and(|member| member.has_lost_between(since, until))
-        });
-        let is_stale = !has_cause && untold.is_some_and(|since| story.comes_stale(at, seen.subscription, since));
+        // What it had before another one failed shows the number from then; the return that is under way is still to come.
+        let of_before = untold.filter(|_| with_resent == 1 && story.is_before(seen.attempt, at, rules.attempts));
+        let was_stale = of_before.is_some_and(|since| story.comes_stale(at, seen.subscription, since));
+        let has_cause = !was_stale
+            && story.justify(at, with_resent, moved, |member, since, until| {
+                members.get(&member).is_some_and(|member| member.has_lost_between(since, until))
+            });
+        let is_stale =
+            was_stale || !has_cause && untold.is_some_and(|since| story.comes_stale(at, seen.subscription, since));
         let justified = has_cause || is_stale;
         let (again, acked) = (story.deliveries > 0, story.acked > 0);
         let gone_before = story.outstanding_summary();

@@ -204,6 +204,11 @@ impl Story {
         }
     }
 
+    /// Whether that attempt of a message that was delivered is none that may come now any more.
+    pub(super) fn is_before(&self, attempt: u32, at: u64, count: AttemptCount) -> bool {
+        self.deliveries > 0 && attempt < *self.attempts(at, count).start()
+    }
+
     pub(super) fn deliver(&mut self, held: Held) {
         self.deliveries += 1;
         if self.owed.is_empty() {

@@ -124,6 +124,32 @@ fn a_member_that_was_not_told_of_a_loss_hands_out_once_what_another_one_has_sett
 }
 
 #[test]
+fn what_a_member_that_was_not_told_of_a_loss_hands_out_is_not_the_return_that_another_ones_nack_brings() {
+    let nacked_then = |is_told: bool, attempts: &[u32]| {
+        let mut script = Script::new();
+        script.lease = 1_000_000_000;
+        script.member().subscribed(2, Order::None, OnFailure::GoPast);
+        script.events.last_mut().unwrap().client = 7;
+        script.published("a", "k", 1).fault(&[0]);
+        if is_told {
+            script.lost();
+        }
+        script.delivered_to(2, 1, "a", 1).push(What::SettleInvoke { delivery: 1, verb: Verb::Nack });
+        script.delivered(2, "a", attempts[0]).answered(1);
+        for (delivery, attempt) in (3..).zip(&attempts[1..]) {
+            script.delivered_to(2, delivery, "a", *attempt);
+        }
+        script.lost();
+        script.names()
+    };
+    assert_eq!(nacked_then(false, &[1, 2]), [""; 0]);
+    assert_eq!(nacked_then(false, &[2]), [""; 0], "the return itself may come to it");
+    assert_eq!(nacked_then(false, &[1, 1]), ["attempt-mismatch"], "the return has the next number");
+    assert_eq!(nacked_then(false, &[1, 2, 2]), ["unjustified-duplicate"], "each comes once");
+    assert_eq!(nacked_then(true, &[1]), ["attempt-mismatch"], "it has been told");
+}
+
+#[test]
 fn a_member_that_was_not_told_of_a_loss_hands_out_of_a_key_what_it_has_while_another_one_holds_the_key() {
     let both = |hit: &[u32], is_told: bool| {
         let mut script = Script::new();
