@@ -10,6 +10,7 @@ mod bus;
 pub mod capability;
 mod check;
 pub mod config;
+mod credentials;
 mod dead_letter;
 mod dead_letters;
 mod delivery;
@@ -38,6 +39,7 @@ pub use capability::{
 };
 pub use check::RESERVED_HEADER_PREFIX;
 pub use config::{Config, Secret};
+pub use credentials::{Credentials, CredentialsFile, CredentialsProvider, Login};
 pub use dead_letter::{
     DeadLetter, DeadLetterFilter, DeadLetterId, DeadLetterPage, DeadLetterScope, Reason, RedriveOptions, RedriveReport,
 };

@@ -19,6 +19,12 @@ pub trait Driver: Send + Sync + 'static {
     /// The settings of its section, which may also stand in the query of the URL.
     fn fields(&self) -> &'static [Field];
 
+    /// Whether it shows what a [provider of credentials](crate::CredentialsProvider) says, by [`Section::login`]. Where it does
+    /// not, a configuration with a provider is refused.
+    fn takes_credentials(&self) -> bool {
+        false
+    }
+
     /// Checks that single fields cannot make: hosts and path of the URL, settings that contradict one another.
     /// Fields that are wrong by themselves are reported already and hold their defaults here; it is not called while a
     /// required one is missing. Reports everything it finds.
@@ -110,6 +116,7 @@ impl Registry {
             checks.iter().find(|(driver, _)| driver.schemes().contains(&scheme)).map(|(driver, check)| Known {
                 section: driver.schemes()[0],
                 fields: driver.fields(),
+                takes_credentials: driver.takes_credentials(),
                 check,
             })
         };

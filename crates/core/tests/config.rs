@@ -5,7 +5,10 @@ mod common;
 use std::time::Duration;
 
 use anybroker_core::config::{Config, Format};
-use anybroker_core::{Error, ErrorKind, Message, OnFailure, Order, PublishOrder, Registry, TopologyMode};
+use anybroker_core::{
+    Credentials, CredentialsProvider, Error, ErrorKind, Message, OnFailure, Order, PublishOrder, Registry, Secret,
+    TopologyMode,
+};
 use common::{FIELDS, OtherDriver, TestDriver};
 
 /// Everything that a configuration decides, as far as a broker and a service can see it.
@@ -445,8 +448,17 @@ fn the_schema_lists_every_setting_and_nothing_else() {
     let names = |value: &serde_json::Value| -> Vec<String> {
         value["properties"].as_object().expect("an object").keys().cloned().collect()
     };
-    let common =
-        ["connect_timeout", "other", "publish_order", "publish_timeout", "require", "subscribe", "test", "url"];
+    let common = [
+        "connect_timeout",
+        "credentials_file",
+        "other",
+        "publish_order",
+        "publish_timeout",
+        "require",
+        "subscribe",
+        "test",
+        "url",
+    ];
     assert_eq!(names(&schema), common);
     let subscribe = ["crash_limit", "lease", "max_attempts", "max_in_flight", "on_failure", "order", "topology"];
     assert_eq!(names(&schema["properties"]["subscribe"]), subscribe);
@@ -470,5 +482,57 @@ fn what_the_schema_says_of_durations_is_what_is_accepted() {
     for text in ["250ms", "30s", "5m", "2h", "1h 30m", "1day"] {
         let config = Config::from_url("test://a").with("publish_timeout", text);
         Registry::new().with(TestDriver::default()).check(config).expect(text);
+    }
+}
+
+struct Fixed;
+
+#[async_trait::async_trait]
+impl CredentialsProvider for Fixed {
+    async fn credentials(&self) -> anybroker_core::Result<Credentials> {
+        Ok(Credentials::Password { user: "of the program".into(), password: Secret::new("x") })
+    }
+}
+
+#[tokio::test]
+async fn an_adapter_is_told_the_credentials_of_the_program_or_of_the_file_or_of_the_url() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("login.json");
+    std::fs::write(&file, r#"{"user": "of the file", "password": "y"}"#).expect("written");
+    let of_file = Config::from_url("test://host").with("credentials_file", file.display().to_string());
+    let of_url = Config::from_url("test://of-the-url:z@host");
+    let sources = [
+        (Config::from_url("test://host"), None),
+        (of_url, Some(("of-the-url", false))),
+        (of_file.clone(), Some(("of the file", true))),
+        (of_file.clone().with_credentials(Fixed), Some(("of the program", true))),
+        (Config::from_url("test://host").with_credentials(Fixed).overlaid_by(of_file), Some(("of the program", true))),
+    ];
+    for (config, expected) in sources {
+        let driver = TestDriver::default();
+        Registry::new().with(driver.clone()).connect(config).await.expect("the settings are valid");
+        let section = driver.sections.lock().pop().expect("connected");
+        let found = match section.login() {
+            Some(login) => match login.now().await.expect("readable") {
+                Credentials::Password { user, .. } => Some((user, login.may_change())),
+                other => panic!("{other:?}"),
+            },
+            None => None,
+        };
+        assert_eq!(found.as_ref().map(|(user, may_change)| (user.as_str(), *may_change)), expected);
+    }
+}
+
+#[test]
+fn credentials_stand_in_one_place_and_only_where_the_adapter_shows_them() {
+    for (url, expected) in [("test://me:secret@host", "one place"), ("other://host", "takes no credentials")] {
+        for config in [
+            Config::from_url(url).with_credentials(Fixed),
+            Config::from_url(url).with("credentials_file", "/run/secrets/login.json"),
+        ] {
+            let error = refused(config);
+            assert!(error.message().contains(expected), "{error}");
+            assert!(error.message().contains("credentials"), "{error}");
+        }
     }
 }

@@ -32,6 +32,10 @@ use crate::config::field::Field as F;
 /// The settings that every endpoint has.
 pub(crate) const COMMON: &[Field] = &[
     F::text("url", "The endpoint: scheme://[user[:password]@]host[:port][,host…]/path[?setting=value…].").required(),
+    F::text(
+        "credentials_file",
+        "A file (JSON, TOML, YAML) with user and password, token, seed or access key, read anew for every connection.",
+    ),
     F::list("require", "Capabilities without which the connection is refused, such as key_order or nack_delay:native."),
     F::duration("connect_timeout", "How long connecting may take.", "10s"),
     F::duration("publish_timeout", "How long a publish may take; its outcome is unknown then.", "30s"),

@@ -5,6 +5,7 @@ use std::fmt;
 use std::time::Duration;
 
 use super::EndpointUrl;
+use crate::credentials::Login;
 
 /// A text that is never printed.
 #[derive(Clone, PartialEq, Eq)]
@@ -48,6 +49,7 @@ pub struct Section {
     pub(crate) url: EndpointUrl,
     pub(crate) connect_timeout: Duration,
     pub(crate) values: BTreeMap<&'static str, Option<Setting>>,
+    pub(crate) login: Option<Login>,
 }
 
 macro_rules! accessor {
@@ -77,6 +79,19 @@ impl Section {
     #[must_use]
     pub fn connect_timeout(&self) -> Duration {
         self.connect_timeout
+    }
+
+    /// The credentials of a provider, or user and password of the URL. Whoever reads user and password of the URL himself has a
+    /// second source for them, and asks no provider.
+    #[must_use]
+    pub fn login(&self) -> Option<&Login> {
+        self.login.as_ref()
+    }
+
+    /// Whether the credentials come from a provider: they then stand nowhere else.
+    #[must_use]
+    pub fn has_provider(&self) -> bool {
+        self.login.as_ref().is_some_and(Login::may_change)
     }
 
     accessor!(/** A switch. */ bool, Bool, bool, |value| *value);

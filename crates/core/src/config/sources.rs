@@ -2,13 +2,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Map, Value};
 
 use super::section::Setting;
-use super::{COMMON, EndpointUrl, Field, Problem, SUBSCRIBE, Section};
+use super::{COMMON, EndpointUrl, Field, Problem, SUBSCRIBE, Secret, Section};
 use crate::bus::SubscribeDefaults;
+use crate::credentials::{Credentials, CredentialsFile, CredentialsProvider, Login};
 use crate::{Error, ErrorKind, Requirement, Result};
 
 /// The notation of a configuration text.
@@ -28,6 +30,7 @@ pub struct Config {
     /// Key (`publish_timeout`, `embedded.durability`) to value and origin.
     entries: BTreeMap<String, (Value, String)>,
     problems: Vec<Problem>,
+    credentials: Option<Arc<dyn CredentialsProvider>>,
 }
 
 /// Variables that belong to the tools around (the command, xtask, Docker Compose), not to the configuration.
@@ -57,6 +60,10 @@ impl Config {
     /// read, [`ConfigInvalid`](ErrorKind::ConfigInvalid) when the notation is unknown or broken.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
+        Ok(Self::new().with_table(Self::table_of_file(path)?, &format!("file {}", path.display())))
+    }
+
+    pub(crate) fn table_of_file(path: &Path) -> Result<Map<String, Value>> {
         let format = match path.extension().and_then(|ending| ending.to_str()) {
             Some("toml") => Format::Toml,
             Some("yaml" | "yml") => Format::Yaml,
@@ -76,7 +83,7 @@ impl Config {
             };
             Error::new(kind, "read configuration", error.to_string()).with("file", path.display()).with_source(error)
         })?;
-        Self::from_text(&text, format, &format!("file {}", path.display()))
+        table(&text, format, &format!("file {}", path.display()))
     }
 
     /// The settings in a text; `origin` names it in messages.
@@ -84,29 +91,7 @@ impl Config {
     /// # Errors
     /// [`ConfigInvalid`](ErrorKind::ConfigInvalid) when the notation is broken.
     pub fn from_text(text: &str, format: Format, origin: &str) -> Result<Self> {
-        let parsed: std::result::Result<Value, String> = match format {
-            // The parsers' messages quote the offending line, which may hold a secret: only the place is kept.
-            Format::Json => serde_json::from_str(text)
-                .map_err(|error| format!("line {}, column {}: not valid JSON", error.line(), error.column())),
-            Format::Toml => toml::from_str(text).map_err(|error| {
-                let line = error.span().map_or(0, |span| text[..span.start].lines().count().max(1));
-                format!("line {line}: {}", error.message())
-            }),
-            Format::Yaml => serde_norway::from_str(text).map_err(|error| {
-                error.location().map_or_else(
-                    || "not valid YAML".to_owned(),
-                    |place| format!("line {}, column {}: not valid YAML", place.line(), place.column()),
-                )
-            }),
-        };
-        let invalid = |message: String| {
-            Error::new(ErrorKind::ConfigInvalid, "read configuration", message).with("origin", origin)
-        };
-        match parsed.map_err(invalid)? {
-            Value::Object(table) => Ok(Self::new().with_table(table, origin)),
-            Value::Null => Ok(Self::new()),
-            _ => Err(invalid("expected a table of settings".into())),
-        }
+        Ok(Self::new().with_table(table(text, format, origin)?, origin))
     }
 
     fn with_table(mut self, table: Map<String, Value>, origin: &str) -> Self {
@@ -161,6 +146,14 @@ impl Config {
     pub fn overlaid_by(mut self, other: Self) -> Self {
         self.entries.extend(other.entries);
         self.problems.extend(other.problems);
+        self.credentials = other.credentials.or(self.credentials);
+        self
+    }
+
+    /// Where the credentials come from, in the place of those in the URL and of `credentials_file`.
+    #[must_use]
+    pub fn with_credentials(mut self, provider: impl CredentialsProvider) -> Self {
+        self.credentials = Some(Arc::new(provider));
         self
     }
 
@@ -224,6 +217,7 @@ impl Checked {
 pub(crate) struct Known<'a> {
     pub(crate) section: &'static str,
     pub(crate) fields: &'static [Field],
+    pub(crate) takes_credentials: bool,
     pub(crate) check: &'a dyn Fn(&Section) -> Vec<Problem>,
 }
 
@@ -257,13 +251,10 @@ impl Config {
         let requirements = self.requirements(&common, &mut problems);
         self.contradictions(&common, &subscribe, &mut problems);
         let Some((url, _)) = url else { return Err(invalid(&problems)) };
-        let mut checked = Checked {
-            section: Section { url, connect_timeout: Duration::ZERO, values },
-            common,
-            subscribe,
-            requirements,
-        };
+        let section = Section { url, connect_timeout: Duration::ZERO, values, login: None };
+        let mut checked = Checked { section, common, subscribe, requirements };
         checked.section.connect_timeout = checked.duration("connect_timeout");
+        checked.section.login = self.login(&checked, driver.as_ref(), &mut problems);
         // Fields that are wrong hold their defaults here; one that is missing would make the accessors panic.
         if let Some(driver) = driver
             && !driver.fields.iter().any(|field| field.required && checked.section.values[field.name].is_none())
@@ -271,6 +262,33 @@ impl Config {
             problems.extend((driver.check)(&checked.section));
         }
         if problems.is_empty() { Ok(checked) } else { Err(invalid(&problems)) }
+    }
+
+    /// What the program sets goes before the file; neither stands beside what the URL says.
+    fn login(&self, checked: &Checked, driver: Option<&Known<'_>>, problems: &mut Vec<Problem>) -> Option<Login> {
+        let section = &checked.section;
+        let file = Some(checked.text("credentials_file")).filter(|path| !path.is_empty());
+        let (key, origin) = match &self.credentials {
+            Some(_) => ("credentials", "program".to_owned()),
+            None => ("credentials_file", self.origin("credentials_file")),
+        };
+        let provider = self.credentials.clone();
+        let provider =
+            provider.or_else(|| file.map(|path| Arc::new(CredentialsFile::new(path)) as Arc<dyn CredentialsProvider>));
+        let Some(provider) = provider else {
+            let password = section.url.password().cloned().unwrap_or_else(|| Secret::new(""));
+            let of_url = |user: &str| Login::fixed(Credentials::Password { user: user.to_owned(), password });
+            return section.url.username().map(of_url);
+        };
+        let mut wrong = |message: String| {
+            problems.push(Problem { key: key.into(), origin: origin.clone(), message });
+        };
+        if driver.is_some_and(|driver| !driver.takes_credentials) {
+            wrong(format!("the broker of {}:// takes no credentials", section.url.scheme()));
+        } else if section.url.username().is_some() || section.url.password().is_some() {
+            wrong("the URL has credentials too; expected them in one place".into());
+        }
+        Some(Login::asked(provider, section.connect_timeout))
     }
 
     fn url(&self, problems: &mut Vec<Problem>) -> Option<(EndpointUrl, String)> {
@@ -335,14 +353,17 @@ impl Config {
         }
     }
 
+    /// Where a setting comes from.
+    fn origin(&self, key: &str) -> String {
+        self.entries.get(key).map_or_else(|| "default".to_owned(), |(_, origin)| origin.clone())
+    }
+
     /// Settings that are valid by themselves and make no sense.
     fn contradictions(&self, common: &Settings, subscribe: &Settings, problems: &mut Vec<Problem>) {
-        let origin =
-            |key: &str| self.entries.get(key).map_or_else(|| "default".to_owned(), |(_, origin)| origin.clone());
         for key in ["connect_timeout", "publish_timeout"] {
             if let Some(Some(Setting::Duration(Duration::ZERO))) = common.get(key) {
                 let message = "expected more than 0 s".into();
-                problems.push(Problem { key: key.into(), origin: origin(key), message });
+                problems.push(Problem { key: key.into(), origin: self.origin(key), message });
             }
         }
         if problems.iter().any(|problem| problem.key.starts_with("subscribe.")) {
@@ -351,7 +372,7 @@ impl Config {
         if let Err(error) = SubscribeDefaults::from_settings(subscribe).validate() {
             problems.extend(error.context().map(|(name, message)| {
                 let key = format!("subscribe.{name}");
-                Problem { origin: origin(&key), key, message: message.to_owned() }
+                Problem { origin: self.origin(&key), key, message: message.to_owned() }
             }));
         }
     }
@@ -393,6 +414,32 @@ impl Config {
             }
         }
         requirements
+    }
+}
+
+/// The table that a text of that notation holds; `origin` names it in messages.
+fn table(text: &str, format: Format, origin: &str) -> Result<Map<String, Value>> {
+    let parsed: std::result::Result<Value, String> = match format {
+        // The parsers' messages quote the offending line, which may hold a secret: only the place is kept.
+        Format::Json => serde_json::from_str(text)
+            .map_err(|error| format!("line {}, column {}: not valid JSON", error.line(), error.column())),
+        Format::Toml => toml::from_str(text).map_err(|error| {
+            let line = error.span().map_or(0, |span| text[..span.start].lines().count().max(1));
+            format!("line {line}: {}", error.message())
+        }),
+        Format::Yaml => serde_norway::from_str(text).map_err(|error| {
+            error.location().map_or_else(
+                || "not valid YAML".to_owned(),
+                |place| format!("line {}, column {}: not valid YAML", place.line(), place.column()),
+            )
+        }),
+    };
+    let invalid =
+        |message: String| Error::new(ErrorKind::ConfigInvalid, "read configuration", message).with("origin", origin);
+    match parsed.map_err(invalid)? {
+        Value::Object(table) => Ok(table),
+        Value::Null => Ok(Map::new()),
+        _ => Err(invalid("expected a table of settings".into())),
     }
 }
 

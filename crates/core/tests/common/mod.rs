@@ -294,6 +294,10 @@ impl Driver for TestDriver {
         FIELDS
     }
 
+    fn takes_credentials(&self) -> bool {
+        true
+    }
+
     fn check(&self, section: &Section) -> Vec<Problem> {
         let mut problems = Vec::new();
         if section.url().hosts().is_empty() {
