@@ -6,7 +6,7 @@ use std::time::Duration;
 use anybroker_core::{Error, ErrorKind, Result};
 use aws_sdk_sqs::config::retry::RetryConfig;
 use aws_sdk_sqs::config::timeout::TimeoutConfig;
-use aws_sdk_sqs::config::{BehaviorVersion, Region, StalledStreamProtectionConfig};
+use aws_sdk_sqs::config::{BehaviorVersion, IdentityCache, Region, StalledStreamProtectionConfig};
 use aws_smithy_http_client::Builder as HttpBuilder;
 use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
 use aws_smithy_http_client::tls::{Provider, TlsContext, TrustStore};
@@ -14,6 +14,10 @@ use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 
 use crate::config::{LONGEST_POLL, Settings};
+use crate::login::{Refusals, Shown};
+
+/// How long at most before a request that was refused for its credentials is made with new ones.
+const AGAIN: Duration = Duration::from_millis(50);
 
 /// The clients of one connection. Those that send do not retry by themselves, because then nobody could tell whether an
 /// earlier attempt is stored; the others do, for what they ask may be done twice.
@@ -22,6 +26,8 @@ pub(crate) struct Clients {
     pub(crate) queues: aws_sdk_sqs::Client,
     pub(crate) sender: aws_sdk_sqs::Client,
     pub(crate) topics: Option<Topics>,
+    /// Refused credentials may be others soon.
+    pub(crate) may_be_let_in: bool,
     /// The largest request that carries messages.
     pub(crate) request_bytes: usize,
 }
@@ -50,7 +56,12 @@ impl Clients {
         if let Some(profile) = &settings.profile {
             loader = loader.profile_name(profile);
         }
-        if let Some(credentials) = &settings.credentials {
+        let login = settings.login.clone().map(Shown);
+        if let Some(login) = &login {
+            // What it says at first is the caller's to know, by its own kind.
+            login.access_key().await?;
+            loader = loader.credentials_provider(login.clone()).identity_cache(IdentityCache::no_cache());
+        } else if let Some(credentials) = &settings.credentials {
             loader = loader.credentials_provider(credentials.clone());
         }
         if let Some(file) = &settings.tls_ca {
@@ -65,13 +76,28 @@ impl Clients {
         if let Some(endpoint) = &settings.endpoint {
             queues = queues.endpoint_url(endpoint);
         }
-        let sender = queues.clone().retry_config(RetryConfig::disabled());
+        // A request that is refused for its credentials did nothing: it is made once more, with what the provider says then.
+        let once_more = RetryConfig::standard().with_max_attempts(2).with_initial_backoff(AGAIN);
+        let refusals = |is_only| login.clone().map(|Shown(login)| Refusals { login, is_only });
+        let sender = match refusals(true) {
+            Some(refusals) => queues.clone().retry_config(once_more.clone()).retry_classifier(refusals),
+            None => queues.clone().retry_config(RetryConfig::disabled()),
+        };
+        if let Some(refusals) = refusals(false) {
+            queues = queues.retry_classifier(refusals);
+        }
         let topics = settings.names.has_topics.then(|| {
             let mut topics = aws_sdk_sns::config::Builder::from(&shared);
             if let Some(endpoint) = &settings.sns_endpoint {
                 topics = topics.endpoint_url(endpoint);
             }
-            let sender = topics.clone().retry_config(RetryConfig::disabled());
+            let sender = match refusals(true) {
+                Some(refusals) => topics.clone().retry_config(once_more.clone()).retry_classifier(refusals),
+                None => topics.clone().retry_config(RetryConfig::disabled()),
+            };
+            if let Some(refusals) = refusals(false) {
+                topics = topics.retry_classifier(refusals);
+            }
             Topics {
                 topics: aws_sdk_sns::Client::from_conf(topics.build()),
                 sender: aws_sdk_sns::Client::from_conf(sender.build()),
@@ -81,6 +107,7 @@ impl Clients {
             queues: aws_sdk_sqs::Client::from_conf(queues.build()),
             sender: aws_sdk_sqs::Client::from_conf(sender.build()),
             topics,
+            may_be_let_in: settings.login.is_some(),
             request_bytes: settings.message_max_bytes,
         })
     }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use anybroker_core::Login;
 use anybroker_core::config::{EndpointUrl, Field, Problem, Section};
 use aws_sdk_sqs::config::Credentials;
 
@@ -90,6 +91,8 @@ pub(crate) struct Settings {
     pub(crate) region: Option<String>,
     pub(crate) profile: Option<String>,
     pub(crate) credentials: Option<Credentials>,
+    /// A provider, in the place of these.
+    pub(crate) login: Option<Login>,
     pub(crate) tls_ca: Option<PathBuf>,
 }
 
@@ -129,6 +132,7 @@ impl Settings {
             region: text("region"),
             profile: text("profile"),
             credentials: credentials(url, section),
+            login: section.login().filter(|login| login.may_change()).cloned(),
             sns_endpoint: text("sns_endpoint").or_else(|| endpoint.clone()),
             topic_arn_prefix: text("topic_arn_prefix").map(|prefix| prefix.trim_end_matches(':').to_owned()),
             tls_ca: text("tls_ca").map(PathBuf::from),
@@ -148,6 +152,10 @@ impl Settings {
         }
         if url.username().is_some() != url.password().is_some() {
             wrong("url", "expected both an access key and its secret before the @, or neither");
+        }
+        let has_own = section.secret("session_token").is_some() || section.optional_text("profile").is_some();
+        if section.has_provider() && has_own {
+            wrong("sqs", "the credentials come from a provider; expected neither session_token nor profile with it");
         }
         if !matches!(url.path(), "" | "/") {
             wrong("url", "a path means nothing here; destinations are named by the messages");

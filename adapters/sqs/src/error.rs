@@ -17,7 +17,9 @@ where
         SdkError::ConstructionFailure(_) => (ErrorKind::ConfigInvalid, Effect::NotDone),
         SdkError::TimeoutError(_) => (ErrorKind::Timeout, Effect::Unknown),
         SdkError::DispatchFailure(failure) => {
-            if is_refused(failure.as_connector_error().map(|error| error as _)) {
+            if let Some(error) = of_provider(error) {
+                (error.kind(), error.effect())
+            } else if is_refused(failure.as_connector_error().map(|error| error as _)) {
                 (ErrorKind::Unavailable, Effect::NotDone)
             } else if failure.is_other() && is_missing_credentials(error) {
                 (ErrorKind::Unauthenticated, Effect::NotDone)
@@ -73,6 +75,20 @@ pub(crate) fn unmentioned(operation: &'static str) -> Error {
     Error::new(ErrorKind::Unexpected, operation, "the answer says nothing of this entry")
 }
 
+/// The codes that say who asks is not known, or not any more.
+pub(crate) const UNAUTHENTICATED: &[&str] = &[
+    "InvalidClientTokenId",
+    "InvalidAccessKeyId",
+    "AuthFailure",
+    "SignatureDoesNotMatch",
+    "UnrecognizedClientException",
+    "MissingAuthenticationToken",
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "IncompleteSignature",
+    "InvalidSecurity",
+];
+
 fn kind(code: &str) -> ErrorKind {
     let code = code.rsplit(['.', '#']).next().unwrap_or(code);
     match code {
@@ -86,16 +102,7 @@ fn kind(code: &str) -> ErrorKind {
         | "KMSAccessDenied"
         | "KMSAccessDeniedException"
         | "OptInRequired" => ErrorKind::PermissionDenied,
-        "InvalidClientTokenId"
-        | "InvalidAccessKeyId"
-        | "AuthFailure"
-        | "SignatureDoesNotMatch"
-        | "UnrecognizedClientException"
-        | "MissingAuthenticationToken"
-        | "ExpiredToken"
-        | "ExpiredTokenException"
-        | "IncompleteSignature"
-        | "InvalidSecurity" => ErrorKind::Unauthenticated,
+        code if UNAUTHENTICATED.contains(&code) => ErrorKind::Unauthenticated,
         "ReceiptHandleIsInvalid" | "MessageNotInflight" => ErrorKind::StaleDelivery,
         "BatchRequestTooLong" | "MessageTooLong" => ErrorKind::TooLarge,
         "InvalidMessageContents" | "InvalidAttributeValue" => ErrorKind::InvalidMessage,
@@ -120,6 +127,11 @@ fn is_refused(error: Option<&(dyn StdError + 'static)>) -> bool {
             .downcast_ref::<std::io::Error>()
             .is_some_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
     })
+}
+
+/// Why there are no credentials to ask with.
+fn of_provider<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a Error> {
+    std::iter::successors(Some(error), |error| StdError::source(*error)).find_map(|error| error.downcast_ref())
 }
 
 fn is_missing_credentials<E: StdError + 'static, R: std::fmt::Debug + 'static>(error: &SdkError<E, R>) -> bool {

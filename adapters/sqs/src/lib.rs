@@ -13,6 +13,7 @@ mod error;
 mod inbox;
 mod leases;
 mod letters;
+mod login;
 mod names;
 mod parcel;
 mod publisher;
@@ -43,6 +44,10 @@ impl Driver for SqsDriver {
 
     fn fields(&self) -> &'static [Field] {
         config::FIELDS
+    }
+
+    fn takes_credentials(&self) -> bool {
+        true
     }
 
     fn check(&self, section: &Section) -> Vec<Problem> {

@@ -252,15 +252,19 @@ impl Source {
 
     async fn trouble(&self, error: Error) {
         match error.kind() {
+            // The provider may say other ones next time.
+            ErrorKind::Unauthenticated if self.clients.may_be_let_in => self.degraded(&error).await,
             ErrorKind::NotFound | ErrorKind::PermissionDenied | ErrorKind::Unauthenticated => {
                 self.inbox.fail(error.with("destination", &self.destination));
             }
-            _ => {
-                self.inbox.degraded(Some(error.to_string()));
-                // The client has backed off by itself already; this keeps a fast failure from becoming a busy loop.
-                tokio::time::sleep(Duration::from_millis(200)).await;
-            }
+            _ => self.degraded(&error).await,
         }
+    }
+
+    async fn degraded(&self, error: &Error) {
+        self.inbox.degraded(Some(error.to_string()));
+        // The client has backed off by itself already; this keeps a fast failure from becoming a busy loop.
+        tokio::time::sleep(Duration::from_millis(200)).await;
     }
 
     /// Ends the leases of messages that nobody gets.

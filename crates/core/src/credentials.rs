@@ -2,11 +2,12 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
 use serde::Deserialize;
+use tokio::time::Instant;
 
 use crate::config::{Config, Secret};
 use crate::{Error, ErrorKind, Result};
@@ -200,6 +201,8 @@ impl CredentialsProvider for CredentialsFile {
 
 /// How long what the provider said is used where there are no connections that it could be asked for.
 const HOLDS: Duration = Duration::from_secs(60);
+/// How soon it is asked again then, when what it said was refused.
+const ASKED_AGAIN: Duration = Duration::from_secs(1);
 
 /// An endpoint's credentials, for adapters: what the URL says, or a provider that is asked when it is time to.
 #[derive(Clone)]
@@ -207,7 +210,40 @@ pub struct Login(Arc<Source>);
 
 enum Source {
     Fixed(Credentials),
-    Asked { provider: Arc<dyn CredentialsProvider>, timeout: Duration, last: Mutex<Option<(Instant, Credentials)>> },
+    Asked(Asked),
+}
+
+struct Asked {
+    provider: Arc<dyn CredentialsProvider>,
+    timeout: Duration,
+    said: Mutex<Option<Said>>,
+    /// Of those who would ask at the same time one does.
+    turn: tokio::sync::Mutex<()>,
+}
+
+#[derive(Clone)]
+struct Said {
+    at: Instant,
+    credentials: Credentials,
+    is_refused: bool,
+}
+
+impl Asked {
+    async fn ask(&self) -> Result<Credentials> {
+        let answer = tokio::time::timeout(self.timeout, self.provider.credentials()).await;
+        let credentials = answer.map_err(|_| {
+            let text = format!("the provider of the credentials gave no answer within {:?}", self.timeout);
+            Error::new(ErrorKind::Timeout, "connect", text)
+        })??;
+        *self.said.lock() = Some(Said { at: Instant::now(), credentials: credentials.clone(), is_refused: false });
+        Ok(credentials)
+    }
+
+    fn known(&self) -> Option<Credentials> {
+        let said = self.said.lock();
+        let said = said.as_ref().filter(|said| !said.is_refused && said.at.elapsed() < HOLDS)?;
+        Some(said.credentials.clone())
+    }
 }
 
 impl Login {
@@ -219,13 +255,14 @@ impl Login {
 
     /// A provider, and how long it may take to answer.
     pub fn asked(provider: Arc<dyn CredentialsProvider>, timeout: Duration) -> Self {
-        Self(Arc::new(Source::Asked { provider, timeout, last: Mutex::new(None) }))
+        let (said, turn) = (Mutex::new(None), tokio::sync::Mutex::new(()));
+        Self(Arc::new(Source::Asked(Asked { provider, timeout, said, turn })))
     }
 
     /// Whether they may change.
     #[must_use]
     pub fn may_change(&self) -> bool {
-        matches!(&*self.0, Source::Asked { .. })
+        matches!(&*self.0, Source::Asked(_))
     }
 
     /// The credentials for a connection that is made now.
@@ -235,48 +272,49 @@ impl Login {
     pub async fn now(&self) -> Result<Credentials> {
         match &*self.0 {
             Source::Fixed(credentials) => Ok(credentials.clone()),
-            Source::Asked { provider, timeout, last } => {
-                let asked = tokio::time::timeout(*timeout, provider.credentials()).await;
-                let found = asked.map_err(|_| {
-                    let text = format!("the provider of the credentials gave no answer within {timeout:?}");
-                    Error::new(ErrorKind::Timeout, "connect", text)
-                })??;
-                *last.lock() = Some((Instant::now(), found.clone()));
-                Ok(found)
-            }
+            Source::Asked(asked) => asked.ask().await,
         }
     }
 
-    /// The credentials of a request where there are no connections: what the provider said within the last minute, if that was not
-    /// [refused](Self::refused).
+    /// The credentials of a request where there are no connections: what the provider said within the last minute. When that was
+    /// [refused](Self::refused) it is asked anew, once a second at most.
     ///
     /// # Errors
     /// As [`now`](Self::now).
     pub async fn recent(&self) -> Result<Credentials> {
-        let known = self.last().filter(|(since, _)| since.is_none_or(|since| since.elapsed() < HOLDS));
-        match known {
-            Some((_, credentials)) => Ok(credentials),
-            None => self.now().await,
+        let asked = match &*self.0 {
+            Source::Fixed(credentials) => return Ok(credentials.clone()),
+            Source::Asked(asked) => asked,
+        };
+        if let Some(credentials) = asked.known() {
+            return Ok(credentials);
         }
+        let _turn = asked.turn.lock().await;
+        if let Some(credentials) = asked.known() {
+            return Ok(credentials);
+        }
+        let refused = asked.said.lock().as_ref().filter(|said| said.is_refused).map(|said| said.at);
+        if let Some(at) = refused {
+            tokio::time::sleep_until(at + ASKED_AGAIN).await;
+        }
+        asked.ask().await
     }
 
     /// What was shown last.
     #[must_use]
     pub fn shown(&self) -> Option<Credentials> {
-        self.last().map(|(_, credentials)| credentials)
-    }
-
-    fn last(&self) -> Option<(Option<Instant>, Credentials)> {
         match &*self.0 {
-            Source::Fixed(credentials) => Some((None, credentials.clone())),
-            Source::Asked { last, .. } => last.lock().clone().map(|(since, credentials)| (Some(since), credentials)),
+            Source::Fixed(credentials) => Some(credentials.clone()),
+            Source::Asked(asked) => asked.said.lock().as_ref().map(|said| said.credentials.clone()),
         }
     }
 
     /// The broker does not take what it was shown: the provider is asked before anything is shown again.
     pub fn refused(&self) {
-        if let Source::Asked { last, .. } = &*self.0 {
-            *last.lock() = None;
+        if let Source::Asked(asked) = &*self.0
+            && let Some(said) = &mut *asked.said.lock()
+        {
+            said.is_refused = true;
         }
     }
 }
@@ -285,7 +323,7 @@ impl std::fmt::Debug for Login {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match &*self.0 {
             Source::Fixed(credentials) => f.debug_tuple("Fixed").field(&credentials.kind()).finish(),
-            Source::Asked { .. } => f.write_str("Asked"),
+            Source::Asked(_) => f.write_str("Asked"),
         }
     }
 }
@@ -318,7 +356,7 @@ mod tests {
         Credentials::Token(Secret::new(text))
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn a_provider_is_asked_for_each_connection_and_for_requests_when_its_answer_was_refused() {
         let login = Login::asked(Arc::new(Counted(AtomicU32::new(0))), Duration::from_secs(1));
         assert_eq!(login.shown(), None);
@@ -326,7 +364,12 @@ mod tests {
         assert_eq!(login.now().await.unwrap(), token("1"));
         assert_eq!((login.recent().await.unwrap(), login.recent().await.unwrap()), (token("1"), token("1")));
         login.refused();
-        assert_eq!((login.recent().await.unwrap(), login.shown()), (token("2"), Some(token("2"))));
+        let started = Instant::now();
+        let (one, other) = tokio::join!(login.recent(), login.recent());
+        assert_eq!((one.unwrap(), other.unwrap(), login.shown()), (token("2"), token("2"), Some(token("2"))));
+        assert_eq!(started.elapsed(), ASKED_AGAIN);
+        tokio::time::advance(HOLDS).await;
+        assert_eq!(login.recent().await.unwrap(), token("3"));
     }
 
     #[tokio::test(start_paused = true)]

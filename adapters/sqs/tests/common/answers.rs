@@ -1,4 +1,5 @@
 //! A proxy that answers chosen requests as Amazon answers under stress, and passes all others on.
+#![allow(dead_code, reason = "each test binary uses its share")]
 
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -33,25 +34,39 @@ type Scripts = Arc<Mutex<HashMap<&'static str, VecDeque<Fault>>>>;
 pub(crate) struct Proxy {
     address: SocketAddr,
     scripts: Scripts,
+    door: Door,
 }
+
+/// The access key whose requests pass; all do where there is none.
+type Door = Arc<Mutex<Option<String>>>;
+
+const NOT_LET_IN: (&str, &str) = (
+    r#"{"__type":"com.amazon.coral.service#InvalidClientTokenId","message":"by the test"}"#,
+    "<ErrorResponse><Error><Type>Sender</Type><Code>InvalidClientTokenId</Code><Message>by the test</Message></Error></ErrorResponse>",
+);
 
 impl Proxy {
     /// Passes everything on to `target`.
     pub(crate) async fn to(target: String) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let scripts = Scripts::default();
-        let shared = Arc::clone(&scripts);
+        let (scripts, door) = (Scripts::default(), Door::default());
+        let shared = (Arc::clone(&scripts), Arc::clone(&door));
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                let (target, scripts) = (target.clone(), Arc::clone(&shared));
+                let (target, (scripts, door)) = (target.clone(), shared.clone());
                 tokio::spawn(async move {
                     // A client that has gone away is no matter of the test.
-                    let _ = serve(client, &target, &scripts).await;
+                    let _ = serve(client, &target, &scripts, &door).await;
                 });
             }
         });
-        Self { address, scripts }
+        Self { address, scripts, door }
+    }
+
+    /// From now on requests that are signed with this access key pass, and no others.
+    pub(crate) fn lets_in(&self, key: &str) {
+        *self.door.lock().unwrap() = Some(key.to_owned());
     }
 
     pub(crate) fn address(&self) -> SocketAddr {
@@ -70,8 +85,14 @@ impl Proxy {
 }
 
 /// One request for each connection: the answer closes it, so that nothing has to be taken apart.
-async fn serve(mut client: TcpStream, target: &str, scripts: &Scripts) -> std::io::Result<()> {
+async fn serve(mut client: TcpStream, target: &str, scripts: &Scripts, door: &Door) -> std::io::Result<()> {
     let (head, body) = read(&mut client).await?;
+    let is_shut = door.lock().unwrap().as_ref().is_some_and(|key| !head.contains(&format!("Credential={key}/")));
+    if is_shut {
+        let text = if body.starts_with(b"Action=") { NOT_LET_IN.1 } else { NOT_LET_IN.0 };
+        client.write_all(&answer(403, text.as_bytes())).await?;
+        return client.shutdown().await;
+    }
     let answer = match fault_of(&head, &body, scripts) {
         None => ask(target, &head, &body).await?,
         Some(Fault::Answer(status, text)) => answer(status, text.as_bytes()),

@@ -1,0 +1,94 @@
+//! Credentials of a provider, shown to SQS and SNS.
+//!
+//! There are no connections that would tell when to ask for them: the SDK asks for each request, and what was said within the last
+//! minute is shown unless it was refused. A request that is refused for its credentials did nothing, and is made once more.
+
+use anybroker_core::{Credentials, Effect, Error, ErrorKind, Login, Result};
+use aws_credential_types::Credentials as AccessKey;
+use aws_credential_types::provider::error::CredentialsError;
+use aws_credential_types::provider::{ProvideCredentials, future};
+use aws_smithy_runtime_api::client::interceptors::context::InterceptorContext;
+use aws_smithy_runtime_api::client::retries::classifiers::{ClassifyRetry, RetryAction, RetryClassifierPriority};
+
+use crate::error::UNAUTHENTICATED;
+
+/// What the SDK asks.
+#[derive(Debug, Clone)]
+pub(crate) struct Shown(pub(crate) Login);
+
+impl Shown {
+    /// # Errors
+    /// What the provider says, and `ConfigInvalid` for what is no access key.
+    pub(crate) async fn access_key(&self) -> Result<AccessKey> {
+        match self.0.recent().await? {
+            Credentials::AccessKey { id, secret, session_token } => {
+                let token = session_token.map(|token| token.reveal().to_owned());
+                Ok(AccessKey::new(id, secret.reveal(), token, None, "provider"))
+            }
+            other => Err(other.unfit("an access key")),
+        }
+    }
+}
+
+impl ProvideCredentials for Shown {
+    fn provide_credentials<'a>(&'a self) -> future::ProvideCredentials<'a>
+    where
+        Self: 'a,
+    {
+        // Whatever its kind, it says nothing of a queue: there are no credentials for the moment.
+        let unavailable = |error: Error| {
+            let text = format!("the provider of the credentials failed: {error}");
+            let error = Error::new(ErrorKind::Unavailable, "ask for credentials", text);
+            CredentialsError::provider_error(error.with_effect(Effect::NotDone))
+        };
+        future::ProvideCredentials::new(async move { self.access_key().await.map_err(unavailable) })
+    }
+}
+
+/// Lets the provider be asked anew when its credentials are refused.
+#[derive(Debug)]
+pub(crate) struct Refusals {
+    pub(crate) login: Login,
+    /// Nothing else is made again.
+    pub(crate) is_only: bool,
+}
+
+impl ClassifyRetry for Refusals {
+    fn classify_retry(&self, context: &InterceptorContext) -> RetryAction {
+        let is_refused = context.response().is_some_and(|response| {
+            response.status().is_client_error() && response.body().bytes().is_some_and(names_refusal)
+        });
+        if is_refused {
+            self.login.refused();
+            return RetryAction::client_error();
+        }
+        if self.is_only { RetryAction::RetryForbidden } else { RetryAction::NoActionIndicated }
+    }
+
+    fn name(&self) -> &'static str {
+        "refused credentials"
+    }
+
+    fn priority(&self) -> RetryClassifierPriority {
+        RetryClassifierPriority::run_after(RetryClassifierPriority::transient_error_classifier())
+    }
+}
+
+/// SQS answers in JSON, SNS in XML; both write the code as a word of its own.
+fn names_refusal(body: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(body);
+    text.split(|c: char| !c.is_ascii_alphanumeric()).any(|word| UNAUTHENTICATED.contains(&word))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_sqs_and_sns_answer_to_credentials_that_they_do_not_take_is_a_refusal() {
+        let sqs = br#"{"__type":"com.amazon.coral.service#InvalidClientTokenId","message":"not valid"}"#;
+        let sns = b"<ErrorResponse><Error><Type>Sender</Type><Code>ExpiredToken</Code></Error></ErrorResponse>";
+        assert!(names_refusal(sqs) && names_refusal(sns));
+        assert!(!names_refusal(br#"{"__type":"com.amazonaws.sqs#QueueDoesNotExist","message":"not there"}"#));
+    }
+}
