@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anybroker_core::{Effect, Error, ErrorKind, Result, Secret};
+use anybroker_core::{Effect, Error, ErrorKind, Login, Result};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
@@ -12,7 +12,7 @@ use hyper_util::rt::TokioExecutor;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::config::Settings;
+use crate::config::{Settings, token};
 
 /// How long one request may take.
 const REQUEST: Duration = Duration::from_secs(20);
@@ -31,7 +31,7 @@ pub(crate) struct Admin {
     client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
     base: String,
     space: String,
-    token: Option<Secret>,
+    login: Option<Login>,
 }
 
 /// What the broker answered.
@@ -55,12 +55,24 @@ impl Admin {
             client: Client::builder(TokioExecutor::new()).pool_idle_timeout(Duration::from_secs(20)).build(https),
             base: format!("{}/admin/v2", settings.admin),
             space: space.to_owned(),
-            token: settings.token.clone(),
+            login: settings.login.clone(),
         })
     }
 
-    /// Below `/admin/v2`, such as `/brokers/version`.
+    /// Below `/admin/v2`, such as `/brokers/version`. A request that is refused because nobody knows who asks did nothing: it is
+    /// made once more, with what a provider says then.
     pub(crate) async fn ask(&self, operation: &'static str, verb: Verb<'_>, path: &str) -> Result<Answer> {
+        let answer = self.ask_once(operation, &verb, path).await?;
+        match &self.login {
+            Some(login) if login.may_change() && answer.is_unknown_who_asks() => {
+                login.refused();
+                self.ask_once(operation, &verb, path).await
+            }
+            _ => Ok(answer),
+        }
+    }
+
+    async fn ask_once(&self, operation: &'static str, verb: &Verb<'_>, path: &str) -> Result<Answer> {
         let (method, body, is_read) = match verb {
             Verb::Get => ("GET", Bytes::new(), true),
             Verb::Put(body) => ("PUT", Bytes::from(body.to_string()), false),
@@ -71,7 +83,8 @@ impl Admin {
         if !body.is_empty() {
             request = request.header("content-type", "application/json");
         }
-        if let Some(token) = &self.token {
+        if let Some(login) = &self.login {
+            let token = token(login.recent().await?)?;
             // With the method's name a token that is wrong is refused; without it the broker tries its other providers, and
             // takes the client for the anonymous role in the end, where there is one (AuthenticationService.java).
             request = request
@@ -160,17 +173,24 @@ impl Answer {
         String::from_utf8_lossy(&self.body).trim().trim_matches('"').to_owned()
     }
 
+    /// Of a role that is known and may not do it: 403 or 401, with a reason (PulsarWebResource.java). Whoever is not known is refused
+    /// before that, with a page of the web server.
+    fn is_unknown_who_asks(&self) -> bool {
+        self.status == 401 && self.reason().is_none()
+    }
+
+    fn reason(&self) -> Option<String> {
+        let body = serde_json::from_slice::<Value>(&self.body).ok()?;
+        body["reason"].as_str().map(str::to_owned)
+    }
+
     /// An error unless the request succeeded.
     pub(crate) fn done(&self, operation: &'static str) -> Result<()> {
         if (200..=299).contains(&self.status) {
             return Ok(());
         }
-        let reason = serde_json::from_slice::<Value>(&self.body).ok();
-        let reason = reason.and_then(|body| body["reason"].as_str().map(str::to_owned));
         let kind = match self.status {
-            // Of a role that is known and may not do it: 403 or 401, with a reason (PulsarWebResource.java). Whoever is not
-            // known is refused before that, with a page of the web server.
-            401 if reason.is_none() => ErrorKind::Unauthenticated,
+            401 if self.is_unknown_who_asks() => ErrorKind::Unauthenticated,
             401 | 403 => ErrorKind::PermissionDenied,
             404 => ErrorKind::NotFound,
             409 => ErrorKind::AlreadyExists,
@@ -178,7 +198,7 @@ impl Answer {
             408 | 500..=599 => ErrorKind::Unavailable,
             _ => ErrorKind::Unexpected,
         };
-        let reason = reason.unwrap_or_default();
+        let reason = self.reason().unwrap_or_default();
         let reason = reason.lines().next().unwrap_or_default();
         let effect = if self.status >= 500 { Effect::Unknown } else { Effect::NotDone };
         Err(Error::new(kind, operation, format!("the admin endpoint answers {}: {reason}", self.status))

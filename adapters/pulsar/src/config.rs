@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::config::{Field, Problem, Section};
-use anybroker_core::{Error, ErrorKind, Result, Secret};
+use anybroker_core::{Credentials, Error, ErrorKind, Login, Result, Secret};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 
@@ -46,7 +46,7 @@ pub(crate) struct Settings {
     pub(crate) retention: Duration,
     pub(crate) retention_mib: i64,
     pub(crate) settle_timeout: Duration,
-    pub(crate) token: Option<Secret>,
+    pub(crate) login: Option<Login>,
     tls_ca: Option<PathBuf>,
 }
 
@@ -71,7 +71,7 @@ impl Settings {
             retention: section.duration("retention"),
             retention_mib: section.integer("retention_mib"),
             settle_timeout: section.duration("settle_timeout"),
-            token: section.secret("token").cloned(),
+            login: login(section),
             tls_ca: section.optional_text("tls_ca").map(PathBuf::from),
         }
     }
@@ -90,7 +90,10 @@ impl Settings {
             wrong("url", "a path means nothing to Pulsar; set tenant and namespace");
         }
         if url.username().is_some() || url.password().is_some() {
-            wrong("url", "Pulsar has no user and password here; set token");
+            wrong("url", "Pulsar has no user and password here; set token or credentials_file");
+        }
+        if section.has_provider() && section.secret("token").is_some() {
+            wrong("pulsar.token", "the credentials come from a provider; expected no token with it");
         }
         let admin = section.text("admin");
         if !admin.starts_with("http://") && !admin.starts_with("https://") || admin.contains(['?', '#', '@', ' ']) {
@@ -104,6 +107,19 @@ impl Settings {
             }
         }
         problems
+    }
+
+    /// What the provider says at first, which is told by its own kind.
+    pub(crate) async fn check_login(&self) -> Result<()> {
+        match &self.login {
+            Some(login) => token(login.now().await?).map(drop),
+            None => Ok(()),
+        }
+    }
+
+    /// The provider may say other credentials when those that it said are refused.
+    pub(crate) fn may_be_let_in(&self) -> bool {
+        self.login.as_ref().is_some_and(Login::may_change)
     }
 
     /// What encrypted connections trust.
@@ -131,5 +147,19 @@ impl Settings {
         let builder = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
         let builder = builder.map_err(|error| Error::new(ErrorKind::Unexpected, "connect", error.to_string()))?;
         Ok(builder.with_root_certificates(roots).with_no_client_auth())
+    }
+}
+
+fn login(section: &Section) -> Option<Login> {
+    let of_setting = section.secret("token").map(|token| Login::fixed(Credentials::Token(token.clone())));
+    of_setting.or_else(|| section.login().filter(|login| login.may_change()).cloned())
+}
+
+/// # Errors
+/// `ConfigInvalid` for what is no token.
+pub(crate) fn token(credentials: Credentials) -> Result<Secret> {
+    match credentials {
+        Credentials::Token(token) => Ok(token),
+        other => Err(other.unfit("a token")),
     }
 }

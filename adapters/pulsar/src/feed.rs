@@ -175,7 +175,7 @@ impl Feed {
                         let _ = first.send(Err(error));
                         break;
                     }
-                    if is_final(error.kind()) {
+                    if self.desk.topology.link.is_final(error.kind()) {
                         shared.fail(error);
                         break;
                     }
@@ -355,17 +355,4 @@ impl Feed {
 /// Waits until the subscription closes.
 async fn begun(closing: &mut watch::Receiver<Option<Instant>>) {
     let _ = closing.wait_for(Option::is_some).await;
-}
-
-fn is_final(kind: ErrorKind) -> bool {
-    matches!(
-        kind,
-        ErrorKind::NotFound
-            | ErrorKind::PermissionDenied
-            | ErrorKind::Unauthenticated
-            | ErrorKind::AlreadyExists
-            | ErrorKind::ConfigInvalid
-            | ErrorKind::Unsupported
-            | ErrorKind::Closed
-    )
 }

@@ -44,6 +44,10 @@ impl Driver for PulsarDriver {
         config::FIELDS
     }
 
+    fn takes_credentials(&self) -> bool {
+        true
+    }
+
     fn check(&self, section: &Section) -> Vec<Problem> {
         config::Settings::check(section)
     }

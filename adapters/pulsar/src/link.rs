@@ -36,6 +36,7 @@ impl Link {
             next_host: AtomicUsize::new(0),
             is_closed: AtomicBool::new(false),
         });
+        settings.check_login().await?;
         let mut last = Error::new(ErrorKind::ConfigInvalid, "connect", "no host");
         for host in &settings.hosts {
             match Conn::open(settings, host, None).await {
@@ -48,6 +49,20 @@ impl Link {
             }
         }
         Err(last)
+    }
+
+    /// Whether that ends a subscription: nothing will change by itself.
+    pub(crate) fn is_final(&self, kind: ErrorKind) -> bool {
+        match kind {
+            ErrorKind::Unauthenticated => !self.settings.may_be_let_in(),
+            ErrorKind::NotFound
+            | ErrorKind::PermissionDenied
+            | ErrorKind::AlreadyExists
+            | ErrorKind::ConfigInvalid
+            | ErrorKind::Unsupported
+            | ErrorKind::Closed => true,
+            _ => false,
+        }
     }
 
     /// A connection to any of the configured hosts.

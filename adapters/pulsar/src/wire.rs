@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use anybroker_core::{Error, ErrorKind, Result};
+use anybroker_core::{Error, ErrorKind, Login, Result};
 use bytes::BytesMut;
 use futures_util::StreamExt;
 use parking_lot::Mutex;
@@ -23,7 +23,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_rustls::TlsConnector;
 use tokio_util::codec::{Encoder, FramedRead};
 
-use crate::config::Settings;
+use crate::config::{Settings, token};
 use crate::error::{lost, refused};
 use crate::producer::Producer;
 
@@ -70,7 +70,7 @@ pub(crate) struct Conn {
     producers: Mutex<HashMap<u64, Arc<Producer>>>,
     ids: AtomicU64,
     closed: watch::Sender<bool>,
-    token: Option<anybroker_core::Secret>,
+    login: Option<Login>,
 }
 
 impl Conn {
@@ -107,15 +107,21 @@ impl Conn {
         } else {
             Box::new(tcp)
         };
+        let token = match &settings.login {
+            Some(login) => Some(token(login.again().await?)?),
+            None => None,
+        };
         let (read, mut write) = tokio::io::split(stream);
         let mut read = FramedRead::with_capacity(read, Codec, 65_536);
         let mut first = BytesMut::new();
         let hello = proto::CommandConnect {
             client_version: concat!("anybroker-", env!("CARGO_PKG_VERSION")).to_owned(),
-            auth_method_name: settings.token.as_ref().map(|_| "token".to_owned()),
-            auth_data: settings.token.as_ref().map(|token| token.reveal().as_bytes().to_vec()),
+            auth_method_name: token.as_ref().map(|_| "token".to_owned()),
+            auth_data: token.as_ref().map(|token| token.reveal().as_bytes().to_vec()),
             protocol_version: Some(PROTOCOL),
             proxy_to_broker_url: through,
+            // Without it the broker ends the connection when the token has expired (ServerCnx.refreshAuthenticationCredentials).
+            feature_flags: Some(proto::FeatureFlags { supports_auth_refresh: Some(true), ..Default::default() }),
             ..Default::default()
         };
         let command = BaseCommand { connect: Some(hello), ..command(Type::Connect) };
@@ -143,14 +149,14 @@ impl Conn {
             max_message: u64::try_from(connected.max_message_size()).ok().filter(|max| *max > 0).unwrap_or(5_242_880),
             server: connected.server_version,
         };
-        let conn = Arc::new(Self::new(settings.token.clone()));
+        let conn = Arc::new(Self::new(settings.login.clone()));
         tokio::spawn(write_all(Arc::clone(&conn), write));
         tokio::spawn(read_all(Arc::clone(&conn), read));
         Ok((conn, hello))
     }
 
     /// What it is told is kept until somebody writes it.
-    pub(crate) fn new(token: Option<anybroker_core::Secret>) -> Self {
+    pub(crate) fn new(login: Option<Login>) -> Self {
         Self {
             out: Mutex::new(BytesMut::new()),
             written: Notify::new(),
@@ -160,7 +166,7 @@ impl Conn {
             producers: Mutex::default(),
             ids: AtomicU64::new(1),
             closed: watch::Sender::new(false),
-            token,
+            login,
         }
     }
 
@@ -299,7 +305,7 @@ impl Conn {
         self.written.notify_one();
     }
 
-    pub(crate) fn take_in(&self, message: Message) {
+    pub(crate) fn take_in(self: &Arc<Self>, message: Message) {
         let Message { command: came, payload } = message;
         match Type::try_from(came.r#type) {
             Ok(Type::Message) => {
@@ -366,14 +372,23 @@ impl Conn {
         }
     }
 
-    fn authenticate_again(&self) {
-        let data = self.token.as_ref().map(|token| proto::AuthData {
-            auth_method_name: Some("token".to_owned()),
-            auth_data: Some(token.reveal().as_bytes().to_vec()),
+    /// What was shown has expired. Where there is nothing else to show the broker ends the connection.
+    fn authenticate_again(self: &Arc<Self>) {
+        let conn = Arc::clone(self);
+        tokio::spawn(async move {
+            let shown = match &conn.login {
+                Some(login) => login.again().await.and_then(token).map(Some),
+                None => Ok(None),
+            };
+            let shown = shown.inspect_err(|error| tracing::warn!(%error, "the broker asked for new credentials"));
+            let data = shown.ok().flatten().map(|token| proto::AuthData {
+                auth_method_name: Some("token".to_owned()),
+                auth_data: Some(token.reveal().as_bytes().to_vec()),
+            });
+            let answer =
+                proto::CommandAuthResponse { response: data, protocol_version: Some(PROTOCOL), ..Default::default() };
+            conn.tell(BaseCommand { auth_response: Some(answer), ..command(Type::AuthResponse) });
         });
-        let answer =
-            proto::CommandAuthResponse { response: data, protocol_version: Some(PROTOCOL), ..Default::default() };
-        self.tell(BaseCommand { auth_response: Some(answer), ..command(Type::AuthResponse) });
     }
 }
 

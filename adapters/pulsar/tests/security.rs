@@ -3,11 +3,17 @@
 
 mod common;
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use anybroker_core::{Bus, Error, ErrorKind, Message, TopologyMode, TopologySpec};
+use anybroker_core::{
+    Bus, Config, Credentials, CredentialsProvider, Effect, Error, ErrorKind, Message, Registry, Secret,
+    SubscriptionEvent, Timestamp, TopologyMode, TopologySpec, ack,
+};
+use anybroker_pulsar::PulsarDriver;
 use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use common::{LONG, connect, receive, try_connect, unique, url};
@@ -59,8 +65,17 @@ impl Secured {
 
     /// The token of a role (RFC 7519), signed as the broker expects it.
     fn token(&self, role: &str) -> String {
+        self.signed(&format!(r#"{{"sub":"{role}"}}"#))
+    }
+
+    /// One that holds until then, in seconds since 1970.
+    fn token_until(&self, role: &str, end: i64) -> String {
+        self.signed(&format!(r#"{{"sub":"{role}","exp":{end}}}"#))
+    }
+
+    fn signed(&self, claims: &str) -> String {
         let key = self.settings["tokenSecretKey"].rsplit_once(',').unwrap().1;
-        signed(&STANDARD.decode(key).unwrap(), &format!(r#"{{"sub":"{role}"}}"#))
+        signed(&STANDARD.decode(key).unwrap(), claims)
     }
 
     /// A namespace in which the role may do that.
@@ -265,4 +280,145 @@ async fn who_may_produce_and_consume_works_on_what_an_administrator_has_declared
     owner.delete(name.as_str(), None).await.unwrap();
     owner.delete(kept.as_str(), None).await.unwrap();
     owner.close(LONG).await.unwrap();
+}
+
+/// Says what the test tells it to say.
+#[derive(Clone, Default)]
+struct Vault(Arc<(Mutex<String>, AtomicU32)>);
+
+impl Vault {
+    fn now_holds(&self, token: &str) {
+        token.clone_into(&mut self.0.0.lock().unwrap());
+    }
+
+    fn asked(&self) -> u32 {
+        self.0.1.load(Ordering::SeqCst)
+    }
+}
+
+#[async_trait::async_trait]
+impl CredentialsProvider for Vault {
+    async fn credentials(&self) -> anybroker_core::Result<Credentials> {
+        self.0.1.fetch_add(1, Ordering::SeqCst);
+        let token = self.0.0.lock().unwrap().clone();
+        if token.is_empty() {
+            return Err(Error::new(ErrorKind::NotFound, "ask the vault", "sealed"));
+        }
+        Ok(Credentials::Token(Secret::new(token)))
+    }
+}
+
+async fn connect_with(url: &str, vault: &Vault) -> anybroker_core::Result<Bus> {
+    let config = Config::from_url(url).with_credentials(vault.clone());
+    Registry::new().with(PulsarDriver).connect(config).await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tokens_that_expire_are_replaced_while_a_service_runs() {
+    let Some(secured) = secured() else { return };
+    let holds = Duration::from_secs(5);
+    let expiring = || {
+        let end = Timestamp::now().after(holds).as_millis() / 1_000;
+        secured.token_until("admin", end)
+    };
+    let vault = Vault::default();
+    let sealed = connect_with(&secured.plain(), &vault).await.map(drop).unwrap_err();
+    assert_eq!(sealed.kind(), ErrorKind::NotFound, "{sealed}");
+
+    vault.now_holds(&expiring());
+    let bus = connect_with(&secured.plain(), &vault).await.unwrap();
+    let name = unique("rotated");
+    let mut subscriber = bus.subscribe(bus.subscription(name.as_str(), "g")).await.unwrap();
+    let numbers = |from: u32, to: u32| (from..to).map(|n| Message::new(name.as_str(), n.to_string())).collect();
+    let all_stored = |outcomes: Vec<anybroker_core::PublishOutcome>| {
+        for outcome in outcomes {
+            outcome.unwrap();
+        }
+    };
+    all_stored(bus.publish(numbers(0, 20)).await);
+    let first = receive(&mut subscriber, 20).await;
+
+    // The broker asks for another one, and nobody notices.
+    vault.now_holds(&expiring());
+    let asked = vault.asked();
+    let deadline = Instant::now() + LONG;
+    while vault.asked() == asked {
+        assert!(Instant::now() < deadline, "the broker does not ask for a token that holds");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    all_stored(bus.publish(numbers(20, 40)).await);
+    for outcome in ack(first).await {
+        outcome.unwrap();
+    }
+    let received = subscriber.receive_all(100, LONG).await.unwrap();
+    assert!(received.events.is_empty(), "{:?}", received.events);
+    let mut second = received.deliveries;
+    let left = 20 - second.len();
+    second.extend(receive(&mut subscriber, left).await);
+    for outcome in ack(second).await {
+        outcome.unwrap();
+    }
+
+    // The provider has none that holds: the broker ends the connections, and lets nobody in.
+    let deadline = Instant::now() + LONG;
+    let refused = loop {
+        assert!(Instant::now() < deadline, "a token that has expired is let in");
+        match bus.send(Message::new(name.as_str(), "early")).await {
+            Ok(_) => tokio::time::sleep(Duration::from_millis(200)).await,
+            Err(error) if error.kind() == ErrorKind::Unavailable => {}
+            Err(error) => break error,
+        }
+    };
+    assert_eq!((refused.kind(), refused.effect()), (ErrorKind::Unauthenticated, Effect::NotDone), "{refused}");
+    let deadline = Instant::now() + LONG;
+    let mut early = Vec::new();
+    loop {
+        assert!(Instant::now() < deadline, "the subscriber was told nothing");
+        let received = subscriber.receive_all(100, Duration::from_secs(1)).await.unwrap();
+        early.extend(received.deliveries);
+        if received.events.iter().any(|event| matches!(event, SubscriptionEvent::Degraded { .. })) {
+            break;
+        }
+    }
+    drop(early);
+    // A vault that is closed says nothing of a topic, whatever it answers.
+    vault.now_holds("");
+    let closed = bus.send(Message::new(name.as_str(), "early")).await.unwrap_err();
+    assert_eq!((closed.kind(), closed.effect()), (ErrorKind::Unavailable, Effect::NotDone), "{closed}");
+    assert!(closed.to_string().contains("sealed"), "{closed}");
+
+    vault.now_holds(&secured.token("admin"));
+    all_stored(bus.publish(numbers(40, 60)).await);
+    let mut left: BTreeSet<String> = (40..60).map(|n: u32| n.to_string()).collect();
+    let deadline = Instant::now() + LONG;
+    while !left.is_empty() {
+        assert!(Instant::now() < deadline, "{left:?} did not come");
+        let received = subscriber.receive_all(100, Duration::from_secs(1)).await.unwrap();
+        for delivery in &received.deliveries {
+            left.remove(&String::from_utf8_lossy(delivery.message().bytes()).into_owned());
+        }
+        for outcome in ack(received.deliveries).await {
+            outcome.unwrap();
+        }
+    }
+    assert_eq!(bus.lag(name.as_str(), "g").await.unwrap().total(), Some(0));
+    subscriber.close(LONG).await.unwrap();
+    bus.delete(name.as_str(), None).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_is_no_token_or_stands_beside_a_provider_is_a_mistake() {
+    let config =
+        Config::from_url("pulsar://localhost?admin=http://localhost&token=x").with_credentials(Vault::default());
+    let error = Registry::new().with(PulsarDriver).check(config).unwrap_err();
+    assert!(error.message().contains("provider"), "{error}");
+
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("login.toml");
+    std::fs::write(&file, "user = \"me\"\npassword = \"MARKER\"").unwrap();
+    let config = Config::from_url("pulsar://localhost?admin=http://localhost")
+        .with("credentials_file", file.display().to_string());
+    let error = Registry::new().with(PulsarDriver).connect(config).await.map(drop).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConfigInvalid);
+    assert!(error.to_string().contains("expected a token") && !error.to_string().contains("MARKER"), "{error}");
 }

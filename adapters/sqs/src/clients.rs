@@ -58,8 +58,7 @@ impl Clients {
         }
         let login = settings.login.clone().map(Shown);
         if let Some(login) = &login {
-            // What it says at first is the caller's to know, by its own kind.
-            login.access_key().await?;
+            login.check().await?;
             loader = loader.credentials_provider(login.clone()).identity_cache(IdentityCache::no_cache());
         } else if let Some(credentials) = &settings.credentials {
             loader = loader.credentials_provider(credentials.clone());

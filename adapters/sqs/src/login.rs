@@ -3,7 +3,7 @@
 //! There are no connections that would tell when to ask for them: the SDK asks for each request, and what was said within the last
 //! minute is shown unless it was refused. A request that is refused for its credentials did nothing, and is made once more.
 
-use anybroker_core::{Credentials, Effect, Error, ErrorKind, Login, Result};
+use anybroker_core::{Credentials, Login, Result};
 use aws_credential_types::Credentials as AccessKey;
 use aws_credential_types::provider::error::CredentialsError;
 use aws_credential_types::provider::{ProvideCredentials, future};
@@ -17,16 +17,19 @@ use crate::error::UNAUTHENTICATED;
 pub(crate) struct Shown(pub(crate) Login);
 
 impl Shown {
-    /// # Errors
-    /// What the provider says, and `ConfigInvalid` for what is no access key.
-    pub(crate) async fn access_key(&self) -> Result<AccessKey> {
-        match self.0.recent().await? {
-            Credentials::AccessKey { id, secret, session_token } => {
-                let token = session_token.map(|token| token.reveal().to_owned());
-                Ok(AccessKey::new(id, secret.reveal(), token, None, "provider"))
-            }
-            other => Err(other.unfit("an access key")),
+    /// Tells what the provider says at first by its own kind.
+    pub(crate) async fn check(&self) -> Result<()> {
+        access_key(self.0.now().await?).map(drop)
+    }
+}
+
+fn access_key(credentials: Credentials) -> Result<AccessKey> {
+    match credentials {
+        Credentials::AccessKey { id, secret, session_token } => {
+            let token = session_token.map(|token| token.reveal().to_owned());
+            Ok(AccessKey::new(id, secret.reveal(), token, None, "provider"))
         }
+        other => Err(other.unfit("an access key")),
     }
 }
 
@@ -35,13 +38,9 @@ impl ProvideCredentials for Shown {
     where
         Self: 'a,
     {
-        // Whatever its kind, it says nothing of a queue: there are no credentials for the moment.
-        let unavailable = |error: Error| {
-            let text = format!("the provider of the credentials failed: {error}");
-            let error = Error::new(ErrorKind::Unavailable, "ask for credentials", text);
-            CredentialsError::provider_error(error.with_effect(Effect::NotDone))
-        };
-        future::ProvideCredentials::new(async move { self.access_key().await.map_err(unavailable) })
+        future::ProvideCredentials::new(async {
+            self.0.recent().await.and_then(access_key).map_err(CredentialsError::provider_error)
+        })
     }
 }
 

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use tokio::time::Instant;
 
 use crate::config::{Config, Secret};
-use crate::{Error, ErrorKind, Result};
+use crate::{Effect, Error, ErrorKind, Result};
 
 /// What a service shows a broker of itself. No form of it prints a secret.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -276,11 +276,20 @@ impl Login {
         }
     }
 
+    /// The credentials for a connection that takes the place of one that was lost. Whatever the provider fails with comes as
+    /// [`Unavailable`](ErrorKind::Unavailable): it says nothing of a destination, and the next one may work.
+    ///
+    /// # Errors
+    /// `Unavailable`, not done.
+    pub async fn again(&self) -> Result<Credentials> {
+        self.now().await.map_err(|error| unavailable(&error))
+    }
+
     /// The credentials of a request where there are no connections: what the provider said within the last minute. When that was
     /// [refused](Self::refused) it is asked anew, once a second at most.
     ///
     /// # Errors
-    /// As [`now`](Self::now).
+    /// As [`again`](Self::again).
     pub async fn recent(&self) -> Result<Credentials> {
         let asked = match &*self.0 {
             Source::Fixed(credentials) => return Ok(credentials.clone()),
@@ -297,7 +306,7 @@ impl Login {
         if let Some(at) = refused {
             tokio::time::sleep_until(at + ASKED_AGAIN).await;
         }
-        asked.ask().await
+        asked.ask().await.map_err(|error| unavailable(&error))
     }
 
     /// What was shown last.
@@ -317,6 +326,11 @@ impl Login {
             said.is_refused = true;
         }
     }
+}
+
+fn unavailable(error: &Error) -> Error {
+    let text = format!("the provider of the credentials failed: {error}");
+    Error::new(ErrorKind::Unavailable, "connect", text).with_effect(Effect::NotDone)
 }
 
 impl std::fmt::Debug for Login {

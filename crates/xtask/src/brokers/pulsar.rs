@@ -265,6 +265,8 @@ tlsTrustCertsFilePath={authority}
 authenticationEnabled=true
 authenticationProviders=org.apache.pulsar.broker.authentication.AuthenticationProviderToken
 tokenSecretKey={TOKEN_KEY}
+# How often it looks for tokens that have expired: 60 s by default.
+authenticationRefreshCheckSeconds=1
 authorizationEnabled=true
 anonymousUserRole=anonymous
 superUserRoles=anonymous,admin
