@@ -4,13 +4,15 @@ use std::collections::HashSet;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll, Waker};
 
 use anybroker_core::{Confirms, Error, ErrorKind, PublishOutcome};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::Instant;
+
+use crate::login::refused_meanwhile;
 
 /// Where delivery reports are noted, batch by batch. An opaque number names batch and entry, so that nothing is
 /// allocated for a message.
@@ -20,6 +22,9 @@ pub(crate) struct Board {
     on_their_way: AtomicUsize,
     failures: AtomicU64,
     replacements: AtomicU64,
+    /// Why the cluster lets this client in no more, until something is stored again.
+    refusal: Mutex<Option<String>>,
+    is_refused: AtomicBool,
     /// Topics that did not take what was sent to them: they are not as they were known.
     suspects: Mutex<HashSet<String>>,
     /// Something got its outcome: there is room in the buffers again.
@@ -87,6 +92,24 @@ impl Board {
         self.replacements.fetch_add(1, Ordering::AcqRel);
     }
 
+    /// The cluster does not let this client in.
+    pub(crate) fn refused(&self, reason: &str) {
+        *self.refusal.lock() = Some(reason.to_owned());
+        self.is_refused.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn is_refused(&self) -> bool {
+        self.is_refused.load(Ordering::Relaxed)
+    }
+
+    /// The outcome of what has none in time.
+    fn late(&self) -> Error {
+        match &*self.refusal.lock() {
+            Some(refusal) => refused_meanwhile(refusal),
+            None => Error::new(ErrorKind::Timeout, "publish", "no confirm from the broker in time"),
+        }
+    }
+
     pub(crate) fn suspect(&self, topic: &str) {
         self.suspects.lock().insert(topic.to_owned());
     }
@@ -99,6 +122,10 @@ impl Board {
     pub(crate) fn report(&self, opaque: usize, outcome: PublishOutcome) {
         let (slot, index) = ((opaque >> 32) as u32, opaque & 0xffff_ffff);
         let is_failure = outcome.is_err();
+        if !is_failure && self.is_refused.load(Ordering::Relaxed) {
+            self.is_refused.store(false, Ordering::Relaxed);
+            *self.refusal.lock() = None;
+        }
         let mut slots = self.slots.lock();
         let entry = &mut slots.slots[slot as usize];
         if is_failure && !entry.is_detached {
@@ -184,7 +211,7 @@ impl Answers {
         if entry.missing > 0 {
             self.topics.iter().for_each(|topic| self.board.suspect(topic));
         }
-        let late = || Err(Error::new(ErrorKind::Timeout, "publish", "no confirm from the broker in time"));
+        let late = || Err(self.board.late());
         let outcomes = entry.outcomes.iter_mut().map(|outcome| outcome.take().unwrap_or_else(late)).collect();
         drop(slots);
         self.detach();

@@ -40,6 +40,7 @@ pub(crate) struct KafkaBroker {
 
 impl KafkaBroker {
     pub(crate) async fn connect(settings: Settings) -> Result<Self> {
+        settings.check_login().await?;
         let publisher = Arc::new(Publisher::new(&settings)?);
         let brokers =
             reach(&publisher, settings.connect_timeout).await.map_err(|error| error.with("url", &settings.url))?;

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use anybroker_core::Secret;
 use anybroker_core::config::{Field, Problem, Section};
+use anybroker_core::{Credentials, Login};
 use rdkafka::ClientConfig;
 
 use crate::publisher::TRANSACTION_BATCH;
@@ -88,13 +88,12 @@ struct Security {
     client: Option<(String, String)>,
     accept_any: bool,
     mechanism: &'static str,
-    user: Option<(String, Secret)>,
+    login: Option<Login>,
 }
 
 impl Security {
     fn read(section: &Section) -> Self {
         let text = |field: &str| section.optional_text(field).map(ToOwned::to_owned);
-        let password = || section.url().password().cloned().unwrap_or_else(|| Secret::new(""));
         Self {
             tls: section.bool("tls"),
             ca: text("tls_ca"),
@@ -105,23 +104,23 @@ impl Security {
                 "scram_sha_256" => "SCRAM-SHA-256",
                 _ => "SCRAM-SHA-512",
             },
-            user: section.url().username().map(|user| (user.to_owned(), password())),
+            login: section.login().cloned(),
         }
     }
 
     fn apply(&self, config: &mut ClientConfig) {
-        let protocol = match (self.tls, &self.user) {
+        let protocol = match (self.tls, &self.login) {
             (false, None) => return,
             (true, None) => "SSL",
             (false, Some(_)) => "SASL_PLAINTEXT",
             (true, Some(_)) => "SASL_SSL",
         };
         config.set("security.protocol", protocol);
-        if let Some((user, password)) = &self.user {
-            config
-                .set("sasl.mechanism", self.mechanism)
-                .set("sasl.username", user)
-                .set("sasl.password", password.reveal());
+        if self.login.is_some() {
+            config.set("sasl.mechanism", self.mechanism);
+        }
+        if let Some(Credentials::Password { user, password }) = self.login.as_ref().and_then(Login::shown) {
+            config.set("sasl.username", user).set("sasl.password", password.reveal());
         }
         if !self.tls {
             return;
@@ -221,7 +220,7 @@ impl Settings {
         if section.bool("tls") && !cfg!(feature = "tls") {
             wrong("kafka.tls", "this program was built without the feature `tls` of anybroker-kafka");
         }
-        if section.url().username().is_some() && section.text("sasl") != "plain" && !cfg!(feature = "tls") {
+        if section.login().is_some() && section.text("sasl") != "plain" && !cfg!(feature = "tls") {
             wrong(
                 "kafka.sasl",
                 "this program was built without the feature `tls` of anybroker-kafka, which SCRAM needs",
@@ -249,6 +248,11 @@ impl Settings {
             .set("socket.keepalive.enable", "true");
         self.security.apply(&mut config);
         config
+    }
+
+    /// Where user and password come from.
+    pub(crate) fn login(&self) -> Option<&Login> {
+        self.security.login.as_ref()
     }
 
     /// The mode as it is called in reports.

@@ -82,6 +82,7 @@ impl Letters {
             let fresh = || Arc::new(Mutex::new(Index::new(scope, &topic, self.topology.settings())));
             Arc::clone(indexes.entry(topic.clone()).or_insert_with(fresh))
         };
+        self.topology.settings().renew().await?;
         let read = tokio::task::spawn_blocking(move || {
             let mut index = index.lock();
             index.refresh(patience)?;

@@ -12,6 +12,7 @@ use rdkafka::consumer::{BaseConsumer, CommitMode, Consumer};
 use rdkafka::error::{KafkaError, KafkaResult, RDKafkaErrorCode};
 use rdkafka::message::{BorrowedMessage, Message as _};
 use rdkafka::{Offset, TopicPartitionList};
+use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
 use crate::codec::Filling;
@@ -19,6 +20,7 @@ use crate::config::Settings;
 use crate::error::failed;
 use crate::groups;
 use crate::lanes::Log;
+use crate::login::Made;
 use crate::member::Member;
 use crate::settle::OwnTopics;
 use crate::state::{Scope, Shared};
@@ -41,6 +43,8 @@ const LEAVE: Duration = Duration::from_secs(5);
 const JOIN: Duration = Duration::from_secs(20);
 /// How long a member of a group that exists is waited for.
 const REJOIN: Duration = Duration::from_secs(5);
+/// How long it waits before it tries to join again.
+const PAUSE: Duration = Duration::from_millis(500);
 
 type Client = BaseConsumer<Member>;
 
@@ -56,6 +60,13 @@ pub(crate) struct Feeder {
     pub(crate) settings: Settings,
     pub(crate) shared: Arc<Shared>,
     pub(crate) trim: Trim,
+    pub(crate) runtime: Handle,
+}
+
+/// Why a feeder stopped.
+enum Fed {
+    Closing,
+    ShutOut,
 }
 
 impl Feeder {
@@ -67,6 +78,7 @@ impl Feeder {
         ended: oneshot::Sender<Result<()>>,
         left: oneshot::Sender<()>,
     ) {
+        let mut made = Made::now(&self.settings, &self.runtime);
         let consumer = match self.join() {
             Ok(consumer) => Arc::new(consumer),
             Err(error) => {
@@ -78,25 +90,72 @@ impl Feeder {
             // Nobody wants it any more.
             self.shared.close();
         }
-        self.shared.joining.reads(self.number, &consumer);
-        let mut fetching =
-            Fetching { consumer: &consumer, is_paused: false, full_since: None, queues: BTreeMap::new() };
-        let mut last_commit = Instant::now();
-        while !self.shared.is_closing.load(Ordering::Acquire) {
-            fetching.step(&self);
-            if last_commit.elapsed() >= self.settings.commit_interval {
-                // A failure is logged, and what was not committed is committed next time.
-                let _ = self.commit(&consumer, &Scope::Changed);
-                last_commit = Instant::now();
+        let mut consumer = consumer;
+        loop {
+            match self.feed(&consumer, &made) {
+                Fed::Closing => break,
+                Fed::ShutOut => {
+                    give_up(&self, consumer);
+                    match self.join_again(&mut made) {
+                        Some(fresh) => consumer = Arc::new(fresh),
+                        None => {
+                            let text = "the cluster refused the credentials: the last acks were not committed";
+                            let _ = ended.send(Err(Error::new(ErrorKind::Unauthenticated, "close", text)));
+                            return;
+                        }
+                    }
+                }
             }
         }
-        // Their handles keep the consumer.
-        drop(fetching);
         let _ = ended.send(self.flush(&consumer));
         // Leaving the group may take as long as a rebalance: after the answer, on this thread (rust-rdkafka #509).
         leave(&consumer);
         drop(consumer);
         drop(left);
+    }
+
+    /// Fetches until the subscription closes, or there are other credentials than those that the cluster refuses.
+    fn feed(&mut self, consumer: &Arc<Client>, made: &Made) -> Fed {
+        self.shared.joining.reads(self.number, consumer);
+        let mut fetching = Fetching { consumer, is_paused: false, full_since: None, queues: BTreeMap::new() };
+        let (mut last_commit, mut is_refused) = (Instant::now(), false);
+        while !self.shared.is_closing.load(Ordering::Acquire) {
+            fetching.step(self);
+            if last_commit.elapsed() >= self.settings.commit_interval {
+                // A failure is logged, and what was not committed is committed next time.
+                let _ = self.commit(consumer, &Scope::Changed);
+                last_commit = Instant::now();
+            }
+            // The client does not tell each time that it was refused.
+            is_refused |= consumer.context().is_refused.swap(false, Ordering::AcqRel);
+            is_refused &= self.shared.is_degraded();
+            if is_refused {
+                made.refused();
+                if made.is_outdated() {
+                    return Fed::ShutOut;
+                }
+            }
+        }
+        Fed::Closing
+    }
+
+    /// A member in the place of one that was not let in; `None` when the subscription closes meanwhile.
+    fn join_again(&self, made: &mut Made) -> Option<Client> {
+        loop {
+            *made = Made::now(&self.settings, &self.runtime);
+            match self.join() {
+                Ok(consumer) => return Some(consumer),
+                Err(error) => {
+                    tracing::warn!(%error, topic = self.topic, "the group could not be joined with other credentials");
+                    self.shared.degraded(Some(error.message().to_owned()));
+                    made.refused();
+                }
+            }
+            if self.shared.is_closing.load(Ordering::Acquire) {
+                return None;
+            }
+            std::thread::sleep(PAUSE);
+        }
     }
 
     /// Commits for the last time. While the group rebalances, Kafka refuses commits of the generation before; this member
@@ -126,6 +185,8 @@ impl Feeder {
             revoke_wait: self.settings.revoke_wait,
             patience: self.settings.transaction_timeout,
             has_joined: AtomicBool::new(false),
+            is_refused: AtomicBool::new(false),
+            is_given_up: AtomicBool::new(false),
             has_changed: AtomicBool::new(false),
             retries: parking_lot::Mutex::default(),
         };
@@ -197,6 +258,21 @@ fn leave(consumer: &Client) {
         if consumer.assignment().is_ok_and(|assigned| assigned.count() == 0) {
             return;
         }
+    }
+}
+
+/// Ends a member that the cluster does not let in. What is out of it comes again: nobody can commit for it any more.
+fn give_up(feeder: &Feeder, consumer: Arc<Client>) {
+    consumer.context().is_given_up.store(true, Ordering::Release);
+    feeder.shared.lose_all(feeder.number);
+    // Closing waits for a coordinator that does not answer.
+    let work = move || {
+        leave(&consumer);
+        drop(consumer);
+    };
+    let thread = std::thread::Builder::new().name("anybroker-kafka-closing".into()).spawn(work);
+    if let Err(error) = thread {
+        tracing::error!(%error, "no thread could be started to close a member");
     }
 }
 
@@ -361,6 +437,11 @@ fn trouble(feeder: &Feeder, consumer: &Client, error: &KafkaError) {
             }
         }
         _ => match crate::error::kind(code) {
+            // The provider may say others.
+            ErrorKind::Unauthenticated if feeder.settings.may_be_let_in() => {
+                consumer.context().is_refused.store(true, Ordering::Release);
+                shared.degraded(Some(error.to_string()));
+            }
             kind @ (ErrorKind::PermissionDenied | ErrorKind::Unauthenticated) => {
                 shared.fail(Error::new(kind, "receive", error.to_string()));
             }

@@ -43,6 +43,7 @@ pub(crate) async fn lag(topology: &Topology, destination: &Destination, group: &
     let partitions = topology.expect(&topic, "lag").await?;
     let retries = names::retries(destination, group);
     let retry_partitions = topology.partitions(&retries).await?;
+    topology.settings().renew().await?;
     let (settings, group) = (topology.settings().clone(), group.clone());
     let asked = tokio::task::spawn_blocking(move || -> Result<Lag> {
         let consumer: BaseConsumer = BaseConsumer::from_config(&settings.reader(&names::group(&topic, &group)))

@@ -18,6 +18,7 @@ mod lag;
 mod lanes;
 mod letters;
 mod line;
+mod login;
 mod member;
 mod names;
 mod note;
@@ -49,6 +50,10 @@ impl Driver for KafkaDriver {
 
     fn fields(&self) -> &'static [Field] {
         config::FIELDS
+    }
+
+    fn takes_credentials(&self) -> bool {
+        true
     }
 
     fn check(&self, section: &Section) -> Vec<Problem> {

@@ -12,9 +12,12 @@ use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::Message as _;
 use rdkafka::producer::{BaseProducer, DeliveryResult, Producer, ProducerContext, PurgeConfig};
 use rdkafka::{ClientConfig, ClientContext};
+use tokio::runtime::Handle;
 
 use crate::board::Board;
+use crate::config::Settings;
 use crate::error::{failed, kind, unpublished};
+use crate::login::Made;
 
 pub(crate) type Client = BaseProducer<Reports>;
 
@@ -28,7 +31,9 @@ pub(crate) struct Line {
 /// The client of the moment. One that has met a fatal error (a sequence of the idempotent producer was broken) takes
 /// nothing any more, and is replaced.
 struct Current {
-    config: ClientConfig,
+    recipe: Recipe,
+    runtime: Handle,
+    made: Mutex<Made>,
     /// One with a transaction is not replaced: what it held of the transaction is gone with it.
     is_replaced: bool,
     board: Arc<Board>,
@@ -43,14 +48,40 @@ struct Faults {
     refusal: Mutex<Option<(RDKafkaErrorCode, Error)>>,
 }
 
+/// How a client is made.
+pub(crate) struct Recipe {
+    pub(crate) settings: Settings,
+    pub(crate) kind: Kind,
+}
+
+/// What a client is for.
+pub(crate) enum Kind {
+    /// Batches are of at most so many bytes.
+    Plain(Option<usize>),
+    /// Transactions of this id.
+    Transactional(String),
+}
+
+impl Recipe {
+    fn config(&self) -> ClientConfig {
+        match &self.kind {
+            Kind::Plain(batch) => self.settings.producer(*batch),
+            Kind::Transactional(id) => self.settings.transactional(id),
+        }
+    }
+}
+
 impl Line {
-    pub(crate) fn new(config: ClientConfig, board: &Arc<Board>) -> Result<Self> {
-        let is_replaced = config.get("transactional.id").is_none();
+    pub(crate) fn new(recipe: Recipe, board: &Arc<Board>) -> Result<Self> {
+        let is_replaced = matches!(recipe.kind, Kind::Plain(_));
+        let runtime = Handle::current();
+        let made = Mutex::new(Made::now(&recipe.settings, &runtime));
         let (board, faults) = (Arc::clone(board), Arc::new(Faults::default()));
         let context = Reports { board: Arc::clone(&board), faults: Arc::clone(&faults) };
-        let client = Client::from_config_and_context(&config, context).map_err(|error| failed("connect", &error))?;
+        let client =
+            Client::from_config_and_context(&recipe.config(), context).map_err(|error| failed("connect", &error))?;
         let client = RwLock::new(Arc::new(client));
-        let current = Arc::new(Current { config, is_replaced, board, faults, client });
+        let current = Arc::new(Current { recipe, runtime, made, is_replaced, board, faults, client });
         let stopping = Arc::new(AtomicBool::new(false));
         let reporter = {
             let (current, stopping) = (Arc::clone(&current), Arc::clone(&stopping));
@@ -93,6 +124,17 @@ impl Line {
         refusal.as_ref().filter(|(code, _)| *code != RDKafkaErrorCode::SSL).map(|(_, refusal)| refusal.duplicate())
     }
 
+    /// Whether the cluster has refused its credentials, of which others may be there soon: then they are asked for, and it is of
+    /// no use any more.
+    pub(crate) fn is_shut_out(&self) -> bool {
+        let made = self.current.made.lock();
+        let is_shut_out = made.may_change() && self.final_refusal().is_some();
+        if is_shut_out {
+            made.refused();
+        }
+        is_shut_out
+    }
+
     /// Ends the thread that collects reports.
     pub(crate) fn stop(&self) -> Option<JoinHandle<()>> {
         self.stopping.store(true, Ordering::Release);
@@ -107,25 +149,43 @@ impl Drop for Line {
 }
 
 impl Current {
-    /// Serves reports and errors, and replaces the client after a fatal one.
+    /// Serves reports and errors, and replaces the client after a fatal one, or when there are other credentials than those that
+    /// the cluster refuses.
     fn serve(&self) {
         let client = Arc::clone(&self.client.read());
         client.poll(Duration::from_millis(50));
-        if !self.is_replaced || !self.faults.is_fatal.swap(false, Ordering::AcqRel) {
+        if !self.is_replaced {
             return;
         }
-        let Some((code, reason)) = client.client().fatal_error() else { return };
+        if self.faults.is_fatal.swap(false, Ordering::AcqRel)
+            && let Some((code, reason)) = client.client().fatal_error()
+        {
+            return self.replace(&client, &format!("a fatal error: {code}: {reason}"));
+        }
+        // The client does not tell each time that it was refused.
+        if self.board.is_refused() && self.faults.refusal.lock().is_some() {
+            self.made.lock().refused();
+            if self.made.lock().is_outdated() {
+                self.replace(&client, "there are other credentials");
+            }
+        }
+    }
+
+    fn replace(&self, client: &Client, why: &str) {
+        let made = Made::now(&self.recipe.settings, &self.runtime);
         let context = Reports { board: Arc::clone(&self.board), faults: Arc::clone(&self.faults) };
-        match Client::from_config_and_context(&self.config, context) {
+        match Client::from_config_and_context(&self.recipe.config(), context) {
             Ok(fresh) => {
-                tracing::warn!(%code, reason, "the producer was replaced after a fatal error");
+                tracing::warn!(why, "the producer was replaced");
                 let mut current = self.client.write();
                 // Before the fresh one takes anything: what is behind the old one's of a key must not go past them.
                 self.board.replaced();
                 *current = Arc::new(fresh);
+                *self.made.lock() = made;
+                *self.faults.refusal.lock() = None;
             }
             Err(error) => {
-                tracing::error!(%error, "the producer could not be replaced after a fatal error");
+                tracing::error!(%error, why, "the producer could not be replaced");
                 self.faults.is_fatal.store(true, Ordering::Release);
             }
         }
@@ -151,6 +211,9 @@ impl ClientContext for Reports {
             Some(RDKafkaErrorCode::Fatal) => self.faults.is_fatal.store(true, Ordering::Release),
             Some(code) => {
                 if let Some(refusal) = crate::error::refused(code, reason) {
+                    if code != RDKafkaErrorCode::SSL {
+                        self.board.refused(refusal.message());
+                    }
                     *self.faults.refusal.lock() = Some((code, refusal));
                 }
             }

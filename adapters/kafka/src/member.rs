@@ -32,6 +32,10 @@ pub(crate) struct Member {
     /// How long the group's offsets are waited for.
     pub(crate) patience: Duration,
     pub(crate) has_joined: AtomicBool,
+    /// The cluster does not take its credentials.
+    pub(crate) is_refused: AtomicBool,
+    /// Another one has taken its place: what it is told has no effect on what that one has.
+    pub(crate) is_given_up: AtomicBool,
     /// The assignment is another one than the feeder knows.
     pub(crate) has_changed: AtomicBool,
     /// The partitions of the retry topic that are assigned.
@@ -173,10 +177,14 @@ fn with_stored_offsets(partitions: &TopicPartitionList) -> TopicPartitionList {
 impl ClientContext for Member {
     fn error(&self, error: KafkaError, reason: &str) {
         tracing::debug!(%error, reason, "kafka consumer");
+        if self.is_given_up.load(Ordering::Acquire) {
+            return;
+        }
         match error.rdkafka_error_code() {
             Some(RDKafkaErrorCode::AllBrokersDown) => self.shared.degraded(Some(error.to_string())),
             Some(code) => {
                 if let Some(refusal) = crate::error::refused(code, reason) {
+                    self.is_refused.store(true, Ordering::Release);
                     self.shared.degraded(Some(refusal.message().to_owned()));
                 }
             }
@@ -188,6 +196,14 @@ impl ClientContext for Member {
 impl ConsumerContext for Member {
     /// Not the default: it takes and gives only what Kafka names, and the companions go with it in the same step.
     fn rebalance(&self, consumer: &BaseConsumer<Self>, code: RDKafkaRespErr, partitions: &mut TopicPartitionList) {
+        if self.is_given_up.load(Ordering::Acquire) {
+            let followed = match code {
+                RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS => consumer.incremental_assign(partitions),
+                // With its companions in the retry topic.
+                _ => consumer.unassign(),
+            };
+            return drop(followed);
+        }
         self.has_changed.store(true, Ordering::Release);
         match code {
             RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS => self.assign(consumer, partitions),
@@ -198,6 +214,7 @@ impl ConsumerContext for Member {
     fn commit_callback(&self, result: KafkaResult<()>, _offsets: &TopicPartitionList) {
         if let Err(error) = result
             && error.rdkafka_error_code() != Some(RDKafkaErrorCode::NoOffset)
+            && !self.is_given_up.load(Ordering::Acquire)
         {
             tracing::warn!(%error, topic = self.topic, "offsets could not be committed; they will be again");
             self.shared.uncommitted(self.number);

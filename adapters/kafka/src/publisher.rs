@@ -21,7 +21,7 @@ use crate::board::{Answers, Board, Setbacks};
 use crate::codec;
 use crate::config::Settings;
 use crate::error::{failed, unpublished};
-use crate::line::{Client, Line, is_of_topic};
+use crate::line::{Client, Kind, Line, Recipe, is_of_topic};
 
 /// librdkafka makes batches of up to so many bytes, unless it is told less (`batch.size`).
 const BATCH: usize = 1_000_000;
@@ -40,7 +40,7 @@ pub(crate) struct Publisher {
 impl Publisher {
     pub(crate) fn new(settings: &Settings) -> Result<Self> {
         let board = Arc::new(Board::default());
-        let main = Arc::new(Line::new(settings.producer(None), &board)?);
+        let main = Arc::new(Line::new(Recipe { settings: settings.clone(), kind: Kind::Plain(None) }, &board)?);
         Ok(Self { settings: settings.clone(), board, main, small: Mutex::default() })
     }
 
@@ -79,14 +79,16 @@ impl Publisher {
         if let Some((_, line)) = small.iter().find(|(known, _)| *known == size) {
             return Ok(Arc::clone(line));
         }
-        let line = Arc::new(Line::new(self.settings.producer(Some(size)), &self.board)?);
+        let recipe = Recipe { settings: self.settings.clone(), kind: Kind::Plain(Some(size)) };
+        let line = Arc::new(Line::new(recipe, &self.board)?);
         small.push((size, Arc::clone(&line)));
         Ok(line)
     }
 
     /// A client for transactions.
     pub(crate) fn transactional(&self, id: &str) -> Result<Line> {
-        Line::new(self.settings.transactional(id), &self.board)
+        let kind = Kind::Transactional(id.to_owned());
+        Line::new(Recipe { settings: self.settings.clone(), kind }, &self.board)
     }
 
     /// Hands a batch over, in order; waits only while librdkafka's buffers are full. `routes` answers where each

@@ -257,6 +257,15 @@ impl Shared {
         self.arrived.notify_one();
     }
 
+    /// The feeder's member is gone, with all that it had.
+    pub(crate) fn lose_all(&self, feeder: usize) {
+        let partitions: Vec<i32> = {
+            let state = self.lock();
+            state.by_name.keys().filter(|(of, _)| *of == feeder).map(|(_, partition)| *partition).collect()
+        };
+        self.lose(feeder, &partitions);
+    }
+
     /// What a feeder's partitions have to commit: what changed, or (at the end) everything.
     pub(crate) fn to_commit(&self, feeder: usize, scope: &Scope<'_>) -> Vec<(Log, i32, Commit)> {
         let mut state = self.lock();

@@ -64,10 +64,11 @@ impl KafkaSubscription {
                 group: names::group(&topic, &spec.group),
                 topic,
                 partitions,
-                trim: Trim::new(topology.admin(), Handle::current(), &own.retries),
+                trim: Trim::new(topology.admins(), Handle::current(), &own.retries),
                 own,
                 start: spec.start,
                 settings: settings.clone(),
+                runtime: Handle::current(),
                 shared: Arc::clone(&subscription.shared),
             };
             subscription.start(feeder).await?;

@@ -6,8 +6,7 @@ use std::time::Duration;
 
 use anybroker_core::{Declared, Destination, Error, ErrorKind, Group, Result, TopologySpec};
 use parking_lot::RwLock;
-use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
-use rdkafka::client::DefaultClientContext;
+use rdkafka::admin::{AdminOptions, NewTopic, TopicReplication};
 use rdkafka::config::FromClientConfig;
 use rdkafka::consumer::BaseConsumer;
 use rdkafka::error::RDKafkaErrorCode;
@@ -17,6 +16,7 @@ use tokio::time::Instant;
 use crate::config::Settings;
 use crate::error::{failed, kind};
 use crate::groups;
+use crate::login::Admins;
 use crate::names;
 use crate::publisher::{Found, Publisher, Route, Routes, unavailable};
 
@@ -27,14 +27,14 @@ pub(crate) const REQUEST: Duration = Duration::from_secs(10);
 pub(crate) struct Topology {
     settings: Settings,
     publisher: Arc<Publisher>,
-    admin: Arc<AdminClient<DefaultClientContext>>,
+    admins: Arc<Admins>,
     known: RwLock<HashMap<Destination, Route>>,
 }
 
 impl Topology {
     pub(crate) fn new(settings: &Settings, publisher: &Arc<Publisher>) -> Result<Self> {
-        let admin = Arc::new(AdminClient::from_config(&settings.admin()).map_err(|error| failed("connect", &error))?);
-        Ok(Self { settings: settings.clone(), publisher: Arc::clone(publisher), admin, known: RwLock::default() })
+        let admins = Admins::new(settings)?;
+        Ok(Self { settings: settings.clone(), publisher: Arc::clone(publisher), admins, known: RwLock::default() })
     }
 
     pub(crate) fn settings(&self) -> &Settings {
@@ -45,8 +45,8 @@ impl Topology {
         &self.publisher
     }
 
-    pub(crate) fn admin(&self) -> &Arc<AdminClient<DefaultClientContext>> {
-        &self.admin
+    pub(crate) fn admins(&self) -> &Arc<Admins> {
+        &self.admins
     }
 
     /// Where the messages of destinations go; looked up, and created where the configuration says so, the first time, and
@@ -177,7 +177,13 @@ impl Topology {
                 new = new.set("retention.bytes", "-1").set("max.message.bytes", &largest);
             }
         }
-        let created = self.admin.create_topics([&new], &options()).await.map_err(|error| failed(operation, &error))?;
+        let created = self
+            .admins
+            .client()
+            .await?
+            .create_topics([&new], &options())
+            .await
+            .map_err(|error| failed(operation, &error))?;
         match created.into_iter().next() {
             Some(Err((_, RDKafkaErrorCode::TopicAlreadyExists))) => Ok(Declared::Existed),
             Some(Err((_, code))) => Err(Error::new(kind(code), operation, code.to_string()).with("topic", topic)),
@@ -216,6 +222,7 @@ impl Topology {
         let (mut declared, partitions) = self.ensure(&topic, Shape::Destination, "declare").await?;
         if let Some(group) = &spec.group {
             self.ensure_own(&spec.destination, group, partitions, "declare").await?;
+            self.settings.renew().await?;
             let (settings, group, start) = (self.settings.clone(), group.clone(), spec.start);
             let fixed = tokio::task::spawn_blocking(move || -> Result<bool> {
                 let consumer: BaseConsumer = BaseConsumer::from_config(&settings.reader(&names::group(&topic, &group)))
@@ -245,6 +252,7 @@ impl Topology {
         group: &Group,
         operation: &'static str,
     ) -> Result<()> {
+        self.settings.renew().await?;
         let (settings, name) = (self.settings.clone(), group.clone());
         let committed = tokio::task::spawn_blocking(move || -> Result<bool> {
             let consumer: BaseConsumer = BaseConsumer::from_config(&settings.reader(&names::group(&topic, &name)))
@@ -325,7 +333,7 @@ impl Topology {
     ) -> Result<()> {
         self.expect_group(topic.clone(), partitions, group, "delete").await?;
         let id = names::group(&topic, group);
-        let deleted = self.admin.delete_groups(&[&id], &options()).await;
+        let deleted = self.admins.client().await?.delete_groups(&[&id], &options()).await;
         match deleted.map_err(|error| failed("delete", &error))?.into_iter().next() {
             Some(Err((_, RDKafkaErrorCode::NonEmptyGroup))) => {
                 let text = "the group has members; close its subscriptions first";
@@ -355,7 +363,13 @@ impl Topology {
     }
 
     async fn delete_topic(&self, topic: &str) -> Result<()> {
-        let deleted = self.admin.delete_topics(&[topic], &options()).await.map_err(|error| failed("delete", &error))?;
+        let deleted = self
+            .admins
+            .client()
+            .await?
+            .delete_topics(&[topic], &options())
+            .await
+            .map_err(|error| failed("delete", &error))?;
         if let Some(Err((_, code))) = deleted.into_iter().next() {
             return Err(Error::new(kind(code), "delete", code.to_string()).with("topic", topic));
         }

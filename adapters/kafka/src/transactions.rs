@@ -88,6 +88,10 @@ impl Transactions {
             }
             let idle = self.idle.lock().pop();
             let slot = match idle {
+                Some(slot) if slot.line.is_shut_out() => {
+                    self.discard(slot);
+                    continue;
+                }
                 Some(slot) => slot,
                 None => {
                     let number = self.take_number();
@@ -120,6 +124,7 @@ impl Transactions {
                 Ok(()) => return Ok(line),
                 Err(error) => {
                     if !is_retriable(&error) || Instant::now() >= deadline {
+                        line.is_shut_out();
                         return Err(line.final_refusal().unwrap_or_else(|| refused("begin", &error)));
                     }
                 }
@@ -147,6 +152,7 @@ impl Transactions {
     /// Its client is given up; the next one under its id takes back what it left open.
     pub(crate) fn discard(&self, slot: Slot) {
         let number = slot.number;
+        slot.line.is_shut_out();
         drop(slot);
         self.free(number);
     }

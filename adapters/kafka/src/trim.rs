@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rdkafka::admin::AdminClient;
-use rdkafka::client::DefaultClientContext;
 use rdkafka::{Offset, TopicPartitionList};
 use tokio::runtime::Handle;
 
+use crate::error::failed;
+use crate::login::Admins;
 use crate::topology::options;
 
 /// How often it is done while the subscription lives, beside once at its end.
@@ -16,7 +16,7 @@ const INTERVAL: Duration = Duration::from_secs(30);
 
 /// See the module's documentation.
 pub(crate) struct Trim {
-    admin: Arc<AdminClient<DefaultClientContext>>,
+    admins: Arc<Admins>,
     runtime: Handle,
     topic: Arc<str>,
     /// Settled up to there, by partition; and what was deleted.
@@ -26,9 +26,9 @@ pub(crate) struct Trim {
 }
 
 impl Trim {
-    pub(crate) fn new(admin: &Arc<AdminClient<DefaultClientContext>>, runtime: Handle, topic: &Arc<str>) -> Self {
+    pub(crate) fn new(admins: &Arc<Admins>, runtime: Handle, topic: &Arc<str>) -> Self {
         Self {
-            admin: Arc::clone(admin),
+            admins: Arc::clone(admins),
             runtime,
             topic: Arc::clone(topic),
             settled: BTreeMap::new(),
@@ -64,9 +64,15 @@ impl Trim {
         if list.count() == 0 {
             return;
         }
-        let (admin, topic) = (Arc::clone(&self.admin), Arc::clone(&self.topic));
+        let (admins, topic) = (Arc::clone(&self.admins), Arc::clone(&self.topic));
         self.runtime.spawn(async move {
-            if let Err(error) = admin.delete_records(&list, &options()).await {
+            let deleted = match admins.client().await {
+                Ok(client) => {
+                    client.delete_records(&list, &options()).await.map(drop).map_err(|error| failed("settle", &error))
+                }
+                Err(error) => Err(error),
+            };
+            if let Err(error) = deleted {
                 tracing::warn!(%error, topic = &*topic, "settled retries could not be deleted; later ones will be with them");
             }
         });

@@ -3,12 +3,17 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use anybroker_core::{Bus, Config, ErrorKind, Message, Registry};
+use anybroker_core::{
+    Bus, Config, Credentials, CredentialsProvider, Error, ErrorKind, Message, Registry, Secret, SubscriptionEvent, ack,
+};
 use anybroker_kafka::KafkaDriver;
-use common::{LONG, Server, receive, unique};
+use common::{LONG, Server, number, numbered, publish, receive, unique};
 use tokio::time::Instant;
 
 /// Where the secured listeners are.
@@ -131,4 +136,122 @@ async fn settings_that_do_not_go_together_are_refused_by_name() {
         assert_eq!(error.kind(), ErrorKind::ConfigInvalid);
         assert!(format!("{error:?}").contains(key), "{error:?}");
     }
+}
+
+/// Says what the test tells it to say.
+#[derive(Clone)]
+struct Vault(Arc<(Mutex<Option<&'static str>>, AtomicU32)>);
+
+impl Vault {
+    fn holding(password: &'static str) -> Self {
+        Self(Arc::new((Mutex::new(Some(password)), AtomicU32::new(0))))
+    }
+
+    fn now_holds(&self, password: Option<&'static str>) {
+        *self.0.0.lock().unwrap() = password;
+    }
+}
+
+#[async_trait::async_trait]
+impl CredentialsProvider for Vault {
+    async fn credentials(&self) -> anybroker_core::Result<Credentials> {
+        self.0.1.fetch_add(1, Ordering::SeqCst);
+        let password = *self.0.0.lock().unwrap();
+        let password = password.ok_or_else(|| Error::new(ErrorKind::NotFound, "ask the vault", "sealed"))?;
+        Ok(Credentials::Password { user: "rotated".into(), password: Secret::new(password) })
+    }
+}
+
+/// Gives the user another password, as an administrator does. Connections that exist are asked for it within seconds
+/// (`connections.max.reauth.ms`).
+fn sets_password(server: &Server, password: &str) {
+    let setting = format!("SCRAM-SHA-256=[password={password}]");
+    let alter = ["--alter", "--add-config", &setting, "--entity-type", "users", "--entity-name", "rotated"];
+    server.tool("kafka.admin.ConfigCommand", &alter);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn passwords_are_replaced_while_a_service_runs() {
+    let Some(server) = Server::find() else { return };
+    let Some(secured) = secured() else { return };
+    sets_password(&server, "first-secret");
+    let vault = Vault::holding("first-secret");
+    let url = format!("kafka://127.0.0.1:{}?partitions=2&sasl=scram_sha_256&publish_timeout=5s", secured.sasl);
+    let config = || Config::from_url(url.as_str()).with_credentials(vault.clone());
+    let bus = Registry::new().with(KafkaDriver).connect(config()).await.unwrap();
+    let name = unique("rotated");
+    let mut subscriber = bus.subscribe(bus.subscription(name.as_str(), "g")).await.unwrap();
+    publish(&bus, numbered(&name, 0..20)).await;
+    let first = receive(&mut subscriber, 20).await;
+    for outcome in ack(first).await {
+        outcome.unwrap();
+    }
+
+    // The provider does not know the new one yet.
+    let old = tokio::task::spawn_blocking(move || sets_password(&server, "second-secret"));
+    old.await.unwrap();
+    let deadline = Instant::now() + LONG;
+    let mut left: BTreeSet<u32> = BTreeSet::new();
+    let refused = loop {
+        assert!(Instant::now() < deadline, "a password that was replaced is let in");
+        match bus.publish(numbered(&name, 20..21)).await.remove(0) {
+            Ok(_) => tokio::time::sleep(Duration::from_millis(200)).await,
+            Err(error) if error.kind() == ErrorKind::Unauthenticated => break error,
+            Err(error) => println!("{error}"),
+        }
+    };
+    println!("{refused}");
+    assert!(!format!("{refused} {refused:?}").contains("secret"), "{refused:?}");
+    let mut told = false;
+    while !told {
+        assert!(Instant::now() < deadline, "the subscriber was told nothing");
+        let received = subscriber.receive_all(100, Duration::from_secs(1)).await.unwrap();
+        told = received.events.iter().any(|event| matches!(event, SubscriptionEvent::Degraded { .. }));
+        // Nobody takes its ack: it comes again.
+        left.extend(received.deliveries.iter().map(number));
+    }
+    vault.now_holds(None);
+    assert_eq!(
+        Registry::new().with(KafkaDriver).connect(config()).await.map(drop).unwrap_err().kind(),
+        ErrorKind::NotFound
+    );
+
+    let begun = Instant::now();
+    vault.now_holds(Some("second-secret"));
+    left.extend(40..60);
+    let deadline = Instant::now() + LONG * 2;
+    let mut unsent: Vec<Message> = numbered(&name, 40..60);
+    while !unsent.is_empty() {
+        assert!(Instant::now() < deadline, "nothing is published with the new password");
+        let outcomes = bus.publish(unsent.clone()).await;
+        unsent = unsent.into_iter().zip(outcomes).filter(|(_, outcome)| outcome.is_err()).map(|(m, _)| m).collect();
+    }
+    println!("publishes again after {:?}", begun.elapsed());
+    while !left.is_empty() {
+        assert!(Instant::now() < deadline, "{left:?} did not come");
+        let received = subscriber.receive_all(100, Duration::from_secs(1)).await.unwrap();
+        let numbers: Vec<u32> = received.deliveries.iter().map(number).collect();
+        for (number, outcome) in numbers.into_iter().zip(ack(received.deliveries).await) {
+            if outcome.is_ok() {
+                left.remove(&number);
+            }
+        }
+    }
+    println!("received again after {:?}", begun.elapsed());
+    assert_eq!(bus.lag(name.as_str(), "g").await.unwrap().total(), Some(0));
+    subscriber.close(LONG).await.unwrap();
+    bus.delete(name.as_str(), None).await.unwrap();
+    bus.close(LONG).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_is_no_password_is_a_mistake() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("login.yaml");
+    std::fs::write(&file, "token: MARKER").unwrap();
+    let config = Config::from_url("kafka://localhost:1").with("credentials_file", file.display().to_string());
+    let error = Registry::new().with(KafkaDriver).connect(config).await.map(drop).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConfigInvalid);
+    assert!(error.to_string().contains("expected user and password"), "{error}");
+    assert!(!error.to_string().contains("MARKER"), "{error}");
 }

@@ -54,6 +54,27 @@ impl Server {
     }
 }
 
+impl Server {
+    /// Runs one of Kafka's own tools against it, with the program and the classes that it runs with itself.
+    pub(crate) fn tool(&self, class: &str, arguments: &[&str]) {
+        let address = format!("127.0.0.1:{}", self.port("listeners", "PLAINTEXT"));
+        let mine = self.folder.join("server.properties").display().to_string();
+        let words = |process: PathBuf| -> Vec<String> {
+            let words = std::fs::read(process.join("cmdline")).unwrap_or_default();
+            words.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect()
+        };
+        let processes = std::fs::read_dir("/proc").unwrap().map(|process| words(process.unwrap().path()));
+        let server = processes.into_iter().find(|words| words.contains(&mine)).expect("a process of the server");
+        let classes = server.iter().position(|word| word == "-cp" || word == "-classpath").unwrap() + 1;
+        let status = std::process::Command::new(&server[0])
+            .args(["-cp", &server[classes], class, "--bootstrap-server", &address])
+            .args(arguments)
+            .stdout(std::process::Stdio::null())
+            .status();
+        assert!(status.unwrap().success(), "{class}");
+    }
+}
+
 /// The command that kills, freezes and starts the broker; `None` after saying why the test does not run.
 pub(crate) fn xtask() -> Option<impl Fn(&str) + Send + Sync + 'static> {
     let Some(xtask) = std::env::var_os("ANYBROKER_XTASK") else {

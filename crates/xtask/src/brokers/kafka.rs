@@ -216,6 +216,8 @@ listener.name.{listener}.scram-sha-512.sasl.jaas.config=org.apache.kafka.common.
         .concat();
     format!(
         "process.roles=broker,controller
+# How soon who is connected so has to show the password again: never by default.
+listener.name.sasl_plaintext.scram-sha-256.connections.max.reauth.ms=3000
 node.id=1
 controller.quorum.voters=1@127.0.0.1:{controller}
 listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller},SASL_PLAINTEXT://127.0.0.1:{sasl},SASL_SSL://127.0.0.1:{tls},PROXIED://127.0.0.1:{proxied}
@@ -226,7 +228,7 @@ sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-256,SCRAM-SHA-512
 ssl.keystore.location={store}
 ssl.keystore.password={STORE_PASSWORD}
 authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
-super.users=User:ANONYMOUS;User:alice
+super.users=User:ANONYMOUS;User:alice;User:rotated
 controller.listener.names=CONTROLLER
 inter.broker.listener.name=PLAINTEXT
 log.dirs={data}
