@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
+use crate::authentication::Authentication;
 use crate::denials::Denials;
 use crate::error::{ApiError, CONSUMER_NOT_FOUND, NO_MESSAGE_FOUND, STREAM_NOT_FOUND, unanswered};
 use crate::link::Link;
@@ -103,11 +104,13 @@ fn none<T>() -> Option<Vec<T>> {
 pub(crate) struct Api {
     client: Client,
     denials: Arc<Denials>,
+    authentication: Arc<Authentication>,
 }
 
 impl Api {
     pub(crate) fn new(link: &Link) -> Self {
-        Self { client: link.client.clone(), denials: Arc::clone(&link.denials) }
+        let (denials, authentication) = (Arc::clone(&link.denials), Arc::clone(&link.authentication));
+        Self { client: link.client.clone(), denials, authentication }
     }
 
     /// One request; the answer may be the server's own refusal.
@@ -120,6 +123,7 @@ impl Api {
         let subject = format!("$JS.API.{subject}");
         let payload = if body.is_null() { Vec::new() } else { body.to_string().into_bytes() };
         let patience = Instant::now() + SECOND_LOOK;
+        self.authentication.passed(Instant::now() + REQUEST).await?;
         let answer = loop {
             let request = async_nats::Request::new().payload(payload.clone().into()).timeout(Some(REQUEST));
             let begun = Instant::now();

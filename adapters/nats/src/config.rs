@@ -1,12 +1,14 @@
 //! Settings, and what they mean to the client.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::config::{Field, Problem, Section};
-use anybroker_core::{Error, ErrorKind, Result, Secret};
+use anybroker_core::{Credentials, Login, Result};
 use async_nats::ConnectOptions;
 
+use crate::authentication::{Authentication, CredsFile};
 use crate::tls;
 
 /// The settings of section `nats`.
@@ -53,10 +55,7 @@ pub(crate) struct Settings {
     pub(crate) dedup_window: Duration,
     pub(crate) member_timeout: Duration,
     pub(crate) settle_timeout: Duration,
-    user: Option<(String, Secret)>,
-    token: Option<Secret>,
-    nkey: Option<Secret>,
-    credentials: Option<PathBuf>,
+    pub(crate) login: Option<Login>,
     tls: bool,
     pub(crate) tls_ca: Option<PathBuf>,
     pub(crate) tls_client: Option<(PathBuf, PathBuf)>,
@@ -66,7 +65,6 @@ impl Settings {
     pub(crate) fn read(section: &Section) -> Self {
         let url = section.url();
         let path = |field: &str| section.optional_text(field).map(PathBuf::from);
-        let password = || url.password().cloned().unwrap_or_else(|| Secret::new(""));
         Self {
             url: url.to_string(),
             hosts: url.hosts().to_vec(),
@@ -79,10 +77,7 @@ impl Settings {
             dedup_window: section.duration("dedup_window"),
             member_timeout: section.duration("member_timeout"),
             settle_timeout: section.duration("settle_timeout"),
-            user: url.username().map(|name| (name.to_owned(), password())),
-            token: section.secret("token").cloned(),
-            nkey: section.secret("nkey").cloned(),
-            credentials: path("credentials"),
+            login: login(section),
             tls: section.bool("tls") || url.scheme() == "nats+tls",
             tls_ca: path("tls_ca"),
             tls_client: path("tls_certificate").zip(path("tls_key")),
@@ -106,13 +101,15 @@ impl Settings {
             wrong("nats.prefix", "expected at most 32 letters, digits, - and _");
         }
         let ways = [
-            section.url().username().is_some(),
+            // Both of the user of the URL and a provider is reported already.
+            section.url().username().is_some() && !section.has_provider(),
+            section.has_provider(),
             section.secret("token").is_some(),
             section.secret("nkey").is_some(),
             section.optional_text("credentials").is_some(),
         ];
         if ways.into_iter().filter(|is_set| *is_set).count() > 1 {
-            wrong("nats", "more than one of user, token, nkey and credentials is set; expected one");
+            wrong("nats", "more than one of user, token, nkey, credentials and a provider is set; expected one");
         }
         if section.optional_text("tls_certificate").is_some() != section.optional_text("tls_key").is_some() {
             wrong("nats.tls_key", "tls_certificate and tls_key belong together; one of them is missing");
@@ -124,8 +121,9 @@ impl Settings {
     }
 
     /// The client's options, without its callbacks.
-    pub(crate) async fn options(&self) -> Result<ConnectOptions> {
-        let mut options = ConnectOptions::new()
+    pub(crate) async fn options(&self, authentication: &Arc<Authentication>) -> Result<ConnectOptions> {
+        let options = authentication
+            .options()
             .name("anybroker")
             .connection_timeout(self.connect_timeout)
             // A connection that is dead in one direction is noticed within two of these (nats.rs PR #1594).
@@ -139,24 +137,23 @@ impl Settings {
                 })
             })
             .require_tls(self.tls);
-        if let Some((user, password)) = &self.user {
-            options = options.user_and_password(user.clone(), password.reveal().to_owned());
-        }
-        if let Some(token) = &self.token {
-            options = options.token(token.reveal().to_owned());
-        }
-        if let Some(seed) = &self.nkey {
-            options = options.nkey(seed.reveal().to_owned());
-        }
-        if let Some(path) = &self.credentials {
-            options = options.credentials_file(path).await.map_err(|error| {
-                let text = format!("the credentials file cannot be read: {}", error.kind());
-                Error::new(ErrorKind::ConfigInvalid, "connect", text).with("credentials", path.display())
-            })?;
-        }
         // Always: the server may ask for it.
         let settings = self.clone();
         let config = tokio::task::spawn_blocking(move || tls::config(&settings)).await;
         Ok(options.tls_client_config(config.expect("reading files cannot panic, and nobody aborts it")?))
+    }
+}
+
+fn login(section: &Section) -> Option<Login> {
+    let fixed = |credentials| Some(Login::fixed(credentials));
+    if let Some(token) = section.secret("token") {
+        return fixed(Credentials::Token(token.clone()));
+    }
+    if let Some(seed) = section.secret("nkey") {
+        return fixed(Credentials::Nkey { jwt: None, seed: seed.clone() });
+    }
+    match section.optional_text("credentials") {
+        Some(path) => Some(Login::asked(Arc::new(CredsFile(path.into())), section.connect_timeout())),
+        None => section.login().cloned(),
     }
 }

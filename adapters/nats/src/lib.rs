@@ -5,6 +5,7 @@
 
 mod ack;
 mod api;
+mod authentication;
 mod board;
 mod broker;
 mod capabilities;
@@ -48,6 +49,10 @@ impl Driver for NatsDriver {
 
     fn fields(&self) -> &'static [Field] {
         config::FIELDS
+    }
+
+    fn takes_credentials(&self) -> bool {
+        true
     }
 
     fn check(&self, section: &Section) -> Vec<Problem> {

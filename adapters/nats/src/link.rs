@@ -6,12 +6,13 @@ use std::task::Poll;
 use std::time::Duration;
 
 use anybroker_core::{Error, ErrorKind, Result};
-use async_nats::{Client, Event, ServerError};
+use async_nats::{Client, ClientError, Event, ServerError};
 use futures_util::{FutureExt, StreamExt};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+use crate::authentication::Authentication;
 use crate::board::Board;
 use crate::config::Settings;
 use crate::denials::Denials;
@@ -46,6 +47,7 @@ pub(crate) struct Link {
     pub(crate) client: Client,
     pub(crate) board: Arc<Board>,
     pub(crate) denials: Arc<Denials>,
+    pub(crate) authentication: Arc<Authentication>,
     pub(crate) state: watch::Receiver<State>,
     listener: JoinHandle<()>,
 }
@@ -71,15 +73,22 @@ impl Link {
         let (denied, boards) = (Arc::clone(&denials), Arc::clone(&noticed));
         let deaf = Arc::new(Notify::new());
         let is_deaf = Arc::clone(&deaf);
-        let options = settings.options().await?.event_callback(move |event| {
+        let authentication = Authentication::new(settings.login.clone());
+        authentication.first().await?;
+        let (noticed_login, told_login) = (Arc::clone(&authentication), Arc::clone(&authentication));
+        let options = settings.options(&authentication).await?.event_callback(move |event| {
             let (sender, denied, boards) = (Arc::clone(&sender), Arc::clone(&denied), Arc::clone(&boards));
-            let is_deaf = Arc::clone(&is_deaf);
+            let (is_deaf, authentication) = (Arc::clone(&is_deaf), Arc::clone(&told_login));
             async move {
                 match event {
                     Event::Disconnected => sender.send_modify(|state| {
                         *state = State { epoch: state.epoch + 1, is_connected: false };
                     }),
-                    Event::Connected => sender.send_modify(|state| state.is_connected = true),
+                    Event::Connected => {
+                        authentication.accepted();
+                        sender.send_modify(|state| state.is_connected = true);
+                    }
+                    Event::ClientError(ClientError::Other(text)) => authentication.note(&text),
                     Event::ServerError(ServerError::Other(text)) => {
                         tracing::debug!(%text, "nats");
                         match (denied.note(&text), boards.get()) {
@@ -133,6 +142,9 @@ impl Link {
                         noted.sweep();
                         // The client drops events when there are too many of them (async-nats 0.51, `try_send`).
                         let is_connected = connection.connection_state() == async_nats::connection::State::Connected;
+                        if is_connected {
+                            noticed_login.accepted();
+                        }
                         noticed_state.send_if_modified(|state| {
                             is_connected && !std::mem::replace(&mut state.is_connected, true)
                         });
@@ -140,7 +152,7 @@ impl Link {
                 }
             }
         });
-        Ok(Self { client, board, denials, state, listener })
+        Ok(Self { client, board, denials, authentication, state, listener })
     }
 
     pub(crate) fn is_connected(&self) -> bool {

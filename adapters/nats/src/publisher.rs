@@ -82,7 +82,11 @@ impl Publisher {
         let deadline = Instant::now() + terms.timeout;
         // It is fair: who comes first is first.
         let Some(_turn) = by(deadline, self.turn.lock()).await else {
+            let trouble = self.link.authentication.trouble();
             let late = || {
+                if let Some(error) = &trouble {
+                    return error.duplicate();
+                }
                 let text = "the batches before it took until the deadline";
                 Error::new(ErrorKind::RateLimited, "publish", text).with_effect(Effect::NotDone)
             };
@@ -192,6 +196,7 @@ impl Publisher {
             let text = "the client's buffers stayed full: the server does not take messages";
             Error::new(ErrorKind::RateLimited, "publish", text)
         };
+        self.link.authentication.passed(deadline).await?;
         if !self.link.board.room(deadline).await {
             return Err(full());
         }

@@ -198,12 +198,15 @@ async fn a_token_lets_in() {
 }
 
 /// A JWT as NATS has them: claims, signed with an NKey.
-fn jwt(issuer: &KeyPair, subject: &str, claims: &serde_json::Value) -> String {
+fn jwt(issuer: &KeyPair, subject: &str, expires: Option<u64>, claims: &serde_json::Value) -> String {
     use base64::Engine;
     use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-    let body = serde_json::json!({
+    let mut body = serde_json::json!({
         "jti": unique("jti"), "iat": 1_700_000_000, "iss": issuer.public_key(), "name": "test", "sub": subject, "nats": claims,
     });
+    if let Some(expires) = expires {
+        body["exp"] = expires.into();
+    }
     let head = URL_SAFE_NO_PAD.encode(br#"{"typ":"JWT","alg":"ed25519-nkey"}"#);
     let signed = format!("{head}.{}", URL_SAFE_NO_PAD.encode(body.to_string()));
     format!("{signed}.{}", URL_SAFE_NO_PAD.encode(issuer.sign(signed.as_bytes()).unwrap()))
@@ -219,13 +222,13 @@ async fn a_credentials_file_lets_in() {
     let user_claims = serde_json::json!({ "type": "user", "version": 2, "subs": -1, "data": -1, "payload": -1 });
     let Some(server) = OwnServer::start(|_| {
         let claims = serde_json::json!({ "type": "operator", "version": 2 });
-        let operator_jwt = jwt(&operator, &operator.public_key(), &claims);
+        let operator_jwt = jwt(&operator, &operator.public_key(), None, &claims);
         let accounts = [(&system, serde_json::Value::Null), (&account, limits)].map(|(account, limits)| {
             let mut claims = serde_json::json!({ "type": "account", "version": 2 });
             if limits.is_object() {
                 claims["limits"] = limits;
             }
-            format!("{}: {}", account.public_key(), jwt(&operator, &account.public_key(), &claims))
+            format!("{}: {}", account.public_key(), jwt(&operator, &account.public_key(), None, &claims))
         });
         format!(
             "operator: {operator_jwt}\nsystem_account: {}\nresolver: MEMORY\nresolver_preload: {{\n{}\n}}",
@@ -235,9 +238,9 @@ async fn a_credentials_file_lets_in() {
     }) else {
         return;
     };
-    let write = |name: &str, issuer: &KeyPair| {
+    let write = |name: &str, issuer: &KeyPair, expires: Option<u64>| {
         let user = KeyPair::new_user();
-        let (jwt, seed) = (jwt(issuer, &user.public_key(), &user_claims), user.seed().unwrap());
+        let (jwt, seed) = (jwt(issuer, &user.public_key(), expires, &user_claims), user.seed().unwrap());
         let path = server.folder.path().join(name);
         let text = format!(
             "-----BEGIN NATS USER JWT-----\n{jwt}\n------END NATS USER JWT------\n\n\
@@ -246,9 +249,9 @@ async fn a_credentials_file_lets_in() {
         std::fs::write(&path, text).unwrap();
         (format!("credentials={}", path.display()), seed)
     };
-    let (right, _) = write("right.creds", &account);
+    let (right, _) = write("right.creds", &account, None);
     round_trip(&server.url(""), &right).await;
-    let (wrong, seed) = write("wrong.creds", &KeyPair::new_account());
+    let (wrong, seed) = write("wrong.creds", &KeyPair::new_account(), None);
     let error = refused(&server.url(""), &wrong, &seed).await;
     assert_eq!(error.kind(), ErrorKind::Unauthenticated, "{error}");
     std::fs::write(server.folder.path().join("empty.creds"), &seed).unwrap();
@@ -257,4 +260,31 @@ async fn a_credentials_file_lets_in() {
         let error = refused(&server.url(""), &settings, &seed).await;
         assert_eq!(error.kind(), ErrorKind::ConfigInvalid, "{error}");
     }
+
+    // Rewritten when the user's JWT is over. The server ends the connection then, and refuses another one.
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    let (settings, _) = write("renewed.creds", &account, Some(now + 4));
+    let bus = connect(&server.url(""), &settings).await;
+    let name = unique("renewed");
+    let mut subscriber = bus.subscribe(bus.subscription(name.as_str(), "g")).await.unwrap();
+    let options = PublishOptions::default().with_timeout(Duration::from_secs(1));
+    let send = || async { bus.submit(vec![Message::new(name.as_str(), "x")], &options).await.await.remove(0) };
+    let deadline = Instant::now() + LONG;
+    let mut stored = 0;
+    loop {
+        assert!(Instant::now() < deadline, "never refused");
+        match send().await {
+            Ok(_) => stored += 1,
+            Err(error) if error.kind() == ErrorKind::Unauthenticated => break,
+            Err(error) => assert_ne!(error.effect(), Effect::Done, "{error}"),
+        }
+        // Thousands would be stored by then.
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    write("renewed.creds", &account, None);
+    publish(&bus, numbered(&name, 0..2)).await;
+    receive(&mut subscriber, stored + 2).await;
+    drop(subscriber);
+    bus.delete(name.as_str(), None).await.unwrap();
+    bus.close(LONG).await.unwrap();
 }

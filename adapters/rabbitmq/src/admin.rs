@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anybroker_core::{Bytes, Effect, Error, ErrorKind, Result};
+use anybroker_core::{Bytes, Effect, Error, ErrorKind, Login, Result};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use http::header::AUTHORIZATION;
@@ -17,6 +17,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use crate::config::Settings;
+use crate::credentials::{refused, unprovided, user_and_password};
 use crate::error::is_about_trust;
 
 const REQUEST: Duration = Duration::from_secs(10);
@@ -29,7 +30,7 @@ const NO_TAG: &[u8] = b"Not management user";
 pub(crate) struct Admin {
     address: String,
     vhost: String,
-    authorization: HeaderValue,
+    login: Login,
     client: Client<HttpsConnector<HttpConnector>, Empty<Bytes>>,
 }
 
@@ -69,16 +70,12 @@ impl Admin {
     /// `None` where no address is configured.
     pub(crate) fn new(settings: &Arc<Settings>) -> Result<Option<Self>> {
         let Some(address) = settings.admin.clone() else { return Ok(None) };
-        let credentials = STANDARD.encode(format!("{}:{}", settings.user, settings.password.reveal()));
-        let mut authorization =
-            HeaderValue::from_str(&format!("Basic {credentials}")).expect("base64 is a header value");
-        authorization.set_sensitive(true);
         let mut tcp = HttpConnector::new();
         tcp.enforce_http(false);
         let connector = HttpsConnectorBuilder::new().with_tls_config(settings.admin_tls()?);
         let connector = connector.https_or_http().enable_http1().wrap_connector(tcp);
         let client = Client::builder(TokioExecutor::new()).build(connector);
-        Ok(Some(Self { address, vhost: escaped(&settings.vhost), authorization, client }))
+        Ok(Some(Self { address, vhost: escaped(&settings.vhost), login: settings.login.clone(), client }))
     }
 
     /// The server's version.
@@ -142,9 +139,29 @@ impl Admin {
         self.ask(operation, path).await?.ok_or_else(missing)
     }
 
+    /// What is refused is asked once more, where the provider of the credentials may say something else by now.
     async fn ask<T: DeserializeOwned>(&self, operation: &'static str, path: &str) -> Result<Option<T>> {
+        match self.ask_once(operation, path).await {
+            Err(error) if error.kind() == ErrorKind::Unauthenticated && self.login.may_change() => {
+                self.login.refused();
+                self.ask_once(operation, path).await.map_err(|error| refused(&self.login, operation, error))
+            }
+            answer => answer,
+        }
+    }
+
+    async fn authorization(&self, operation: &'static str) -> Result<HeaderValue> {
+        let told = self.login.recent().await.and_then(|credentials| user_and_password(&credentials));
+        let (user, password) = told.map_err(|error| unprovided(operation, error))?;
+        let credentials = STANDARD.encode(format!("{user}:{}", password.reveal()));
+        let mut value = HeaderValue::from_str(&format!("Basic {credentials}")).expect("base64 is a header value");
+        value.set_sensitive(true);
+        Ok(value)
+    }
+
+    async fn ask_once<T: DeserializeOwned>(&self, operation: &'static str, path: &str) -> Result<Option<T>> {
         let request = Request::get(format!("{}{path}", self.address))
-            .header(AUTHORIZATION, self.authorization.clone())
+            .header(AUTHORIZATION, self.authorization(operation).await?)
             .body(Empty::new())
             .map_err(|_| self.error(ErrorKind::ConfigInvalid, operation, "the setting `admin` is no address"))?;
         let asking = async {

@@ -5,11 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::config::{Field, Problem, Section};
-use anybroker_core::{Error, ErrorKind, Result, Secret};
+use anybroker_core::{Error, ErrorKind, Login, Result};
 use lapin::tcp::{OwnedIdentity, OwnedTLSConfig};
 use lapin::uri::{AMQPAuthority, AMQPQueryString, AMQPScheme, AMQPUri, AMQPUserInfo, SASLMechanism};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
+
+use crate::credentials::guest;
 
 /// The settings of section `amqp`.
 pub(crate) const FIELDS: &[Field] = &[
@@ -92,8 +94,7 @@ pub(crate) struct Settings {
     /// What streams keep at least: seconds and bytes; 0 is for ever.
     pub(crate) stream_keeps: (u64, u64),
     pub(crate) settle_timeout: Duration,
-    pub(crate) user: String,
-    pub(crate) password: Secret,
+    pub(crate) login: Login,
     hosts: Vec<String>,
     heartbeat: u16,
     is_external: bool,
@@ -126,9 +127,7 @@ impl Settings {
                 u64::try_from(section.integer("stream_max_mib")).unwrap_or(0) * 1_048_576,
             ),
             settle_timeout: section.duration("settle_timeout"),
-            // The server's own defaults, which it takes from the loopback interface only.
-            user: url.username().unwrap_or("guest").to_owned(),
-            password: url.password().cloned().unwrap_or_else(|| Secret::new("guest")),
+            login: section.login().cloned().unwrap_or_else(guest),
             hosts: url.hosts().to_vec(),
             heartbeat: u16::try_from(seconds).unwrap_or(u16::MAX),
             is_external: section.text("auth") == "external",
@@ -174,15 +173,18 @@ impl Settings {
         {
             wrong("amqp.auth", "external takes an amqps:// URL, tls_certificate and tls_key");
         }
+        if section.text("auth") == "external" && section.has_provider() {
+            wrong("amqp.auth", "external takes the user from the certificate; expected no provider of credentials");
+        }
         problems
     }
 
-    /// One address for each host.
+    /// One address for each host, without user and password.
     pub(crate) fn addresses(&self) -> Vec<AMQPUri> {
         let (scheme, port) = if self.is_tls { (AMQPScheme::AMQPS, 5671) } else { (AMQPScheme::AMQP, 5672) };
         let address = |host: &String| {
             let (host, port) = split(host, port);
-            let userinfo = AMQPUserInfo { username: self.user.clone(), password: self.password.reveal().to_owned() };
+            let userinfo = AMQPUserInfo { username: String::new(), password: String::new() };
             let query = AMQPQueryString {
                 heartbeat: Some(self.heartbeat),
                 connection_timeout: u64::try_from(self.connect_timeout.as_millis()).ok(),

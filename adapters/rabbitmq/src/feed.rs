@@ -9,7 +9,7 @@ use std::time::Duration;
 use anybroker_core::{Bytes, Destination, Error, ErrorKind, Lane, Reason, Result, SubscriptionEvent, Verdict};
 use futures_util::{FutureExt, StreamExt};
 use lapin::message::Delivery;
-use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions};
+use lapin::options::{BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions};
 use lapin::types::FieldTable;
 use lapin::{Channel, Consumer};
 use tokio::time::Instant;
@@ -22,13 +22,17 @@ use crate::link::{Link, bounded, passes};
 use crate::owner::Owner;
 use crate::progress::Place;
 use crate::reader::{Read, Reader};
-use crate::state::{Arrival, Shared};
+use crate::state::Arrival;
+use crate::waits::{ack_alone, gained, next, read, wrote};
 
 /// How long a request of an attachment may take.
 const REQUEST: Duration = Duration::from_secs(10);
 /// How soon a lost channel is attached again, at first and at most.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const LONGEST_PAUSE: Duration = Duration::from_millis(500);
+/// How long a user whose credentials may be replaced is refused before that is the end: of one that is deleted the server takes
+/// the permissions first, and its connections a moment later.
+const DENIED: Duration = Duration::from_secs(10);
 /// Messages that are taken in before anything else is looked at.
 const BURST: usize = 256;
 
@@ -74,6 +78,7 @@ impl Feed {
     pub(crate) async fn run(mut self) {
         let shared = Arc::clone(&self.desk.shared);
         let (mut pause, mut is_degraded) = (FIRST_PAUSE, false);
+        let mut denied_at = None;
         loop {
             let ended = match self.attach().await {
                 Ok(mut session) => {
@@ -81,8 +86,9 @@ impl Feed {
                         shared.tell(SubscriptionEvent::Recovered);
                     }
                     (pause, is_degraded) = (FIRST_PAUSE, false);
-                    let lane = session.lane;
+                    let (lane, attached_at) = (session.lane, Instant::now());
                     let ended = self.serve(&mut session).await;
+                    denied_at.take_if(|_| attached_at.elapsed() > DENIED);
                     if let Some(reader) = &session.reader {
                         self.known = shared.place(self.index, reader.began()).map(|(_, place)| place);
                     }
@@ -95,6 +101,10 @@ impl Feed {
                 }
                 Err(error) if passes(&error) => Ended::Lost(error),
                 Err(error) => Ended::Over(error),
+            };
+            let ended = match ended {
+                Ended::Over(error) if self.may_be_let_in(&error, &mut denied_at) => Ended::Lost(error),
+                ended => ended,
             };
             match ended {
                 Ended::Closed => break,
@@ -134,6 +144,12 @@ impl Feed {
             }
         }
         shared.working.send_modify(|working| *working -= 1);
+    }
+
+    fn may_be_let_in(&self, error: &Error, denied_at: &mut Option<Instant>) -> bool {
+        error.kind() == ErrorKind::PermissionDenied
+            && self.link.may_change_login()
+            && denied_at.get_or_insert_with(Instant::now).elapsed() < DENIED
     }
 
     pub(crate) fn queue(&self) -> &str {
@@ -395,7 +411,8 @@ impl Feed {
 
     /// Why an attachment ended: a queue that is gone is told apart from a connection that is.
     async fn ended(&self, error: Error, session: &mut Session) -> Ended {
-        if matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::Unauthenticated | ErrorKind::Closed) {
+        let is_refused = error.kind() == ErrorKind::Unauthenticated && !passes(&error);
+        if is_refused || matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::Closed) {
             return Ended::Over(error);
         }
         if session.channel.status().connected() || error.kind() == ErrorKind::NotFound {
@@ -459,41 +476,4 @@ impl Feed {
             owner.release(deadline).await;
         }
     }
-}
-
-/// The next message of a consumer; never, without one.
-async fn next(consumer: &mut Option<Consumer>) -> Option<lapin::Result<Delivery>> {
-    match consumer {
-        Some(consumer) => consumer.next().await,
-        None => std::future::pending().await,
-    }
-}
-
-/// The next message of a stream; never, without one.
-async fn read(reader: &mut Option<Reader>) -> Read {
-    match reader {
-        Some(reader) => reader.next().await,
-        None => std::future::pending().await,
-    }
-}
-
-/// When failures were noted, or could not be; never, where nothing is.
-async fn wrote(ledger: &mut Option<Ledger>, shared: &Shared, feed: u32) {
-    match ledger {
-        Some(ledger) => ledger.wrote(shared, feed).await,
-        None => std::future::pending().await,
-    }
-}
-
-/// When it becomes this member's turn; never, without order.
-async fn gained(owner: &mut Option<Owner>) -> Result<()> {
-    match owner {
-        Some(owner) => owner.gained().await,
-        None => std::future::pending().await,
-    }
-}
-
-/// Acks one message of a channel that has no others of ours.
-pub(crate) fn ack_alone(channel: &Channel, tag: u64) {
-    let _ = channel.basic_ack(tag, BasicAckOptions::default()).now_or_never();
 }

@@ -9,6 +9,7 @@ mod broker;
 mod capabilities;
 mod codec;
 mod config;
+mod credentials;
 mod dead_letter;
 mod delay;
 mod desk;
@@ -28,6 +29,7 @@ mod state;
 mod stream;
 mod subscription;
 mod topology;
+mod waits;
 
 use std::sync::Arc;
 
@@ -47,6 +49,10 @@ impl Driver for RabbitDriver {
 
     fn fields(&self) -> &'static [Field] {
         config::FIELDS
+    }
+
+    fn takes_credentials(&self) -> bool {
+        true
     }
 
     fn check(&self, section: &Section) -> Vec<Problem> {

@@ -8,15 +8,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anybroker_core::{Effect, Error, ErrorKind, Result};
+use anybroker_core::{Effect, Error, ErrorKind, Result, Retry};
 use futures_util::StreamExt;
-use lapin::uri::AMQPUri;
+use lapin::uri::{AMQPUri, AMQPUserInfo};
 use lapin::{Channel, Connection, ConnectionProperties, Event};
 use tokio::net::TcpStream;
 use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::config::Settings;
+use crate::credentials::{refused, unprovided, user_and_password};
 use crate::error::{failed, late, unconnected};
 
 /// How soon a failed connection is tried again, at first and at most.
@@ -30,17 +31,28 @@ const ASKED: Duration = Duration::from_millis(500);
 pub(crate) struct Link {
     settings: Arc<Settings>,
     current: Mutex<Option<Arc<Connection>>>,
+    /// Why there is none, where the last attempt failed.
+    trouble: parking_lot::Mutex<Option<Error>>,
     is_closed: AtomicBool,
 }
 
 impl Link {
     pub(crate) fn new(settings: Arc<Settings>) -> Self {
-        Self { settings, current: Mutex::default(), is_closed: AtomicBool::new(false) }
+        Self {
+            settings,
+            current: Mutex::default(),
+            trouble: parking_lot::Mutex::default(),
+            is_closed: AtomicBool::new(false),
+        }
     }
 
     /// The connection, made if there is none. One attempt.
     pub(crate) async fn connection(&self, operation: &'static str, deadline: Instant) -> Result<Arc<Connection>> {
-        let Ok(mut current) = timeout_at(deadline, self.current.lock()).await else { return Err(late(operation)) };
+        let Ok(mut current) = timeout_at(deadline, self.current.lock()).await else {
+            // Somebody else is still about it.
+            let trouble = self.trouble.lock();
+            return Err(trouble.as_ref().map_or_else(|| late(operation), Error::duplicate));
+        };
         if self.is_closed.load(Ordering::Acquire) {
             return Err(Error::closed(operation));
         }
@@ -48,16 +60,19 @@ impl Link {
             return Ok(Arc::clone(connection));
         }
         *current = None;
-        let connection = Arc::new(self.connect(deadline).await?);
+        let connected = self.connect(operation, deadline).await;
+        *self.trouble.lock() = connected.as_ref().err().map(Error::duplicate);
+        let connection = Arc::new(connected?);
         *current = Some(Arc::clone(&connection));
         Ok(connection)
     }
 
-    async fn connect(&self, deadline: Instant) -> Result<Connection> {
+    async fn connect(&self, operation: &'static str, deadline: Instant) -> Result<Connection> {
         let addresses = self.settings.addresses();
         let deadline = deadline.min(Instant::now() + self.settings.connect_timeout);
         let (mut last, mut left) = (None, u32::try_from(addresses.len()).unwrap_or(1));
-        for address in addresses {
+        for mut address in addresses {
+            address.authority.userinfo = self.userinfo(operation, deadline).await?;
             // A host that does not answer must not use up the time of the others.
             let share = deadline.saturating_duration_since(Instant::now()) / left.max(1);
             left = left.saturating_sub(1);
@@ -67,9 +82,20 @@ impl Link {
                 Ok(Err(error)) => error,
                 Err(_) => unanswered(&host, share).await,
             };
-            last = Some(error.with("host", host));
+            last = Some(refused(&self.settings.login, operation, error).with("host", host));
         }
         Err(last.unwrap_or_else(|| Error::new(ErrorKind::ConfigInvalid, "connect", "no host is configured")))
+    }
+
+    /// Asked anew for each connection. Where there is no answer, there is none for another host either.
+    async fn userinfo(&self, operation: &'static str, deadline: Instant) -> Result<AMQPUserInfo> {
+        let told = timeout_at(deadline, self.settings.login.now()).await.unwrap_or_else(|_| {
+            Err(Error::new(ErrorKind::Timeout, operation, "the provider of the credentials gave no answer in time"))
+        });
+        let (username, password) = told
+            .and_then(|credentials| user_and_password(&credentials))
+            .map_err(|error| unprovided(operation, error))?;
+        Ok(AMQPUserInfo { username, password: password.reveal().to_owned() })
     }
 
     async fn reach(&self, address: AMQPUri) -> Result<Connection> {
@@ -79,6 +105,11 @@ impl Link {
         Connection::connect_uri_with_config(address, properties, tls, runtime)
             .await
             .map_err(|error| unconnected(&error))
+    }
+
+    /// Whether the server may be shown something else by the next connection.
+    pub(crate) fn may_change_login(&self) -> bool {
+        self.settings.login.may_change()
     }
 
     /// A new channel. One attempt.
@@ -144,7 +175,11 @@ async fn unanswered(host: &str, share: Duration) -> Error {
 
 /// Whether the same attempt may succeed later.
 pub(crate) fn passes(error: &Error) -> bool {
-    matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Timeout | ErrorKind::RateLimited)
+    match error.kind() {
+        ErrorKind::Unavailable | ErrorKind::Timeout | ErrorKind::RateLimited => true,
+        ErrorKind::Unauthenticated => matches!(error.retry(), Retry::Later(_)),
+        _ => false,
+    }
 }
 
 /// Bounds one request of the client's.

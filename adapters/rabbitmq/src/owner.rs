@@ -22,10 +22,10 @@ use tokio::time::Instant;
 use crate::codec::encode;
 use crate::desk::Desk;
 use crate::error::failed;
-use crate::feed::ack_alone;
 use crate::link::{Link, bounded};
 use crate::names::Names;
 use crate::outlet::{Answer, Board, Parcel};
+use crate::waits::ack_alone;
 
 /// How soon is looked again whether the queue is free, at first and at most.
 const FIRST_LOOK: Duration = Duration::from_millis(10);

@@ -188,7 +188,7 @@ impl Reading {
         }
         tags.sort_unstable();
         for tag in tags {
-            crate::feed::ack_alone(&self.channel, tag);
+            crate::waits::ack_alone(&self.channel, tag);
         }
         let deadline = Instant::now() + REQUEST;
         for consumer in &self.consumers {
