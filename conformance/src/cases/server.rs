@@ -137,6 +137,10 @@ impl Disturbance for OfServer {
         (true, 0)
     }
 
+    fn is_awaited(&self) -> bool {
+        true
+    }
+
     fn forgets(&self) -> bool {
         matches!(self.process, Process::Killed(_))
     }
