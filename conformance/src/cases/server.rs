@@ -73,7 +73,7 @@ async fn frozen(env: &Env) -> Proof {
 }
 
 fn server(env: &Env) -> Proof<Arc<dyn ServerControl>> {
-    env.harness.server().ok_or_else(|| Breach::NotRun("the harness may not disturb the server".into()))
+    env.server().ok_or_else(|| Breach::NotRun("the harness may not disturb the server".into()))
 }
 
 async fn full(env: &Env) -> Proof {
