@@ -11,12 +11,12 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use tokio::time::Instant;
 
-use crate::Harness;
 use crate::case::{Breach, Proof};
 use crate::client::Client;
-use crate::faults::Schedule;
+use crate::faults::{Schedule, Watched};
 use crate::history::{History, What};
 use crate::punctual::{self, LATE};
+use crate::{Harness, ServerControl};
 
 /// The surroundings of one run of one case.
 pub(crate) struct Env {
@@ -25,6 +25,8 @@ pub(crate) struct Env {
     pub(crate) history: History,
     /// Which faults are to happen.
     pub(crate) schedule: Schedule,
+    /// The server, where cases may do something to it. It is restored after the case.
+    server: Option<Arc<Watched>>,
     /// Begins every name; no other case, and no other run, has it.
     scope: String,
     seed: u64,
@@ -73,14 +75,16 @@ impl Env {
         client: u32,
     ) -> Self {
         let (clients, schedule, created) = (AtomicU32::new(client), Schedule::default(), Arc::default());
-        Self { harness, record, history, schedule, scope, seed, clients, created }
+        let server = harness.server().map(|server| Arc::new(Watched::new(server)));
+        Self { harness, record, history, schedule, server, scope, seed, clients, created }
     }
 
     /// Surroundings within these, with names and a history of their own.
     pub(crate) fn sub(&self, label: &str) -> Self {
         let scope = format!("{}.{label}", self.scope);
         let created = Arc::new(Created { names: Mutex::default(), outer: Some(Arc::clone(&self.created)) });
-        Self { created, ..Self::new(Arc::clone(&self.harness), Arc::clone(&self.record), scope, self.seed) }
+        let server = self.server.clone();
+        Self { created, server, ..Self::new(Arc::clone(&self.harness), Arc::clone(&self.record), scope, self.seed) }
     }
 
     /// A fresh client.
@@ -231,6 +235,23 @@ impl Env {
     fn hang(&self, operation: &str, what: &str) -> Breach {
         self.history.record(0, What::Hang { operation: operation.to_owned() });
         Breach::Failed(format!("hang: `{operation}` {what}"))
+    }
+
+    /// The server that cases may kill, freeze, fill and lock.
+    pub(crate) fn server(&self) -> Option<Arc<dyn ServerControl>> {
+        self.server.clone().map(|server| server as Arc<dyn ServerControl>)
+    }
+
+    /// Undoes what the case has done to the server and left as it is, because it failed or was given up: the next case would find
+    /// it killed, frozen, without room or closed.
+    ///
+    /// # Errors
+    /// How it is left.
+    pub(crate) async fn restore(&self) -> Result<(), String> {
+        match &self.server {
+            Some(server) => server.restore().await,
+            None => Ok(()),
+        }
     }
 
     /// Deletes what the case created. What cannot be deleted is left behind under a name of its own.

@@ -274,6 +274,13 @@ async fn run_case(case: &'static Case, env: Arc<Env>, timeout: Duration, stop: &
         }
         proof
     };
+    let proof = match env.restore().await {
+        Ok(()) => proof,
+        Err(left) => Err(Breach::Failed(match proof {
+            Ok(()) => left,
+            Err(Breach::Failed(why) | Breach::Inconclusive(why) | Breach::NotRun(why)) => format!("{why}; {left}"),
+        })),
+    };
     let (events, rules) = (env.history.events(), Rules::of(&env.record));
     // Not here: other cases go on in this task, and what they wait for has its time.
     let checked = tokio::task::spawn_blocking(move || {

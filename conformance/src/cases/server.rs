@@ -13,6 +13,7 @@ use crate::client::Client;
 use crate::consumer::{Consumer, Held, settle};
 use crate::env::Env;
 use crate::faults::{Disturbance, HEALED_TIMEOUT, KILLED, Trial, is_settling_in_a_fault, of_server};
+use crate::history::What;
 use crate::{Case, ServerControl, need};
 
 pub(super) const CASES: &[Case] = &[
@@ -72,7 +73,7 @@ async fn frozen(env: &Env) -> Proof {
 }
 
 fn server(env: &Env) -> Proof<Arc<dyn ServerControl>> {
-    env.harness.server().ok_or_else(|| Breach::NotRun("the harness may not disturb the server".into()))
+    env.server().ok_or_else(|| Breach::NotRun("the harness may not disturb the server".into()))
 }
 
 async fn full(env: &Env) -> Proof {
@@ -134,6 +135,10 @@ impl Disturbance for OfServer {
 
     fn wants(&self) -> (bool, usize) {
         (true, 0)
+    }
+
+    fn is_awaited(&self) -> bool {
+        true
     }
 
     fn forgets(&self) -> bool {
@@ -255,16 +260,13 @@ const LOCKED_OUT: Duration = Duration::from_secs(6);
 
 /// What a client may be told that is not let in any more: so, or what it knows of it, which is that its connection ended.
 fn is_locked_out(error: &Error, what: &str) -> Proof {
-    let tells = matches!(
-        error.kind(),
-        ErrorKind::Unauthenticated
-            | ErrorKind::PermissionDenied
-            | ErrorKind::Unavailable
-            | ErrorKind::Timeout
-            | ErrorKind::StaleDelivery
-    );
-    ensure!(tells, "{what} while locked out: {error:?}");
+    let lost = matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Timeout | ErrorKind::StaleDelivery);
+    ensure!(lost || tells_so(error), "{what} while locked out: {error:?}");
     Ok(())
+}
+
+fn tells_so(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::Unauthenticated | ErrorKind::PermissionDenied)
 }
 
 async fn locked_out(env: &Env) -> Proof {
@@ -284,7 +286,7 @@ async fn locked_out(env: &Env) -> Proof {
         while begin.elapsed() < LOCKED_OUT || !told && begin.elapsed() < LOCKED_OUT * 3 {
             for error in publish(&publisher, &spec).await? {
                 is_locked_out(&error, "publishing")?;
-                told |= matches!(error.kind(), ErrorKind::Unauthenticated | ErrorKind::PermissionDenied);
+                told |= tells_so(&error);
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
@@ -300,6 +302,8 @@ async fn locked_out(env: &Env) -> Proof {
         while begin.elapsed() < LOCKED_OUT {
             receive(&mut consumer).await?;
         }
+        let is_degraded = || env.history.events().iter().any(|event| matches!(event.what, What::Degraded { .. }));
+        ensure!(consumer.is_none() || is_degraded(), "a member whose credentials are revoked is never told so");
         Ok(())
     };
     let meanwhile = async { futures_util::try_join!(publishing, consuming).map(drop) };
@@ -323,7 +327,8 @@ async fn receive(consumer: &mut Option<Consumer<'_>>) -> Proof<usize> {
     let came = match open.try_receive(10, Duration::from_millis(500)).await? {
         Ok(came) => came,
         Err(error) => {
-            is_locked_out(&error, "receiving")?;
+            // A connection that is lost ends no subscription.
+            ensure!(tells_so(&error), "receiving while locked out: {error:?}");
             *consumer = None;
             return Ok(0);
         }

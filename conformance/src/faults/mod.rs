@@ -12,6 +12,9 @@ mod schedule;
 #[cfg(test)]
 mod tests;
 mod trial;
+#[cfg(test)]
+mod trial_tests;
+mod watched;
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -37,6 +40,7 @@ pub(crate) use proxy::{End, Proxy};
 pub(crate) use schedule::{Schedule, Shrinking};
 pub use schedule::{ScheduleReport, Shrunk};
 pub(crate) use trial::{Disturbance, HEALED_TIMEOUT, Trial, is_publishing_in_a_fault, is_settling_in_a_fault};
+pub(crate) use watched::Watched;
 
 /// An address of the server that a proxy can stand in front of.
 #[derive(Debug, Clone, PartialEq, Eq)]

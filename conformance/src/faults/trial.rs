@@ -25,6 +25,12 @@ const MEMBERS: usize = 3;
 /// What each publisher publishes: 2,000 messages in all.
 const EACH: usize = 500;
 const BATCH: usize = 20;
+/// How many messages a publisher has at most beyond its share, in small batches, while a fault lasts that begins at nobody knows which
+/// moment: so many that it does not run out of them before.
+const MORE: usize = 500;
+const SMALL: usize = 3;
+/// The least time between two of those. A slower publish is followed by as long a pause: every second publisher is at it then.
+const PAUSE: Duration = Duration::from_millis(10);
 const KEYS: usize = 16;
 /// Every publish ends by then, whatever the fault does.
 const PUBLISH_TIMEOUT: Duration = Duration::from_secs(2);
@@ -42,6 +48,11 @@ pub(crate) trait Disturbance: Send + Sync {
 
     /// For a schedule that people read.
     fn describe(&self) -> String;
+
+    /// Whether it begins some time after it was asked for, such as by a command, so that publishers have to go on until then.
+    fn is_awaited(&self) -> bool {
+        false
+    }
 
     /// Whether a server may forget in it what it has not confirmed, although it has delivered it.
     fn forgets(&self) -> bool {
@@ -66,6 +77,8 @@ struct Progress {
     changed: Notify,
     /// How many messages each publisher may have begun by now.
     budget: AtomicUsize,
+    /// A fault is on its way, or lasts: they publish some more in small batches.
+    awaited: AtomicBool,
     made: [AtomicUsize; PUBLISHERS],
     publishing: [AtomicBool; PUBLISHERS],
     holding: [AtomicUsize; MEMBERS],
@@ -195,7 +208,11 @@ impl<'e> Trial<'e> {
             });
             is_met.await;
             let Some(whom) = chosen else { fail!("nothing was in flight that a fault could meet, for {limit:?}") };
-            disturbance.happen(self.env, whom).await?;
+            progress.awaited.store(disturbance.is_awaited(), Ordering::Relaxed);
+            progress.tell();
+            let happened = disturbance.happen(self.env, whom).await;
+            progress.awaited.store(false, Ordering::Relaxed);
+            happened?;
         }
         *progress.healed.lock() = Some(Instant::now());
         progress.budget.store(EACH, Ordering::Relaxed);
@@ -218,18 +235,30 @@ impl<'e> Trial<'e> {
     async fn publish(&self, number: usize, client: &Client<'e>, seed: u64) -> Proof {
         let mut random = StdRng::seed_from_u64(seed);
         let progress = &self.progress;
-        let mut made = 0;
+        let (mut made, mut more) = (0, 0);
         while made < EACH {
             let limit = self.env.patience() * 4;
-            let goes_on = progress.until(limit, |progress| progress.budget.load(Ordering::Relaxed) > made).await;
-            ensure!(goes_on, "publisher {number} was not told to go on");
-            let count = BATCH.min(EACH - made);
+            let mut has_more = false;
+            let goes_on = progress.until(limit, |progress| {
+                has_more = progress.budget.load(Ordering::Relaxed) <= made;
+                !has_more || progress.awaited.load(Ordering::Relaxed) && more < MORE
+            });
+            ensure!(goes_on.await, "publisher {number} was not told to go on");
+            let count = if has_more { SMALL } else { BATCH.min(EACH - made) };
             let batch: Vec<Message> = (0..count)
                 .map(|_| client.message(&self.destination, format!("key {}", random.random_range(0..KEYS)).as_str()))
                 .collect();
-            made += count;
-            progress.made[number].store(made, Ordering::Relaxed);
+            let begin = Instant::now();
+            if has_more {
+                more += count;
+            } else {
+                made += count;
+                progress.made[number].store(made, Ordering::Relaxed);
+            }
             self.publish_until_known(number, client, batch, &mut random).await?;
+            if has_more {
+                tokio::time::sleep(begin.elapsed().clamp(PAUSE, PAUSE * 10)).await;
+            }
         }
         Ok(())
     }

@@ -62,6 +62,12 @@ pub fn unmutated() -> Mutant {
     Mutant { name: "unmutated", fault: "none", killed_by: "", make: || Arc::new(tampered::Faultless) }
 }
 
+/// The broker that the harness gives, as slow as one behind a network: a publish is in flight for as long as its confirm takes.
+#[cfg(test)]
+pub(crate) fn slow(inner: Arc<dyn Harness>, publish: std::time::Duration) -> MutantHarness {
+    MutantHarness { name: "slow", fault: Arc::new(tampered::Slow(publish)), inner }
+}
+
 /// A harness whose brokers have a fault.
 pub struct MutantHarness {
     name: &'static str,

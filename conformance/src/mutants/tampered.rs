@@ -107,6 +107,19 @@ pub(super) struct Faultless;
 
 impl Fault for Faultless {}
 
+/// Publishes that take so long.
+#[cfg(test)]
+pub(super) struct Slow(pub(super) std::time::Duration);
+
+#[cfg(test)]
+#[async_trait]
+impl Fault for Slow {
+    async fn publish(&self, broker: &Arc<dyn Broker>, batch: Vec<Message>, terms: PublishTerms) -> Confirms {
+        tokio::time::sleep(self.0).await;
+        broker.publish(batch, terms).await
+    }
+}
+
 /// The inner subscription's side of settling.
 pub(super) struct Inner {
     pub(super) context: Arc<DeliveryContext>,

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use anybroker_conformance::ServerControl;
 use async_trait::async_trait;
 
-pub use suite::{judge, judge_faults};
+pub use suite::{judge, judge_faults, judge_server};
 
 /// The path of the project's `xtask` binary; `cargo xtask test` sets it.
 const XTASK: &str = "ANYBROKER_XTASK";

@@ -48,3 +48,14 @@ pub async fn judge_faults(harness: UrlHarness, parallelism: usize, cases: &[&str
     let left_out = |case: &&CaseReport| case.outcome == Outcome::NotRun && !is_excused(case);
     assert_eq!(report.cases.iter().find(left_out).map(|case| case.name), None, "a case about connections was not run");
 }
+
+/// [`judge`] for cases about a server that only this test uses, with one seed.
+///
+/// # Panics
+/// As [`judge`], and when a case was not run.
+pub async fn judge_server(harness: UrlHarness, cases: &[&str]) {
+    let options = Options::default().with_level(Level::Reliability).with_seed(1).with_shrinking(SHRINKING);
+    let report = judge(harness, options, cases).await;
+    let left_out = report.cases.iter().find(|case| case.outcome == Outcome::NotRun);
+    assert_eq!(left_out.map(|case| (case.name, &case.detail)), None, "a case about the server was not run");
+}

@@ -131,7 +131,7 @@ impl Test {
             let xtask = std::env::current_exe()?.display().to_string();
             tests.servers.insert("ANYBROKER_XTASK".to_owned(), xtask);
             tests.servers.insert("ANYBROKER_INSTANCE".to_owned(), instance.name().to_owned());
-            for Endpoint { variable, url, stands_in_for } in &endpoints {
+            for Endpoint { variable, url, stands_in_for, .. } in &endpoints {
                 let note = stands_in_for.as_ref().map_or_else(String::new, |image| format!(" (stand-in for {image})"));
                 println!("{variable}={url}{note}");
                 tests.servers.insert((*variable).to_owned(), url.clone());

@@ -55,6 +55,8 @@ pub(crate) struct Endpoint {
     pub(crate) variable: String,
     /// Its value.
     pub(crate) url: String,
+    /// Where the suite connects to: there, showing what lets it in.
+    pub(crate) url_of_the_suite: String,
     /// The official image in whose place its image is, when that was built on this machine.
     pub(crate) stands_in_for: Option<String>,
 }
@@ -136,7 +138,8 @@ impl Instance {
             let variable = url_variable(recipe.name());
             if let Some(url) = given(&variable, how)? {
                 eprintln!("{}: the one that {variable} names", recipe.name());
-                endpoints.push(Endpoint { variable, url, stands_in_for: None });
+                let url_of_the_suite = url.clone();
+                endpoints.push(Endpoint { variable, url, url_of_the_suite, stands_in_for: None });
                 continue;
             }
             let server = self.server(recipe);
@@ -147,7 +150,8 @@ impl Instance {
             }
             let url = server.url()?.context("a started server has a URL")?;
             let stands_in_for = server.image()?.and_then(|image| image.stands_in_for);
-            endpoints.push(Endpoint { variable, url, stands_in_for });
+            let url_of_the_suite = with_settings(&url, recipe.of_the_suite());
+            endpoints.push(Endpoint { variable, url, url_of_the_suite, stands_in_for });
             waiting.push((recipe, server, since, is_new));
         }
         // All start at once and are waited for together.
@@ -289,6 +293,14 @@ fn lock() -> Result<File> {
     })?
     .context("another `cargo xtask` has been starting or ending brokers for 15 minutes")?;
     Ok(file)
+}
+
+/// A URL with settings more.
+pub(crate) fn with_settings(url: &str, settings: &str) -> String {
+    match settings {
+        "" => url.to_owned(),
+        _ => format!("{url}{}{settings}", if url.contains('?') { '&' } else { '?' }),
+    }
 }
 
 /// The URL that the environment names for a broker, as far as `how` wants it.

@@ -1,24 +1,26 @@
 //! Apache Kafka: one KRaft node that is broker and controller, replication factors of one.
 //!
-//! Beside the plain listener, which may do everything, there are one with passwords and one with passwords and TLS. Tests
-//! read their addresses in `server.properties` and the certificate to trust in `ca.pem`, both in the server's folder. `alice`
-//! may do everything, `limited` nothing.
+//! Beside the plain listener there are one with passwords and one with passwords and TLS. Tests read their addresses in
+//! `server.properties` and the certificate to trust in `ca.pem`, both in the server's folder. `alice` may do everything, `limited`
+//! nothing; a test makes `rotated`, who may do everything. Who comes by the plain listener may do everything too, until it is locked out.
 //!
 //! A last listener, PROXIED, sends its clients to another port, where a test may put a proxy: Kafka's clients follow the
 //! advertised address, and would go round a proxy that is not behind it.
 
+mod wire;
+
 use std::fs::{self, File};
-use std::io::{Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::java::{self, Artefact};
 use super::stand_ins::Contents;
-use super::{Contained, Recipe, Site, StandIn};
+use super::{Change, Contained, Process, Recipe, Site, StandIn};
+use wire::{Permission, Wire};
 
 const VERSION: &str = "4.3.1";
 const ARTEFACTS: &[Artefact] =
@@ -26,6 +28,12 @@ const ARTEFACTS: &[Artefact] =
 
 /// Who may log in: name and password. They guard nothing: the broker listens on the loopback interface only.
 const USERS: &[(&str, &str)] = &[("alice", "alice-secret"), ("limited", "limited-secret")];
+/// Who shows no password: the suite's clients, and the broker itself towards its controller.
+const ANYBODY: &str = "User:ANONYMOUS";
+/// What clients work with.
+const CLIENTS: [(u8, &str); 3] = [(wire::TOPIC, "*"), (wire::GROUP, "*"), (wire::TRANSACTIONAL_ID, "*")];
+/// How long the controller of a busy machine may take for a permission.
+const CHANGED_WITHIN: Duration = Duration::from_secs(20);
 const STORE: &str = "server.p12";
 const STORE_PASSWORD: &str = "loopback";
 /// Where the official image has Kafka's programs.
@@ -128,8 +136,32 @@ impl Recipe for Kafka {
         Some(StandIn { contents: Contents::Folder("/opt/kafka/libs"), scripts, entrypoint: &["bash"] })
     }
 
+    fn changes(&self) -> &'static [Change] {
+        &[Change::LockOut, Change::LetIn]
+    }
+
+    /// By permissions: one that denies is stronger than one that allows (its documentation, "Authorization and ACLs"), and is looked
+    /// for with every request, so that it meets those who are connected too. The cluster stays open: the broker itself registers
+    /// there, and by it clients without a password may take the denial back.
+    fn change(&self, site: &Site<'_>, _: &Process, change: Change) -> Result<()> {
+        let mut wire = Wire::connect(site.ports[0], CHANGED_WITHIN)?;
+        match change {
+            Change::LockOut => wire.add(ANYBODY, &CLIENTS, Permission::Deny),
+            Change::LetIn => wire.remove(ANYBODY, &CLIENTS, Permission::Deny),
+            _ => bail!("a quota of Kafka slows its clients down, and refuses nothing"),
+        }
+    }
+
+    /// Whatever has a permission is closed to those who have none: from now on `limited` may do nothing.
+    fn grant(&self, site: &Site<'_>) -> Result<()> {
+        let mut wire = Wire::connect(site.ports[0], CHANGED_WITHIN)?;
+        wire.add(ANYBODY, &CLIENTS, Permission::Allow)?;
+        wire.add(ANYBODY, &[(wire::CLUSTER, "kafka-cluster")], Permission::Allow)
+    }
+
+    /// An open port alone proves little: the listener opens before the broker has registered.
     fn probe(&self, ports: &[u16]) -> Result<()> {
-        let brokers = registered_brokers(ports[0])?;
+        let brokers = Wire::connect(ports[0], Duration::from_secs(1))?.registered_brokers()?;
         ensure!(brokers > 0, "it answers, but has not registered itself with its controller yet");
         Ok(())
     }
@@ -228,7 +260,9 @@ sasl.enabled.mechanisms=PLAIN,SCRAM-SHA-256,SCRAM-SHA-512
 ssl.keystore.location={store}
 ssl.keystore.password={STORE_PASSWORD}
 authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer
-super.users=User:ANONYMOUS;User:alice;User:rotated
+super.users=User:alice;User:rotated
+# Until the first permissions are there the broker itself needs none. See `grant`.
+allow.everyone.if.no.acl.found=true
 controller.listener.names=CONTROLLER
 inter.broker.listener.name=PLAINTEXT
 log.dirs={data}
@@ -276,32 +310,6 @@ fn base64_url(bytes: &[u8]) -> String {
         }
     }
     text
-}
-
-/// Asks for metadata of no topic (request key 3, version 4, by Kafka's protocol guide) and counts the brokers in the
-/// answer. An open port alone proves little: the listener opens before the broker has registered.
-fn registered_brokers(port: u16) -> Result<i32> {
-    let limit = Duration::from_secs(1);
-    let mut stream = TcpStream::connect_timeout(&SocketAddr::from((Ipv4Addr::LOCALHOST, port)), limit)?;
-    stream.set_read_timeout(Some(limit))?;
-    stream.set_write_timeout(Some(limit))?;
-
-    let mut request = Vec::new();
-    request.extend(3_i16.to_be_bytes()); // Metadata
-    request.extend(4_i16.to_be_bytes()); // version
-    request.extend(1_i32.to_be_bytes()); // correlation id
-    request.extend((-1_i16).to_be_bytes()); // no client id
-    request.extend(0_i32.to_be_bytes()); // no topics
-    request.push(0); // do not create topics
-    stream.write_all(&i32::try_from(request.len())?.to_be_bytes())?;
-    stream.write_all(&request)?;
-
-    // Length, correlation id, throttle time, number of brokers.
-    let mut head = [0_u8; 16];
-    stream.read_exact(&mut head)?;
-    let field = |at: usize| i32::from_be_bytes([head[at], head[at + 1], head[at + 2], head[at + 3]]);
-    ensure!(field(4) == 1, "the answer belongs to another request: not Kafka?");
-    Ok(field(12))
 }
 
 #[cfg(test)]

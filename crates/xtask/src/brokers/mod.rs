@@ -23,7 +23,7 @@ use std::process::Command;
 use anyhow::{Result, bail};
 
 use container::Contained;
-pub(crate) use instance::{Endpoint, How, PrivateInstance};
+pub(crate) use instance::{Endpoint, How, PrivateInstance, with_settings};
 use process::Process;
 pub(crate) use server::change::Change;
 use server::{Condition, Server};
@@ -99,6 +99,17 @@ pub(crate) trait Recipe: Sync {
     fn change(&self, site: &Site<'_>, process: &Process, change: Change) -> Result<()> {
         let _ = (site, process);
         bail!("{} cannot be told to {change}", self.name())
+    }
+
+    /// Gives clients what only a running server can give them, such as permissions. Called whenever it serves after a start.
+    fn grant(&self, site: &Site<'_>) -> Result<()> {
+        let _ = site;
+        Ok(())
+    }
+
+    /// What the suite's clients add to the settings of [`Recipe::url`], so that what lets them in can be taken back.
+    fn of_the_suite(&self) -> &'static str {
+        ""
     }
 
     /// `Ok` once clients are served; an error says what is missing still. Returns within about a second.

@@ -1,7 +1,8 @@
 //! Apache Pulsar standalone: broker, one bookie and their metadata in one process.
 //!
 //! Beside the plain ports there are encrypted ones. Who shows no token may do everything; who shows one is the role that it
-//! names: `admin` may do everything, others what they are granted. Tests read the ports and the key that tokens are signed with
+//! names: `admin` may do everything, others what they are granted. The suite's clients are `suite`, which administers the tenant
+//! `public` until it is locked out. Tests read the ports and the key that tokens are signed with
 //! in `standalone.conf`, and the certificate to trust in `ca.pem`, both in the server's folder.
 
 use std::fs;
@@ -11,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::java;
 use super::stand_ins::Contents;
@@ -67,6 +68,10 @@ const OPENED: &[&str] = &[
 
 /// Signs tokens (HS256). It guards nothing: the broker listens on the loopback interface only.
 const TOKEN_KEY: &str = "data:;base64,YW55YnJva2VyIHRlc3RzIG9uIHRoZSBsb29wYmFjayBpbnRlcmZhY2U=";
+
+/// What the suite's clients show: the token of the role `suite` (RFC 7519), signed with that key.
+const OF_THE_SUITE: &str =
+    "token=eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJzdWl0ZSJ9.TaFAJX6hEdCgSEvkT-DSpuv7C0bXkz9CmKbV37t_oys";
 
 /// How long the admin endpoint of a busy broker may take.
 const CHANGED_WITHIN: Duration = Duration::from_secs(20);
@@ -158,24 +163,38 @@ impl Recipe for Pulsar {
     }
 
     fn changes(&self) -> &'static [Change] {
-        &[Change::Fill, Change::Relieve]
+        &[Change::Fill, Change::Relieve, Change::LockOut, Change::LetIn]
     }
 
     /// A quota of the namespace for what its groups have not settled (its documentation, "Backlog quotas"). The broker looks for topics
     /// beyond it once in `backlogQuotaCheckIntervalInSeconds`, ends their producers and lets in no other.
+    ///
+    /// Whom a topic serves it looks at again when a policy of its namespace changes (4.2.4, `PersistentTopic.onPoliciesUpdate`), and
+    /// then at permissions only, not at who administers the tenant: both are taken back, the tenant first.
     fn change(&self, site: &Site<'_>, _: &Process, change: Change) -> Result<()> {
-        const QUOTA: &str = "/admin/v2/namespaces/public/default/backlogQuota?backlogQuotaType=destination_storage";
-        let status = match change {
+        const QUOTA: &str = "namespaces/public/default/backlogQuota?backlogQuotaType=destination_storage";
+        let admin = |what: &str, body: &str| administer(site.ports[1], what, body);
+        match change {
             Change::Fill => {
                 let quota = r#"{"limitSize":1,"limitTime":-1,"policy":"producer_exception"}"#;
-                let headers = format!("Content-Type: application/json\r\nContent-Length: {}\r\n", quota.len());
-                ask(site.ports[1], CHANGED_WITHIN, &format!("POST {QUOTA}"), &headers, quota)?
+                admin(&format!("POST {QUOTA}"), quota)
             }
-            Change::Relieve => ask(site.ports[1], CHANGED_WITHIN, &format!("DELETE {QUOTA}"), "", "")?,
-            _ => bail!("who shows no token may do everything, and keeps that right while the broker runs"),
-        };
-        ensure!(status.lines().next().is_some_and(|line| line.contains(" 204 ")), "the broker answers: {status}");
-        Ok(())
+            Change::Relieve => admin(&format!("DELETE {QUOTA}"), ""),
+            Change::LockOut => {
+                admin("POST tenants/public", &tenant(&["anonymous", "admin"]))?;
+                admin(&format!("DELETE {GRANTED}"), "")
+            }
+            Change::LetIn => self.grant(site),
+        }
+    }
+
+    fn grant(&self, site: &Site<'_>) -> Result<()> {
+        administer(site.ports[1], "POST tenants/public", &tenant(&["anonymous", "admin", "suite"]))?;
+        administer(site.ports[1], &format!("POST {GRANTED}"), r#"["produce","consume"]"#)
+    }
+
+    fn of_the_suite(&self) -> &'static str {
+        OF_THE_SUITE
     }
 
     /// The ports open seconds before the namespace exists that clients use.
@@ -186,6 +205,23 @@ impl Recipe for Pulsar {
         ensure!(answer.contains("\"public/default\""), "it answers, but the namespace public/default is not there yet");
         Ok(())
     }
+}
+
+/// Where the role of the suite is given permissions, and loses them.
+const GRANTED: &str = "namespaces/public/default/permissions/suite";
+
+/// The tenant, with the roles that administer it.
+fn tenant(roles: &[&str]) -> String {
+    format!(r#"{{"adminRoles":{roles:?},"allowedClusters":["standalone"]}}"#)
+}
+
+/// Asks the admin endpoint for a change, such as `DELETE tenants/x`.
+fn administer(port: u16, what: &str, body: &str) -> Result<()> {
+    let (method, path) = what.split_once(' ').context("a method and a path")?;
+    let headers = format!("Content-Type: application/json\r\nContent-Length: {}\r\n", body.len());
+    let answer = ask(port, CHANGED_WITHIN, &format!("{method} /admin/v2/{path}"), &headers, body)?;
+    ensure!(answer.lines().next().is_some_and(|line| line.contains(" 204 ")), "{what}: the broker answers {answer}");
+    Ok(())
 }
 
 /// What the admin endpoint answers within the limit, as it is on the line.

@@ -257,7 +257,8 @@ impl Server {
         if ready.is_none() {
             bail!("{} was not ready within {READY_WITHIN:?}: {last}{}", self.name(), self.end_of_log());
         }
-        Ok(())
+        let site = Site { home: &self.cache, folder: &self.folder, ports: &record.ports };
+        self.recipe.grant(&site).with_context(|| format!("{} could not be opened to its clients", self.name()))
     }
 
     /// Ends the server: politely, and with SIGKILL when it does not listen. Answers whether one was there.

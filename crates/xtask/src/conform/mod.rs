@@ -159,7 +159,7 @@ impl Conform {
         command: &Path,
     ) -> Result<Ended> {
         let folder = tempfile::tempdir()?;
-        let address = server.map(|server| server.url.as_str());
+        let address = server.map(|server| server.url_of_the_suite.as_str());
         let url = mode.url(address, folder.path().to_str().context("a temporary folder with a name in UTF-8")?);
         let at_once = match self.level.as_str() {
             "conformance" => mode.pace.parallel,

@@ -1,5 +1,7 @@
 //! Every mode of every adapter, as data. A mode is an endpoint's settings; the suite runs on each.
 
+use crate::brokers::with_settings;
+
 /// One mode.
 pub(crate) struct Mode {
     /// In commands, and what the report calls it.
@@ -121,11 +123,7 @@ impl Mode {
     pub(crate) fn url(&self, server: Option<&str>, folder: &str) -> String {
         match server {
             None => self.settings.replace("{folder}", folder),
-            Some(server) if self.settings.is_empty() => server.to_owned(),
-            Some(server) => {
-                let separator = if server.contains('?') { '&' } else { '?' };
-                format!("{server}{separator}{}", self.settings)
-            }
+            Some(server) => with_settings(server, self.settings),
         }
     }
 }

@@ -109,7 +109,7 @@ impl Faults {
 }
 
 fn one(mode: &Mode, server: &Endpoint, faults: &[String], seed: u64, report: &Path, command: &Path) -> Result<()> {
-    let url = mode.url(Some(&server.url), "");
+    let url = mode.url(Some(&server.url_of_the_suite), "");
     let mut run = suite(mode, &url, server.stands_in_for.as_deref(), mode.pace.trials, command)?;
     run.args(["--level", "reliability", "--case", "faults/*", "--seed", &seed.to_string()]);
     run.args(faults).arg("--report").arg(report);

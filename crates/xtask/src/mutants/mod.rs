@@ -198,7 +198,7 @@ impl Mutants {
             let server = server.context("a server that was started has an address")?;
             Ok(Stage {
                 mode,
-                url: mode.url(Some(&server.url), ""),
+                url: mode.url(Some(&server.url_of_the_suite), ""),
                 faults: disturb::arguments(instance, Some(name), true)?,
             })
         });
