@@ -80,6 +80,8 @@ async fn refused(bus: &Bus, name: &str, kind: ErrorKind, next: &mut u32, stored:
                 stored.insert(number);
             }
         }
+        // Thousands would be stored by then.
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
