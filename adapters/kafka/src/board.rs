@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll, Waker};
 
-use anybroker_core::{Confirms, Error, ErrorKind, PublishOutcome};
+use anybroker_core::{Confirms, Error, ErrorKind, Login, PublishOutcome};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -22,6 +22,8 @@ pub(crate) struct Board {
     on_their_way: AtomicUsize,
     failures: AtomicU64,
     replacements: AtomicU64,
+    /// Where the credentials come from: a refusal of them may pass.
+    login: Option<Login>,
     /// Why the cluster lets this client in no more, until something is stored again.
     refusal: Mutex<Option<String>>,
     is_refused: AtomicBool,
@@ -58,6 +60,10 @@ struct Slot {
 }
 
 impl Board {
+    pub(crate) fn new(login: Option<Login>) -> Arc<Self> {
+        Arc::new(Self { login, ..Self::default() })
+    }
+
     pub(crate) fn open(self: &Arc<Self>, count: usize) -> Answers {
         let mut slots = self.slots.lock();
         let slot = match slots.free.pop() {
@@ -105,7 +111,7 @@ impl Board {
     /// The outcome of what has none in time.
     fn late(&self) -> Error {
         match &*self.refusal.lock() {
-            Some(refusal) => refused_meanwhile(refusal),
+            Some(refusal) => refused_meanwhile(refusal, self.login.as_ref()),
             None => Error::new(ErrorKind::Timeout, "publish", "no confirm from the broker in time"),
         }
     }

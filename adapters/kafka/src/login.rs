@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
-use anybroker_core::{Credentials, Error, ErrorKind, Login, Result};
+use anybroker_core::{Credentials, Effect, Error, ErrorKind, Login, Result};
 use parking_lot::Mutex;
 use rdkafka::admin::AdminClient;
 use rdkafka::client::DefaultClientContext;
@@ -131,7 +131,11 @@ fn made(settings: &Settings) -> Result<(Made, Arc<Admin>)> {
 }
 
 /// What a publish without a confirm comes to when the cluster refuses the credentials: nobody knows whether it was stored before.
-pub(crate) fn refused_meanwhile(refusal: &str) -> Error {
+pub(crate) fn refused_meanwhile(refusal: &str, login: Option<&Login>) -> Error {
     let text = format!("no confirm from the broker in time; it refuses the credentials: {refusal}");
-    Error::new(ErrorKind::Unauthenticated, "publish", text).with_effect(anybroker_core::Effect::Unknown)
+    let error = Error::new(ErrorKind::Unauthenticated, "publish", text).with_effect(Effect::Unknown);
+    match login {
+        Some(login) => login.passing(error),
+        None => error,
+    }
 }

@@ -39,7 +39,7 @@ pub(crate) struct Publisher {
 
 impl Publisher {
     pub(crate) fn new(settings: &Settings) -> Result<Self> {
-        let board = Arc::new(Board::default());
+        let board = Board::new(settings.login().cloned());
         let main = Arc::new(Line::new(Recipe { settings: settings.clone(), kind: Kind::Plain(None) }, &board)?);
         Ok(Self { settings: settings.clone(), board, main, small: Mutex::default() })
     }

@@ -10,7 +10,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anybroker_core::{
-    Bus, Config, Credentials, CredentialsProvider, Error, ErrorKind, Message, Registry, Secret, SubscriptionEvent, ack,
+    Bus, Config, Credentials, CredentialsProvider, Effect, Error, ErrorKind, Message, Registry, Retry, Secret,
+    SubscriptionEvent, ack,
 };
 use anybroker_kafka::KafkaDriver;
 use common::{LONG, Server, number, numbered, publish, receive, unique};
@@ -200,7 +201,7 @@ async fn passwords_are_replaced_while_a_service_runs() {
             Err(error) => println!("{error}"),
         }
     };
-    println!("{refused}");
+    assert_eq!((refused.effect(), refused.retry()), (Effect::Unknown, Retry::Later(None)), "{refused}");
     assert!(!format!("{refused} {refused:?}").contains("secret"), "{refused:?}");
     let mut told = false;
     while !told {

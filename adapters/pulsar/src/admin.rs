@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anybroker_core::{Effect, Error, ErrorKind, Login, Result};
+use anybroker_core::{Effect, Error, ErrorKind, Login, Result, Retry};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
@@ -37,6 +37,8 @@ pub(crate) struct Admin {
 /// What the broker answered.
 pub(crate) struct Answer {
     pub(crate) status: u16,
+    /// A refusal that can pass: the provider may say other credentials.
+    may_pass: bool,
     body: Bytes,
 }
 
@@ -113,7 +115,8 @@ impl Admin {
             let status = answer.status().as_u16();
             let body = Limited::new(answer.into_body(), LARGEST).collect().await;
             let body = body.map_err(|error| failed(error.to_string(), false))?.to_bytes();
-            Ok(Answer { status, body })
+            let may_pass = self.login.as_ref().is_some_and(Login::may_change);
+            Ok(Answer { status, may_pass, body })
         };
         match tokio::time::timeout(REQUEST, asking).await {
             Ok(answer) => answer.map_err(|error: Error| error.with("admin", &self.base)),
@@ -201,8 +204,10 @@ impl Answer {
         let reason = self.reason().unwrap_or_default();
         let reason = reason.lines().next().unwrap_or_default();
         let effect = if self.status >= 500 { Effect::Unknown } else { Effect::NotDone };
-        Err(Error::new(kind, operation, format!("the admin endpoint answers {}: {reason}", self.status))
-            .with_effect(effect))
+        let text = format!("the admin endpoint answers {}: {reason}", self.status);
+        let error = Error::new(kind, operation, text).with_effect(effect);
+        let is_passing = self.may_pass && kind == ErrorKind::Unauthenticated;
+        Err(if is_passing { error.with_retry(Retry::Later(None)) } else { error })
     }
 }
 

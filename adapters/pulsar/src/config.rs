@@ -117,6 +117,14 @@ impl Settings {
         }
     }
 
+    /// A refusal can pass where there is a provider.
+    pub(crate) fn passing(&self, error: Error) -> Error {
+        match &self.login {
+            Some(login) => login.passing(error),
+            None => error,
+        }
+    }
+
     /// The provider may say other credentials when those that it said are refused.
     pub(crate) fn may_be_let_in(&self) -> bool {
         self.login.as_ref().is_some_and(Login::may_change)

@@ -82,7 +82,7 @@ impl Conn {
     ) -> Result<(Arc<Self>, Hello)> {
         let opening = Self::open_now(settings, address, through);
         match tokio::time::timeout(settings.connect_timeout, opening).await {
-            Ok(opened) => opened.map_err(|error| error.with("broker", address)),
+            Ok(opened) => opened.map_err(|error| settings.passing(error).with("broker", address)),
             Err(_) => {
                 let text = format!("no connection within {:?}", settings.connect_timeout);
                 Err(Error::new(ErrorKind::Unavailable, "connect", text).with("broker", address))

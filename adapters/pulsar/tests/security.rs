@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anybroker_core::{
-    Bus, Config, Credentials, CredentialsProvider, Effect, Error, ErrorKind, Message, Registry, Secret,
+    Bus, Config, Credentials, CredentialsProvider, Effect, Error, ErrorKind, Message, Registry, Retry, Secret,
     SubscriptionEvent, Timestamp, TopologyMode, TopologySpec, ack,
 };
 use anybroker_pulsar::PulsarDriver;
@@ -370,6 +370,7 @@ async fn tokens_that_expire_are_replaced_while_a_service_runs() {
         }
     };
     assert_eq!((refused.kind(), refused.effect()), (ErrorKind::Unauthenticated, Effect::NotDone), "{refused}");
+    assert_eq!(refused.retry(), Retry::Later(None));
     let deadline = Instant::now() + LONG;
     let mut early = Vec::new();
     loop {

@@ -1,12 +1,15 @@
 //! The SDK's clients, made of the settings.
 
+use std::error::Error as StdError;
 use std::path::Path;
 use std::time::Duration;
 
-use anybroker_core::{Error, ErrorKind, Result};
+use anybroker_core::{Error, ErrorKind, Login, Result};
+use aws_sdk_sqs::config::http::HttpResponse;
 use aws_sdk_sqs::config::retry::RetryConfig;
 use aws_sdk_sqs::config::timeout::TimeoutConfig;
 use aws_sdk_sqs::config::{BehaviorVersion, IdentityCache, Region, StalledStreamProtectionConfig};
+use aws_sdk_sqs::error::{ProvideErrorMetadata, SdkError};
 use aws_smithy_http_client::Builder as HttpBuilder;
 use aws_smithy_http_client::tls::rustls_provider::CryptoMode;
 use aws_smithy_http_client::tls::{Provider, TlsContext, TrustStore};
@@ -14,6 +17,7 @@ use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 
 use crate::config::{LONGEST_POLL, Settings};
+use crate::error::failed;
 use crate::login::{Refusals, Shown};
 
 /// How long at most before a request that was refused for its credentials is made with new ones.
@@ -26,8 +30,8 @@ pub(crate) struct Clients {
     pub(crate) queues: aws_sdk_sqs::Client,
     pub(crate) sender: aws_sdk_sqs::Client,
     pub(crate) topics: Option<Topics>,
-    /// Refused credentials may be others soon.
-    pub(crate) may_be_let_in: bool,
+    /// A provider: refused credentials may be others soon.
+    pub(crate) login: Option<Login>,
     /// The largest request that carries messages.
     pub(crate) request_bytes: usize,
 }
@@ -106,9 +110,23 @@ impl Clients {
             queues: aws_sdk_sqs::Client::from_conf(queues.build()),
             sender: aws_sdk_sqs::Client::from_conf(sender.build()),
             topics,
-            may_be_let_in: settings.login.is_some(),
+            login: settings.login.clone(),
             request_bytes: settings.message_max_bytes,
         })
+    }
+}
+
+impl Clients {
+    /// The error of a request that failed.
+    pub(crate) fn failed<E>(&self, operation: &'static str, error: &SdkError<E, HttpResponse>) -> Error
+    where
+        E: StdError + ProvideErrorMetadata + Send + Sync + 'static,
+    {
+        let error = failed(operation, error);
+        match &self.login {
+            Some(login) => login.passing(error),
+            None => error,
+        }
     }
 }
 

@@ -13,7 +13,7 @@ use futures_util::future::join_all;
 
 use crate::clients::Clients;
 use crate::codec::{Encoded, Value};
-use crate::error::{failed, failed_entry, failed_topic_entry, unmentioned};
+use crate::error::{failed_entry, failed_topic_entry, unmentioned};
 use crate::requests::seconds;
 
 /// The limit of SQS and of SNS on a batch.
@@ -128,7 +128,7 @@ async fn to_queue(clients: &Clients, url: &str, parcels: Vec<Parcel>, operation:
     let answer = match clients.sender.send_message_batch().queue_url(url).set_entries(Some(entries)).send().await {
         Ok(answer) => answer,
         Err(error) => {
-            let error = failed(operation, &error);
+            let error = clients.failed(operation, &error);
             return (0..count).map(|_| Err(error.duplicate())).collect();
         }
     };
@@ -158,7 +158,7 @@ async fn to_topic(clients: &Clients, arn: &str, parcels: Vec<Parcel>, operation:
     let answer = match request.send().await {
         Ok(answer) => answer,
         Err(error) => {
-            let error = failed(operation, &error);
+            let error = clients.failed(operation, &error);
             return (0..count).map(|_| Err(error.duplicate())).collect();
         }
     };

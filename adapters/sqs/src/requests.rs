@@ -82,7 +82,7 @@ async fn delete_ten(clients: &Clients, url: &str, leased: &[Leased]) -> Vec<Resu
                 }
                 break;
             }
-            Ok(Err(error)) => failed("settle", &error),
+            Ok(Err(error)) => clients.failed("settle", &error),
             Err(_) => Error::new(ErrorKind::Timeout, "settle", format!("no answer within {ANSWER:?}")),
         };
         may_be_done |= error.effect() == Effect::Unknown;

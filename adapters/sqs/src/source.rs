@@ -253,7 +253,7 @@ impl Source {
     async fn trouble(&self, error: Error) {
         match error.kind() {
             // The provider may say other ones next time.
-            ErrorKind::Unauthenticated if self.clients.may_be_let_in => self.degraded(&error).await,
+            ErrorKind::Unauthenticated if self.clients.login.is_some() => self.degraded(&error).await,
             ErrorKind::NotFound | ErrorKind::PermissionDenied | ErrorKind::Unauthenticated => {
                 self.inbox.fail(error.with("destination", &self.destination));
             }

@@ -12,7 +12,8 @@ use std::time::Duration;
 
 use answers::Proxy;
 use anybroker_core::{
-    Bus, Config, Credentials, CredentialsProvider, Effect, Error, ErrorKind, Registry, Secret, SubscriptionEvent, ack,
+    Bus, Config, Credentials, CredentialsProvider, Effect, Error, ErrorKind, Registry, Retry, Secret,
+    SubscriptionEvent, ack,
 };
 use anybroker_sqs::SqsDriver;
 use async_trait::async_trait;
@@ -99,6 +100,7 @@ async fn replaced(url: &str) {
     for outcome in outcomes {
         let error = outcome.unwrap_err();
         assert_eq!((error.kind(), error.effect()), (ErrorKind::Unauthenticated, Effect::NotDone), "{error}");
+        assert_eq!(error.retry(), Retry::Later(None));
     }
     let mut told = false;
     let deadline = Instant::now() + LONG;

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use tokio::time::Instant;
 
 use crate::config::{Config, Secret};
-use crate::{Effect, Error, ErrorKind, Result};
+use crate::{Effect, Error, ErrorKind, Result, Retry};
 
 /// What a service shows a broker of itself. No form of it prints a secret.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -309,6 +309,14 @@ impl Login {
         asked.ask().await.map_err(|error| unavailable(&error))
     }
 
+    /// A refusal that can pass, where the provider may say other credentials: then it may be tried again
+    /// [later](Retry::Later).
+    #[must_use]
+    pub fn passing(&self, error: Error) -> Error {
+        let may_pass = error.kind() == ErrorKind::Unauthenticated && self.may_change();
+        if may_pass { error.with_retry(Retry::Later(None)) } else { error }
+    }
+
     /// What was shown last.
     #[must_use]
     pub fn shown(&self) -> Option<Credentials> {
@@ -384,6 +392,10 @@ mod tests {
         assert_eq!(started.elapsed(), ASKED_AGAIN);
         tokio::time::advance(HOLDS).await;
         assert_eq!(login.recent().await.unwrap(), token("3"));
+        let retry = |login: &Login, kind| login.passing(Error::new(kind, "publish", "no")).retry();
+        assert_eq!(retry(&login, ErrorKind::Unauthenticated), Retry::Later(None));
+        assert_eq!(retry(&login, ErrorKind::PermissionDenied), Retry::Never);
+        assert_eq!(retry(&Login::fixed(token("x")), ErrorKind::Unauthenticated), Retry::Never);
     }
 
     #[tokio::test(start_paused = true)]
