@@ -24,6 +24,7 @@ mod progress;
 mod publisher;
 mod reader;
 mod reading;
+mod renewal;
 mod settle;
 mod state;
 mod stream;

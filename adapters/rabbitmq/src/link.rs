@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anybroker_core::{Effect, Error, ErrorKind, Result, Retry};
+use anybroker_core::{Credentials, Effect, Error, ErrorKind, Result, Retry, Secret};
 use futures_util::StreamExt;
 use lapin::uri::{AMQPUri, AMQPUserInfo};
 use lapin::{Channel, Connection, ConnectionProperties, Event};
@@ -19,6 +19,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use crate::config::Settings;
 use crate::credentials::{refused, unprovided, user_and_password};
 use crate::error::{failed, late, unconnected};
+use crate::renewal::renew;
 
 /// How soon a failed connection is tried again, at first and at most.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
@@ -62,23 +63,33 @@ impl Link {
         *current = None;
         let connected = self.connect(operation, deadline).await;
         *self.trouble.lock() = connected.as_ref().err().map(Error::duplicate);
-        let connection = Arc::new(connected?);
+        let (connection, token) = connected?;
+        let connection = Arc::new(connection);
+        if let Some(token) = token {
+            tokio::spawn(renew(Arc::downgrade(&connection), self.settings.login.clone(), token));
+        }
         *current = Some(Arc::clone(&connection));
         Ok(connection)
     }
 
-    async fn connect(&self, operation: &'static str, deadline: Instant) -> Result<Connection> {
+    /// Answers the token too, where one was shown.
+    async fn connect(&self, operation: &'static str, deadline: Instant) -> Result<(Connection, Option<Secret>)> {
         let addresses = self.settings.addresses();
         let deadline = deadline.min(Instant::now() + self.settings.connect_timeout);
         let (mut last, mut left) = (None, u32::try_from(addresses.len()).unwrap_or(1));
         for mut address in addresses {
-            address.authority.userinfo = self.userinfo(operation, deadline).await?;
+            let credentials = self.credentials(operation, deadline).await?;
+            let (username, password) = user_and_password(&credentials).map_err(|error| unprovided(operation, error))?;
+            address.authority.userinfo = AMQPUserInfo { username, password: password.reveal().to_owned() };
             // A host that does not answer must not use up the time of the others.
             let share = deadline.saturating_duration_since(Instant::now()) / left.max(1);
             left = left.saturating_sub(1);
             let host = format!("{}:{}", address.authority.host, address.authority.port);
             let error = match timeout(share, self.reach(address)).await {
-                Ok(Ok(connection)) => return Ok(connection),
+                Ok(Ok(connection)) => {
+                    let token = matches!(credentials, Credentials::Token(_)).then_some(password);
+                    return Ok((connection, token));
+                }
                 Ok(Err(error)) => error,
                 Err(_) => unanswered(&host, share).await,
             };
@@ -88,14 +99,11 @@ impl Link {
     }
 
     /// Asked anew for each connection. Where there is no answer, there is none for another host either.
-    async fn userinfo(&self, operation: &'static str, deadline: Instant) -> Result<AMQPUserInfo> {
+    async fn credentials(&self, operation: &'static str, deadline: Instant) -> Result<Credentials> {
         let told = timeout_at(deadline, self.settings.login.now()).await.unwrap_or_else(|_| {
             Err(Error::new(ErrorKind::Timeout, operation, "the provider of the credentials gave no answer in time"))
         });
-        let (username, password) = told
-            .and_then(|credentials| user_and_password(&credentials))
-            .map_err(|error| unprovided(operation, error))?;
-        Ok(AMQPUserInfo { username, password: password.reveal().to_owned() })
+        told.map_err(|error| unprovided(operation, error))
     }
 
     async fn reach(&self, address: AMQPUri) -> Result<Connection> {

@@ -6,18 +6,19 @@ mod common;
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anybroker_core::{
     Bus, Config, Credentials, CredentialsProvider, Effect, Error, ErrorKind, Message, PublishOptions, PublishOutcome,
-    Registry, Result, Secret, Subscriber, SubscriptionEvent,
+    Registry, Result, Secret, Subscriber, SubscriptionEvent, TopologySpec,
 };
 use anybroker_rabbitmq::RabbitDriver;
 use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
+use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use common::server::{OwnServer, free_ports};
 use common::{LONG, nothing, number, unique};
 use parking_lot::Mutex;
+use rcgen::{KeyPair, SigningKey};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -35,13 +36,19 @@ struct Server {
 
 impl Server {
     fn start() -> Option<Self> {
+        Self::start_with(PLUGINS, |_| String::new())
+    }
+
+    /// With more plugins, and what they need.
+    fn start_with(plugins: &str, settings: impl FnOnce(&Path) -> String) -> Option<Self> {
         let [clients, admin] = free_ports();
-        let own = OwnServer::start(&[clients, admin], PLUGINS, |folder| {
+        let own = OwnServer::start(&[clients, admin], plugins, |folder| {
             std::fs::write(folder.join("definitions.json"), DEFINITIONS).unwrap();
-            format!(
-                "listeners.tcp.1 = 127.0.0.1:{clients}\nmanagement.tcp.ip = 127.0.0.1\nmanagement.tcp.port = {admin}\n\
+            settings(folder)
+                + &format!(
+                    "listeners.tcp.1 = 127.0.0.1:{clients}\nmanagement.tcp.ip = 127.0.0.1\nmanagement.tcp.port = {admin}\n\
                  load_definitions = /srv/definitions.json\ndisk_free_limit.absolute = 200MB\nlog.file.level = warning\n"
-            )
+                )
         })?;
         Some(Self { own, clients, admin })
     }
@@ -138,6 +145,8 @@ async fn refused(bus: &Bus, name: &str, kind: ErrorKind, next: &mut u32, stored:
                 stored.insert(number);
             }
         }
+        // Thousands would be stored by then.
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
@@ -297,4 +306,79 @@ async fn connecting_for_the_first_time_tells_at_once_what_is_wrong() {
         assert!(!format!("{error:?}").contains("MARKER"), "{error:?}");
     }
     connect(with(Ok(password_of("first", "one")))).await.unwrap().close(LONG).await.unwrap();
+}
+
+/// The two numbers of an ECDSA signature, 32 bytes each, as a JWT has them (RFC 7518, 3.4), of their ASN.1 form.
+fn plain(signature: &[u8]) -> Vec<u8> {
+    let (mut rest, mut numbers) = (&signature[2..], Vec::new());
+    for _ in 0..2 {
+        let length = usize::from(rest[1]);
+        let number = &rest[2..2 + length];
+        let digits = &number[number.len().saturating_sub(32)..];
+        numbers.extend(std::iter::repeat_n(0, 32 - digits.len()).chain(digits.iter().copied()));
+        rest = &rest[2 + length..];
+    }
+    numbers
+}
+
+/// A token for everything, as the plugin for OAuth 2 reads it (RabbitMQ, "OAuth 2.0 Authentication Backend", "Scope-to-Permission
+/// Translation"), which is over after `seconds`.
+fn token(key: &KeyPair, seconds: u64) -> Credentials {
+    let expires = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() + seconds;
+    let claims = format!(
+        r#"{{"aud": "rabbitmq", "sub": "service", "exp": {expires}, "scope": "rabbitmq.configure:*/* rabbitmq.write:*/* rabbitmq.read:*/* rabbitmq.tag:management"}}"#
+    );
+    let head = URL_SAFE_NO_PAD.encode(r#"{"alg": "ES256", "typ": "JWT", "kid": "one"}"#);
+    let signed = format!("{head}.{}", URL_SAFE_NO_PAD.encode(claims));
+    let signature = URL_SAFE_NO_PAD.encode(plain(&key.sign(signed.as_bytes()).unwrap()));
+    Credentials::Token(Secret::new(format!("{signed}.{signature}")))
+}
+
+/// Until something that has to be permitted comes out as expected; anything else is `other`.
+async fn declared(bus: &Bus, expected: std::result::Result<(), ErrorKind>, other: std::result::Result<(), ErrorKind>) {
+    let deadline = Instant::now() + LONG;
+    loop {
+        assert!(Instant::now() < deadline, "never {expected:?}");
+        let outcome = bus.declare(&TopologySpec::group(unique("new").as_str(), "g")).await;
+        let outcome = outcome.map(drop).map_err(|error| error.kind());
+        if outcome == expected {
+            return;
+        }
+        assert_eq!(outcome, other);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_token_is_replaced_on_its_connection_before_it_is_over_or_afterwards() {
+    let key = KeyPair::generate().unwrap();
+    let plugins = "[rabbitmq_management,rabbitmq_auth_backend_oauth2].\n";
+    let Some(server) = Server::start_with(plugins, |folder| {
+        std::fs::write(folder.join("key.pem"), key.public_key_pem()).unwrap();
+        "auth_backends.1 = rabbit_auth_backend_oauth2\nauth_backends.2 = rabbit_auth_backend_internal\n\
+         auth_oauth2.resource_server_id = rabbitmq\nauth_oauth2.default_key = one\n\
+         auth_oauth2.signing_keys.one = /srv/key.pem\n"
+            .to_owned()
+    }) else {
+        return;
+    };
+    let begun = Instant::now();
+    let vault = Vault(Arc::new(Mutex::new(Ok(token(&key, 5)))));
+    let bus = connect(Config::from_url(server.url("")).with_credentials(vault.clone())).await.unwrap();
+    let name = unique("tokens");
+    let mut subscriber = bus.subscribe(bus.subscription(name.as_str(), "g")).await.unwrap();
+    // Replaced in time, nobody notices.
+    vault.says(Ok(token(&key, 14)));
+    while begun.elapsed() < Duration::from_secs(8) {
+        declared(&bus, Ok(()), Ok(())).await;
+    }
+    assert_eq!(bus.describe(name.as_str()).await.unwrap().groups.len(), 1);
+    // Too late: refused meanwhile.
+    declared(&bus, Err(ErrorKind::PermissionDenied), Ok(())).await;
+    vault.says(Ok(token(&key, 3_600)));
+    declared(&bus, Ok(()), Err(ErrorKind::PermissionDenied)).await;
+    send(&bus, &name, 0, LONG).await.unwrap();
+    drain(&mut subscriber, &BTreeSet::from([0])).await;
+    assert_eq!(bus.describe(name.as_str()).await.unwrap().groups.len(), 1);
+    subscriber.close(LONG).await.unwrap();
+    bus.close(LONG).await.unwrap();
 }
