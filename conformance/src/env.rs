@@ -26,7 +26,7 @@ pub(crate) struct Env {
     /// Which faults are to happen.
     pub(crate) schedule: Schedule,
     /// The server, where cases may do something to it. It is restored after the case.
-    server: Option<Arc<Watched>>,
+    server: Result<Arc<Watched>, String>,
     /// Begins every name; no other case, and no other run, has it.
     scope: String,
     seed: u64,
@@ -238,8 +238,11 @@ impl Env {
     }
 
     /// The server that cases may kill, freeze, fill and lock.
-    pub(crate) fn server(&self) -> Option<Arc<dyn ServerControl>> {
-        self.server.clone().map(|server| server as Arc<dyn ServerControl>)
+    pub(crate) fn server(&self) -> Proof<Arc<dyn ServerControl>> {
+        match &self.server {
+            Ok(server) => Ok(Arc::<Watched>::clone(server)),
+            Err(why) => Err(Breach::NotRun(why.clone())),
+        }
     }
 
     /// Undoes what the case has done to the server and left as it is, because it failed or was given up: the next case would find
@@ -249,8 +252,8 @@ impl Env {
     /// How it is left.
     pub(crate) async fn restore(&self) -> Result<(), String> {
         match &self.server {
-            Some(server) => server.restore().await,
-            None => Ok(()),
+            Ok(server) => server.restore().await,
+            Err(_) => Ok(()),
         }
     }
 

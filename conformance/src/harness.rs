@@ -88,9 +88,13 @@ pub trait Harness: Send + Sync + 'static {
         Err(NO_HTTP.into())
     }
 
-    /// The process of the server, where the harness may kill and freeze it. Nobody else may be using it.
-    fn server(&self) -> Option<Arc<dyn ServerControl>> {
-        None
+    /// The process of the server, where the harness may kill and freeze it; nobody else may be using it. Or why it may not: the
+    /// cases about that then count as not run, with that reason.
+    ///
+    /// # Errors
+    /// Why the server is left alone.
+    fn server(&self) -> std::result::Result<Arc<dyn ServerControl>, String> {
+        Err(NO_SERVER.into())
     }
 
     /// A command that starts another process, which calls [`run_child`](crate::run_child) with clients of the same broker, for
@@ -117,6 +121,8 @@ pub trait Harness: Send + Sync + 'static {
 const NO_HTTP: &str =
     "the harness names no service that is spoken to over HTTP, so that no proxy can answer in its place";
 
+const NO_SERVER: &str = "the harness has no server in its hands that it could kill, freeze, fill or lock";
+
 /// See [`Harness::about`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct About {
@@ -142,7 +148,7 @@ pub struct UrlHarness {
     disturbed: bool,
     through: Option<(Vec<Route>, ConnectThrough)>,
     http: std::result::Result<Arc<dyn HttpService>, String>,
-    server: Option<Arc<dyn ServerControl>>,
+    server: std::result::Result<Arc<dyn ServerControl>, String>,
     child: Option<Child>,
     native: std::result::Result<Arc<dyn NativeChannel>, String>,
     about: About,
@@ -165,7 +171,7 @@ impl UrlHarness {
             disturbed: false,
             through: None,
             http: Err(NO_HTTP.into()),
-            server: None,
+            server: Err(NO_SERVER.into()),
             child: None,
             native: Err("the harness has no native channel: the bare client is not known to it".into()),
             about: About::default(),
@@ -249,7 +255,7 @@ impl UrlHarness {
     /// See [`Harness::server`].
     #[must_use]
     pub fn with_server(mut self, server: Arc<dyn ServerControl>) -> Self {
-        self.server = Some(server);
+        self.server = Ok(server);
         self
     }
 
@@ -341,7 +347,7 @@ impl Harness for UrlHarness {
         self.http.clone()
     }
 
-    fn server(&self) -> Option<Arc<dyn ServerControl>> {
+    fn server(&self) -> std::result::Result<Arc<dyn ServerControl>, String> {
         self.server.clone()
     }
 

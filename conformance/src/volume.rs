@@ -164,7 +164,7 @@ pub async fn volume(harness: &dyn Harness, volume: &Volume) -> Result<VolumeRepo
     });
     let disturbing = async {
         let mut recoveries = Vec::new();
-        if let Some(server) = harness.server() {
+        if let Ok(server) = harness.server() {
             scene.allow(volume.messages / 2);
             scene.reached(&scene.confirmed, volume.messages / 3).await?;
             let wrong = |text| Error::new(ErrorKind::Unexpected, "volume", text);

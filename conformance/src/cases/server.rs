@@ -72,18 +72,14 @@ async fn frozen(env: &Env) -> Proof {
     disturbed(env, Process::Frozen).await
 }
 
-fn server(env: &Env) -> Proof<Arc<dyn ServerControl>> {
-    env.server().ok_or_else(|| Breach::NotRun("the harness may not disturb the server".into()))
-}
-
 async fn full(env: &Env) -> Proof {
     // Whether it can be told to is known before anything has begun.
-    server(env)?.relieve().await.map_err(Breach::NotRun)?;
+    env.server()?.relieve().await.map_err(Breach::NotRun)?;
     disturbed(env, Process::Full).await
 }
 
 async fn disturbed(env: &Env, process: Process) -> Proof {
-    let server = server(env)?;
+    let server = env.server()?;
     let (publishers, members) = Trial::CLIENTS;
     let mut clients = Vec::new();
     for _ in 0..publishers + members {
@@ -270,7 +266,7 @@ fn tells_so(error: &Error) -> bool {
 }
 
 async fn locked_out(env: &Env) -> Proof {
-    let server = server(env)?;
+    let server = env.server()?;
     server.let_in().await.map_err(Breach::NotRun)?;
     let (publisher, member) = (env.client().await?, env.client().await?);
     let spec = env.spec(&env.destination("d"), &env.group("g")).with_lease(short_lease(env));

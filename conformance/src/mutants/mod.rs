@@ -133,7 +133,7 @@ impl Harness for MutantHarness {
         self.inner.http()
     }
 
-    fn server(&self) -> Option<Arc<dyn ServerControl>> {
+    fn server(&self) -> std::result::Result<Arc<dyn ServerControl>, String> {
         self.inner.server()
     }
 

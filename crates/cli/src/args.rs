@@ -382,6 +382,19 @@ pub(crate) struct FaultArgs {
     /// Lets them in again, and changes nothing where they are let in
     #[arg(long, value_name = "CMD", requires = "lock_out_command")]
     pub(crate) let_in_command: Option<String>,
+    /// A fault of the server for which there is no command, and why, such as 'fill=a quota of Kafka refuses nothing': the reason
+    /// that the report gives for its cases. May be repeated
+    #[arg(long, value_name = "FAULT=WHY", value_parser = cannot)]
+    pub(crate) cannot: Vec<(ServerFault, String)>,
+}
+
+/// A fault of the server that takes a command.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub(crate) enum ServerFault {
+    Restart,
+    Pause,
+    Fill,
+    LockOut,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -481,6 +494,12 @@ pub(crate) struct CheckArgs {
 fn advertised(text: &str) -> Result<Route, String> {
     let route: Route = text.parse()?;
     if route.listen.is_some() { Ok(route) } else { Err("expected LISTEN=UPSTREAM, two addresses with ports".into()) }
+}
+
+fn cannot(text: &str) -> Result<(ServerFault, String), String> {
+    let expected = "expected restart=WHY, pause=WHY, fill=WHY or lock-out=WHY";
+    let (fault, why) = text.split_once('=').filter(|(_, why)| !why.trim().is_empty()).ok_or(expected)?;
+    Ok((ServerFault::from_str(fault, false).map_err(|_| expected)?, why.trim().to_owned()))
 }
 
 fn duration(text: &str) -> Result<Duration, String> {

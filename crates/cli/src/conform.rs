@@ -305,7 +305,7 @@ impl Harness for CommandHarness {
         self.http.clone()
     }
 
-    fn server(&self) -> Option<Arc<dyn ServerControl>> {
+    fn server(&self) -> Result<Arc<dyn ServerControl>, String> {
         self.faults.server.clone().map(|server| server as Arc<dyn ServerControl>)
     }
 

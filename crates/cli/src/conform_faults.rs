@@ -1,5 +1,6 @@
 //! What `anybroker conform` may do to the endpoint's connections and to its server.
 
+use std::collections::BTreeMap;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +12,7 @@ use async_trait::async_trait;
 use tokio::process::Command;
 use tokio::time::Instant;
 
-use crate::args::{FaultArgs, FaultsArg};
+use crate::args::{FaultArgs, FaultsArg, ServerFault};
 use crate::exit::Failure;
 
 /// How long a server that was started again may take until it serves clients.
@@ -20,6 +21,12 @@ const SERVES: Duration = Duration::from_secs(120);
 const NO_CONNECTION: &str = "the URL names no host and port that a proxy could stand in front of: a broker in this process or \
                              in a file has no connection, and an address that the client finds by itself cannot be replaced";
 
+const NO_COMMANDS: &str = "no command on the line disturbs the server: --restart-command, --pause-command, --fill-command or \
+                           --lock-out-command";
+
+const NO_SERVER: &str = "the URL names no server: a broker in this process or in a file has none that could be killed, frozen, \
+                         filled or locked";
+
 pub(crate) struct Faults {
     /// Where proxies can stand, or why none does.
     pub(crate) routes: Result<Vec<Route>, String>,
@@ -27,7 +34,8 @@ pub(crate) struct Faults {
     pub(crate) wants_proxies: bool,
     /// Whether processes of the command's own are killed.
     pub(crate) kills_clients: bool,
-    pub(crate) server: Option<Arc<Commands>>,
+    /// The server, or why it is left alone.
+    pub(crate) server: Result<Arc<Commands>, String>,
     pub(crate) level: Level,
 }
 
@@ -41,6 +49,7 @@ impl Faults {
             frozen: pair(&args.pause_command, &args.resume_command),
             full: pair(&args.fill_command, &args.relieve_command),
             locked: pair(&args.lock_out_command, &args.let_in_command),
+            cannot: args.cannot.iter().cloned().collect(),
             config: config.clone(),
         };
         let has_commands = commands.are_any();
@@ -79,7 +88,12 @@ impl Faults {
         if let (true, Err(why)) = (wants_proxies, &routes) {
             return Err(unsupported(why.clone()));
         }
-        let server = has_commands.then(|| Arc::new(commands));
+        let server = match url {
+            _ if has_commands => Ok(Arc::new(commands)),
+            _ if asks(FaultsArg::None) => Err("--faults none".to_owned()),
+            Some(url) if has_hosts(url) => Err(NO_COMMANDS.to_owned()),
+            _ => Err(NO_SERVER.to_owned()),
+        };
         let kills_clients = wants_clients || args.faults.is_empty() && !has_commands;
         Ok(Self { routes, wants_proxies, kills_clients, server, level })
     }
@@ -99,6 +113,8 @@ pub(crate) struct Commands {
     frozen: Option<(String, String)>,
     full: Option<(String, String)>,
     locked: Option<(String, String)>,
+    /// Why the others are not there, where the line says so.
+    cannot: BTreeMap<ServerFault, String>,
     config: Config,
 }
 
@@ -106,17 +122,34 @@ impl Commands {
     fn are_any(&self) -> bool {
         self.restart.is_some() || [&self.frozen, &self.full, &self.locked].into_iter().any(Option::is_some)
     }
+
+    /// Both commands of a fault, or why there are none.
+    fn pair<'a>(&self, fault: ServerFault, pair: &'a Option<(String, String)>) -> Result<&'a (String, String), String> {
+        pair.as_ref().ok_or_else(|| self.missing(fault))
+    }
+
+    fn missing(&self, fault: ServerFault) -> String {
+        let (option, done) = match fault {
+            ServerFault::Restart => ("--restart-command", "be killed and come back"),
+            ServerFault::Pause => ("--pause-command", "be frozen"),
+            ServerFault::Fill => ("--fill-command", "have no room for new messages"),
+            ServerFault::LockOut => ("--lock-out-command", "lock its clients out"),
+        };
+        let unknown = || format!("no {option} on the line, by which the server could be told to {done}");
+        self.cannot.get(&fault).cloned().unwrap_or_else(unknown)
+    }
 }
 
 #[async_trait]
 impl ServerControl for Commands {
     async fn kill(&self) -> Result<(), String> {
         // One command does both; the other half of it begins the server again.
-        self.restart.as_ref().map(|_| ()).ok_or_else(|| "no --restart-command".into())
+        self.restart.as_ref().map(|_| ()).ok_or_else(|| self.missing(ServerFault::Restart))
     }
 
     async fn restart(&self) -> Result<(), String> {
-        run("--restart-command", self.restart.as_deref().unwrap_or_default()).await?;
+        let line = self.restart.as_ref().ok_or_else(|| self.missing(ServerFault::Restart))?;
+        run("--restart-command", line).await?;
         let deadline = Instant::now() + SERVES;
         loop {
             match anybroker::connect_with(self.config.clone()).await {
@@ -130,33 +163,27 @@ impl ServerControl for Commands {
     }
 
     async fn pause(&self) -> Result<(), String> {
-        let (pause, _) = self.frozen.as_ref().ok_or("no --pause-command")?;
-        run("--pause-command", pause).await
+        run("--pause-command", &self.pair(ServerFault::Pause, &self.frozen)?.0).await
     }
 
     async fn resume(&self) -> Result<(), String> {
-        let (_, resume) = self.frozen.as_ref().ok_or("no --resume-command")?;
-        run("--resume-command", resume).await
+        run("--resume-command", &self.pair(ServerFault::Pause, &self.frozen)?.1).await
     }
 
     async fn fill(&self) -> Result<(), String> {
-        let (fill, _) = self.full.as_ref().ok_or("no --fill-command")?;
-        run("--fill-command", fill).await
+        run("--fill-command", &self.pair(ServerFault::Fill, &self.full)?.0).await
     }
 
     async fn relieve(&self) -> Result<(), String> {
-        let (_, relieve) = self.full.as_ref().ok_or("no --fill-command")?;
-        run("--relieve-command", relieve).await
+        run("--relieve-command", &self.pair(ServerFault::Fill, &self.full)?.1).await
     }
 
     async fn lock_out(&self) -> Result<(), String> {
-        let (lock_out, _) = self.locked.as_ref().ok_or("no --lock-out-command")?;
-        run("--lock-out-command", lock_out).await
+        run("--lock-out-command", &self.pair(ServerFault::LockOut, &self.locked)?.0).await
     }
 
     async fn let_in(&self) -> Result<(), String> {
-        let (_, let_in) = self.locked.as_ref().ok_or("no --lock-out-command")?;
-        run("--let-in-command", let_in).await
+        run("--let-in-command", &self.pair(ServerFault::LockOut, &self.locked)?.1).await
     }
 }
 

@@ -161,3 +161,20 @@ fn a_pattern_that_matches_no_case_is_wrong_usage() {
     assert_eq!(ran.code, Some(2));
     assert_eq!(ran.error()["kind"], "usage");
 }
+
+#[test]
+fn a_broker_without_a_server_says_that_there_is_none_to_disturb() {
+    let ran = bare(&[
+        "conform",
+        "--url",
+        "memory://",
+        "--level",
+        "reliability",
+        "--case",
+        "faults/a-server-that-is-frozen-*",
+        "--json",
+    ]);
+    let case = &ran.objects()[0];
+    assert_eq!(case["outcome"], "not_run", "{ran:?}");
+    assert!(case["detail"].as_str().is_some_and(|why| why.contains("names no server")), "{ran:?}");
+}

@@ -144,6 +144,27 @@ fn a_command_that_takes_no_room_is_noticed_and_one_that_fails_leaves_the_case_no
 }
 
 #[test]
+fn a_fault_without_a_command_is_not_run_and_says_what_is_missing_and_why() {
+    let Some(url) = url("nats", cfg!(feature = "nats")) else { return };
+    let _alone = alone_on_nats();
+    let why = |more: &[&str]| {
+        let ran = conform(&url, FULL, &[&["--pause-command", "true", "--resume-command", "true"], more].concat());
+        let case = ran.objects().swap_remove(0);
+        assert_eq!(case["outcome"], "not_run", "{ran:?}");
+        case["detail"].as_str().unwrap_or_default().to_owned()
+    };
+    let missing = why(&[]);
+    assert!(missing.contains("--fill-command") && missing.contains("no room"), "{missing}");
+    assert_eq!(why(&["--cannot", "fill=its disk has no end"]), "its disk has no end");
+    for wrong in ["fill", "fill=", "flood=of water"] {
+        let refused = conform(&url, FULL, &["--cannot", wrong]);
+        assert_eq!(refused.code, Some(2), "{wrong}: {refused:?}");
+    }
+    let undisturbed = conform(&url, FULL, &["--level", "reliability"]).objects().swap_remove(0);
+    assert!(undisturbed["detail"].to_string().contains("--restart-command"), "{undisturbed}");
+}
+
+#[test]
 fn clients_that_would_walk_round_the_proxy_are_noticed_and_go_through_the_one_that_is_named() {
     let Some(url) = url("kafka", cfg!(feature = "kafka")) else { return };
     let refused = conform(&url, CUT, &["--faults", "proxy"]);

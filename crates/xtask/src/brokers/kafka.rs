@@ -140,6 +140,15 @@ impl Recipe for Kafka {
         &[Change::LockOut, Change::LetIn]
     }
 
+    fn cannot(&self, change: Change) -> Option<&'static str> {
+        // A quota delays answers and sends no error (its documentation, "Quotas"). A log folder that cannot be written any more is
+        // given up, and with the last one the broker ends (4.3.1, LogManager.scala, `handleLogDirFailure`: "Shutdown broker because
+        // all log dirs in … have failed"), which is the fault of a server that is killed.
+        let is_of_room = matches!(change, Change::Fill | Change::Relieve);
+        is_of_room
+            .then_some("a quota of Kafka slows its clients down and refuses nothing, and a full disk ends the broker")
+    }
+
     /// By permissions: one that denies is stronger than one that allows (its documentation, "Authorization and ACLs"), and is looked
     /// for with every request, so that it meets those who are connected too. The cluster stays open: the broker itself registers
     /// there, and by it clients without a password may take the denial back.
@@ -148,7 +157,7 @@ impl Recipe for Kafka {
         match change {
             Change::LockOut => wire.add(ANYBODY, &CLIENTS, Permission::Deny),
             Change::LetIn => wire.remove(ANYBODY, &CLIENTS, Permission::Deny),
-            _ => bail!("a quota of Kafka slows its clients down, and refuses nothing"),
+            Change::Fill | Change::Relieve => bail!("Kafka has nothing that refuses what is published"),
         }
     }
 

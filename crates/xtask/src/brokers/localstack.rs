@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::{Contained, Recipe, Site, StandIn};
+use super::{Change, Contained, Recipe, Site, StandIn};
 
 /// The last version that runs on Python 3.11 (Debian 12), under the Apache licence.
 const VERSION: &str = "4.13.1";
@@ -114,6 +114,14 @@ impl Recipe for LocalStack {
     /// Its Python environment cannot be moved.
     fn stand_in(&self) -> Option<StandIn> {
         None
+    }
+
+    fn cannot(&self, change: Change) -> Option<&'static str> {
+        Some(match change {
+            Change::Fill | Change::Relieve => "LocalStack, an emulator, has no limit on what it holds",
+            // Its documentation, "IAM Policy Enforcement": off by default, and with a licence only.
+            Change::LockOut | Change::LetIn => "LocalStack, an emulator, enforces no permissions here",
+        })
     }
 
     fn probe(&self, ports: &[u16]) -> Result<()> {

@@ -94,6 +94,12 @@ pub(crate) trait Recipe: Sync {
         &[]
     }
 
+    /// Why that is not among them.
+    fn cannot(&self, change: Change) -> Option<&'static str> {
+        let _ = change;
+        None
+    }
+
     /// Tells it one of [`Recipe::changes`], and returns when it has taken effect. Undone by the opposite one; a restart undoes no more
     /// than the server forgets by itself.
     fn change(&self, site: &Site<'_>, process: &Process, change: Change) -> Result<()> {
@@ -191,6 +197,16 @@ mod tests {
             let ports: Vec<u16> = (0..recipe.port_names().len()).map(|i| 20_001 + u16::try_from(i).unwrap()).collect();
             let url = recipe.url(&ports);
             assert!(url.contains("://127.0.0.1:20001"), "{}: {url}", recipe.name());
+        }
+    }
+
+    #[test]
+    fn what_a_server_cannot_be_told_it_says_why() {
+        for recipe in RECIPES {
+            for change in [Change::Fill, Change::Relieve, Change::LockOut, Change::LetIn] {
+                let can = recipe.changes().contains(&change);
+                assert_eq!(recipe.cannot(change).is_none(), can, "{}: {change}", recipe.name());
+            }
         }
     }
 

@@ -11,7 +11,7 @@ use anyhow::{Result, ensure};
 
 use super::java::{self, Artefact};
 use super::stand_ins::Contents;
-use super::{Contained, Recipe, Site, StandIn};
+use super::{Change, Contained, Recipe, Site, StandIn};
 
 const VERSION: &str = "1.6.16";
 const ARTEFACTS: &[Artefact] = &[("org.elasticmq", "elasticmq-server_2.13", VERSION)];
@@ -80,6 +80,13 @@ impl Recipe for ElasticMq {
     /// On a Java virtual machine, which the official image is not.
     fn stand_in(&self) -> Option<StandIn> {
         Some(StandIn { contents: Contents::Folder("/opt/elasticmq/lib"), scripts: Vec::new(), entrypoint: ENTRYPOINT })
+    }
+
+    fn cannot(&self, change: Change) -> Option<&'static str> {
+        Some(match change {
+            Change::Fill | Change::Relieve => "ElasticMQ, an emulator, has no limit on what it holds",
+            Change::LockOut | Change::LetIn => "ElasticMQ, an emulator, asks nobody for credentials",
+        })
     }
 
     fn probe(&self, ports: &[u16]) -> Result<()> {

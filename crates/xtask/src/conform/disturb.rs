@@ -24,15 +24,26 @@ pub(crate) fn arguments(instance: &PrivateInstance, broker: Option<&str>, proces
     arguments.extend(["--faults".to_owned(), "process".to_owned()]);
     arguments.extend(["--pause-command".to_owned(), does("pause")]);
     arguments.extend(["--resume-command".to_owned(), does("resume")]);
-    if server.keeps_data() {
-        arguments.extend(["--restart-command".to_owned(), format!("{} && {}", does("kill"), does("restart"))]);
+    let cannot = |fault: &str, why: &str| ["--cannot".to_owned(), format!("{fault}={why}")];
+    match server.keeps_data() {
+        true => arguments.extend(["--restart-command".to_owned(), format!("{} && {}", does("kill"), does("restart"))]),
+        false => arguments.extend(cannot("restart", "the server forgets everything when it is killed")),
     }
-    if server.can(Change::Fill)? {
-        arguments.extend(["--fill-command".to_owned(), does("fill"), "--relieve-command".to_owned(), does("relieve")]);
+    match server.obstacle(Change::Fill)? {
+        None => arguments.extend([
+            "--fill-command".to_owned(),
+            does("fill"),
+            "--relieve-command".to_owned(),
+            does("relieve"),
+        ]),
+        Some(why) => arguments.extend(cannot("fill", &why)),
     }
-    if server.can(Change::LockOut)? {
-        arguments.extend(["--lock-out-command".to_owned(), does("lock-out")]);
-        arguments.extend(["--let-in-command".to_owned(), does("let-in")]);
+    match server.obstacle(Change::LockOut)? {
+        None => {
+            arguments.extend(["--lock-out-command".to_owned(), does("lock-out")]);
+            arguments.extend(["--let-in-command".to_owned(), does("let-in")]);
+        }
+        Some(why) => arguments.extend(cannot("lock-out", &why)),
     }
     Ok(arguments)
 }

@@ -1,6 +1,6 @@
 //! What a running server can be told by commands of its own.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 
 use super::super::Site;
 use super::{Body, Server};
@@ -30,17 +30,24 @@ impl std::fmt::Display for Change {
 }
 
 impl Server {
-    /// Whether it can be told to.
-    pub(crate) fn can(&self, change: Change) -> Result<bool> {
-        Ok(self.recipe.changes().contains(&change) && self.image()?.is_none())
+    /// Why it cannot be told to; none when it can.
+    pub(crate) fn obstacle(&self, change: Change) -> Result<Option<String>> {
+        if !self.recipe.changes().contains(&change) {
+            let unknown = || format!("no way is known to tell {} to {change}", self.name());
+            return Ok(Some(self.recipe.cannot(change).map_or_else(unknown, str::to_owned)));
+        }
+        let is_contained = self.image()?.is_some();
+        let why = || format!("{} runs in a container, and only a native one can be told to {change}", self.name());
+        Ok(is_contained.then(why))
     }
 
     /// Tells the running server something that is not done by a signal.
     pub(crate) fn change(&self, change: Change) -> Result<()> {
-        let Body::Process(process) = self.started()? else {
-            bail!("{} runs in a container, and only a native one can be told to {change}", self.name())
-        };
-        ensure!(self.can(change)?, "{} cannot be told to {change}", self.name());
+        let body = self.started()?;
+        if let Some(why) = self.obstacle(change)? {
+            bail!("{} cannot be told to {change}: {why}", self.name());
+        }
+        let Body::Process(process) = body else { bail!("{} is no process of this machine", self.name()) };
         let (home, ports) = (self.recipe.install(&self.cache)?, self.record()?.map(|record| record.ports));
         let site = Site { home: &home, folder: &self.folder, ports: &ports.unwrap_or_default() };
         let changed = self.recipe.change(&site, &process, change);
