@@ -113,6 +113,11 @@ impl Api {
         Self { client: link.client.clone(), denials, authentication }
     }
 
+    /// Waits while the server refuses the credentials; the reason at the deadline.
+    pub(crate) async fn passed(&self, deadline: Instant) -> Result<()> {
+        self.authentication.passed(deadline).await
+    }
+
     /// One request; the answer may be the server's own refusal.
     pub(crate) async fn ask<T: DeserializeOwned>(
         &self,
@@ -123,7 +128,7 @@ impl Api {
         let subject = format!("$JS.API.{subject}");
         let payload = if body.is_null() { Vec::new() } else { body.to_string().into_bytes() };
         let patience = Instant::now() + SECOND_LOOK;
-        self.authentication.passed(Instant::now() + REQUEST).await?;
+        self.passed(Instant::now() + REQUEST).await?;
         let answer = loop {
             let request = async_nats::Request::new().payload(payload.clone().into()).timeout(Some(REQUEST));
             let begun = Instant::now();

@@ -49,6 +49,7 @@ impl Topology {
         if let Some(route) = self.known.read().get(destination) {
             return Ok(Arc::clone(route));
         }
+        self.api.passed(deadline).await?;
         let looked_up = async {
             if self.settings.create_destinations {
                 self.ensure(destination, "publish").await.map(drop)

@@ -121,6 +121,9 @@ async fn a_service_goes_on_with_what_its_provider_says_after_its_password_was_ch
 
     server.reload(&users("{ user: alice, password: two }"));
     refused(&bus, &name, ErrorKind::Unauthenticated, &mut next, &mut stored).await;
+    // A destination that was not published to yet is refused in the same way.
+    let error = send(&bus, unique("other").as_str(), 0, Duration::from_secs(2)).await.unwrap_err();
+    assert_eq!((error.kind(), error.effect()), (ErrorKind::Unauthenticated, Effect::NotDone), "{error:?}");
     let asking = bus.describe(name.as_str()).await.unwrap_err();
     assert_eq!((asking.kind(), asking.effect()), (ErrorKind::Unauthenticated, Effect::NotDone), "{asking:?}");
 

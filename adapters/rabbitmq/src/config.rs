@@ -127,7 +127,7 @@ impl Settings {
                 u64::try_from(section.integer("stream_max_mib")).unwrap_or(0) * 1_048_576,
             ),
             settle_timeout: section.duration("settle_timeout"),
-            login: section.login().cloned().unwrap_or_else(guest),
+            login: section.login().cloned().unwrap_or_else(|| guest(url.password())),
             hosts: url.hosts().to_vec(),
             heartbeat: u16::try_from(seconds).unwrap_or(u16::MAX),
             is_external: section.text("auth") == "external",

@@ -5,8 +5,9 @@ use anybroker_core::{Credentials, Effect, Error, ErrorKind, Login, Result, Retry
 const EXPECTED: &str = "user and password, or a token";
 
 /// The server's own defaults, which it takes from the loopback interface only.
-pub(crate) fn guest() -> Login {
-    Login::fixed(Credentials::Password { user: "guest".to_owned(), password: Secret::new("guest") })
+pub(crate) fn guest(password: Option<&Secret>) -> Login {
+    let password = password.cloned().unwrap_or_else(|| Secret::new("guest"));
+    Login::fixed(Credentials::Password { user: "guest".to_owned(), password })
 }
 
 /// User and password of a connection. The plugin for OAuth 2 takes a token as the password, and does not look at the user
@@ -60,7 +61,7 @@ mod tests {
     fn what_was_refused_is_tried_again_only_where_it_may_change_and_not_at_first() {
         let refusal = || Error::new(ErrorKind::Unauthenticated, "connect", "no");
         let asked = Login::asked(std::sync::Arc::new(Silent), std::time::Duration::from_secs(1));
-        let outcomes = [(&guest(), "publish"), (&asked, FIRST), (&asked, "publish")]
+        let outcomes = [(&guest(None), "publish"), (&asked, FIRST), (&asked, "publish")]
             .map(|(login, operation)| passes(&refused(login, operation, refusal())));
         assert_eq!(outcomes, [false, false, true]);
         let sealed = || Error::new(ErrorKind::NotFound, "read", "sealed");

@@ -62,8 +62,7 @@ impl Link {
         }
         *current = None;
         let connected = self.connect(operation, deadline).await;
-        *self.trouble.lock() = connected.as_ref().err().map(Error::duplicate);
-        let (connection, token) = connected?;
+        let (connection, token) = noted(&mut self.trouble.lock(), connected, deadline)?;
         let connection = Arc::new(connection);
         if let Some(token) = token {
             tokio::spawn(renew(Arc::downgrade(&connection), self.settings.login.clone(), token));
@@ -181,6 +180,19 @@ async fn unanswered(host: &str, share: Duration) -> Error {
     Error::new(kind, "connect", text).with_effect(Effect::NotDone)
 }
 
+/// Keeps why an attempt failed. One that was cut short by the deadline tells less than the one before it.
+fn noted<T>(trouble: &mut Option<Error>, attempt: Result<T>, deadline: Instant) -> Result<T> {
+    match (&attempt, &*trouble) {
+        (Err(error), Some(before)) if error.kind() == ErrorKind::Timeout && Instant::now() >= deadline => {
+            Err(before.duplicate())
+        }
+        _ => {
+            *trouble = attempt.as_ref().err().map(Error::duplicate);
+            attempt
+        }
+    }
+}
+
 /// Whether the same attempt may succeed later.
 pub(crate) fn passes(error: &Error) -> bool {
     match error.kind() {
@@ -208,6 +220,22 @@ mod tests {
     use tokio::net::TcpListener;
 
     use super::*;
+
+    #[test]
+    fn an_attempt_that_is_cut_short_says_why_the_one_before_it_failed() {
+        let (past, future) = (Instant::now(), Instant::now() + ASKED * 20);
+        let mut trouble = None;
+        let mut kind =
+            |attempt: Result<()>, deadline| noted(&mut trouble, attempt, deadline).map_err(|error| error.kind());
+        let refused = || Err(Error::new(ErrorKind::Unauthenticated, "connect", "no"));
+        assert_eq!(kind(Err(late("publish")), past), Err(ErrorKind::Timeout));
+        assert_eq!(kind(refused(), future), Err(ErrorKind::Unauthenticated));
+        assert_eq!(kind(Err(late("publish")), past), Err(ErrorKind::Unauthenticated));
+        // A whole attempt is another reason.
+        assert_eq!(kind(Err(late("publish")), future), Err(ErrorKind::Timeout));
+        assert_eq!(kind(Ok(()), future), Ok(()));
+        assert!(trouble.is_none());
+    }
 
     #[tokio::test]
     async fn an_address_where_nobody_listens_is_unavailable_and_one_that_is_silent_is_late() {
