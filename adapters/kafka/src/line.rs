@@ -32,7 +32,6 @@ pub(crate) struct Line {
 /// nothing any more, and is replaced.
 struct Current {
     recipe: Recipe,
-    runtime: Handle,
     made: Mutex<Made>,
     /// One with a transaction is not replaced: what it held of the transaction is gone with it.
     is_replaced: bool,
@@ -52,6 +51,8 @@ struct Faults {
 pub(crate) struct Recipe {
     pub(crate) settings: Settings,
     pub(crate) kind: Kind,
+    /// Where the provider of the credentials is asked.
+    pub(crate) runtime: Handle,
 }
 
 /// What a client is for.
@@ -74,14 +75,13 @@ impl Recipe {
 impl Line {
     pub(crate) fn new(recipe: Recipe, board: &Arc<Board>) -> Result<Self> {
         let is_replaced = matches!(recipe.kind, Kind::Plain(_));
-        let runtime = Handle::current();
-        let made = Mutex::new(Made::now(&recipe.settings, &runtime));
+        let made = Mutex::new(Made::now(&recipe.settings, &recipe.runtime));
         let (board, faults) = (Arc::clone(board), Arc::new(Faults::default()));
         let context = Reports { board: Arc::clone(&board), faults: Arc::clone(&faults) };
         let client =
             Client::from_config_and_context(&recipe.config(), context).map_err(|error| failed("connect", &error))?;
         let client = RwLock::new(Arc::new(client));
-        let current = Arc::new(Current { recipe, runtime, made, is_replaced, board, faults, client });
+        let current = Arc::new(Current { recipe, made, is_replaced, board, faults, client });
         let stopping = Arc::new(AtomicBool::new(false));
         let reporter = {
             let (current, stopping) = (Arc::clone(&current), Arc::clone(&stopping));
@@ -172,7 +172,7 @@ impl Current {
     }
 
     fn replace(&self, client: &Client, why: &str) {
-        let made = Made::now(&self.recipe.settings, &self.runtime);
+        let made = Made::now(&self.recipe.settings, &self.recipe.runtime);
         let context = Reports { board: Arc::clone(&self.board), faults: Arc::clone(&self.faults) };
         match Client::from_config_and_context(&self.recipe.config(), context) {
             Ok(fresh) => {

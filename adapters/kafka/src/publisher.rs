@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 use rdkafka::error::{KafkaError, RDKafkaErrorCode};
 use rdkafka::message::OwnedHeaders;
 use rdkafka::producer::{BaseRecord, Producer};
+use tokio::runtime::Handle;
 use tokio::time::Instant;
 
 use crate::board::{Answers, Board, Setbacks};
@@ -31,6 +32,7 @@ pub(crate) const TRANSACTION_BATCH: usize = 16_384;
 /// The producers of an endpoint, shared by everything that publishes on it.
 pub(crate) struct Publisher {
     settings: Settings,
+    runtime: Handle,
     board: Arc<Board>,
     main: Arc<Line>,
     /// For topics that do not take batches of the usual size: what librdkafka may put into one, and who does.
@@ -40,8 +42,10 @@ pub(crate) struct Publisher {
 impl Publisher {
     pub(crate) fn new(settings: &Settings) -> Result<Self> {
         let board = Board::new(settings.login().cloned());
-        let main = Arc::new(Line::new(Recipe { settings: settings.clone(), kind: Kind::Plain(None) }, &board)?);
-        Ok(Self { settings: settings.clone(), board, main, small: Mutex::default() })
+        let runtime = Handle::current();
+        let recipe = Recipe { settings: settings.clone(), kind: Kind::Plain(None), runtime: runtime.clone() };
+        let main = Arc::new(Line::new(recipe, &board)?);
+        Ok(Self { settings: settings.clone(), runtime, board, main, small: Mutex::default() })
     }
 
     /// The client, for metadata.
@@ -79,16 +83,18 @@ impl Publisher {
         if let Some((_, line)) = small.iter().find(|(known, _)| *known == size) {
             return Ok(Arc::clone(line));
         }
-        let recipe = Recipe { settings: self.settings.clone(), kind: Kind::Plain(Some(size)) };
-        let line = Arc::new(Line::new(recipe, &self.board)?);
+        let line = Arc::new(Line::new(self.recipe(Kind::Plain(Some(size))), &self.board)?);
         small.push((size, Arc::clone(&line)));
         Ok(line)
     }
 
     /// A client for transactions.
     pub(crate) fn transactional(&self, id: &str) -> Result<Line> {
-        let kind = Kind::Transactional(id.to_owned());
-        Line::new(Recipe { settings: self.settings.clone(), kind }, &self.board)
+        Line::new(self.recipe(Kind::Transactional(id.to_owned())), &self.board)
+    }
+
+    fn recipe(&self, kind: Kind) -> Recipe {
+        Recipe { settings: self.settings.clone(), kind, runtime: self.runtime.clone() }
     }
 
     /// Hands a batch over, in order; waits only while librdkafka's buffers are full. `routes` answers where each

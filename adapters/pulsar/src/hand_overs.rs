@@ -5,7 +5,8 @@
 //! reserved, it stores how far it reserves, for many messages at once. What lies within a reservation that is older than the
 //! member may have been handed out by another one, which may have died of it: such a message is handed out only after a note of
 //! its count is stored. So a count misses the hand-overs that nobody noted (the first one; on Shared subscriptions one of each
-//! member that was there already), and never has one too many.
+//! member that was there already). It has one too many where a member ends after the note and before the message is out: notes of
+//! one topic wait until what another one's are about is out, so that who receives one message at a time is counted right.
 //!
 //! Reservations and notes of a group lie on a topic of their own, which every member reads from its beginning.
 

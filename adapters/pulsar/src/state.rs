@@ -338,6 +338,7 @@ impl Shared {
             let lease_until = Timestamp::now().after(self.lease);
             let until = now + self.lease;
             let feeds = state.feeds.len();
+            let mut announcing = state.announcing();
             for offset in 0..feeds {
                 let index = (state.next_feed + offset) % feeds;
                 let gives_up = state.is_given_up(u32::try_from(index).expect("a subscription has few topics"));
@@ -353,7 +354,11 @@ impl Shared {
                     }
                     if let Some(count) = &mut feed.count {
                         let room = (max - received.deliveries.len()).min(self.max_in_flight - state.out);
-                        let need = count.before(&feed.ready, &state.entries, room);
+                        let may_announce = announcing.is_none_or(|other| other == index);
+                        let need = count.before(&feed.ready, &state.entries, room, may_announce);
+                        if need.announces() {
+                            announcing = Some(index);
+                        }
                         let must_wait = need.must_wait();
                         wanted.extend(need.wanted(index));
                         if must_wait {

@@ -16,7 +16,7 @@ use anybroker_core::{
 use anybroker_pulsar::PulsarDriver;
 use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
-use common::{LONG, connect, receive, try_connect, unique, url};
+use common::{LONG, QUIET, connect, receive, try_connect, unique, url};
 use ring::hmac;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::Instant;
@@ -422,4 +422,79 @@ async fn what_is_no_token_or_stands_beside_a_provider_is_a_mistake() {
     let error = Registry::new().with(PulsarDriver).connect(config).await.map(drop).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ConfigInvalid);
     assert!(error.to_string().contains("expected a token") && !error.to_string().contains("MARKER"), "{error}");
+}
+
+/// Whether it is what a member or publisher may be told that has just lost its permission: so, or that its connection to the topic ended.
+fn is_denied(error: &Error) -> bool {
+    let passes = matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Timeout);
+    assert!(passes || error.kind() == ErrorKind::PermissionDenied, "{error:?}");
+    !passes
+}
+
+/// A role that administers nothing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_loses_its_permission_at_work_is_denied_and_goes_on_when_it_has_it_again() {
+    const BOTH: &str = r#"["produce","consume"]"#;
+    let Some(secured) = secured() else { return };
+    let namespace = secured.namespace(&[("service", BOTH)]).await;
+    let owner = connect(&secured.plain(), &format!("namespace={namespace}")).await;
+    let name = unique("revoked");
+    owner.declare(&TopologySpec::group(name.as_str(), "g")).await.unwrap();
+    let service = connect(&secured.plain(), &format!("namespace={namespace}&token={}", secured.token("service"))).await;
+    let mut subscriber = service.subscribe(service.subscription(name.as_str(), "g")).await.unwrap();
+    service.send(Message::new(name.as_str(), "before")).await.unwrap();
+    let held = receive(&mut subscriber, 1).await.remove(0);
+
+    let permissions = format!("/namespaces/public/{namespace}/permissions/service");
+    secured.admin("DELETE", &permissions, "").await;
+    let deadline = Instant::now() + LONG;
+    // What the broker takes before it has heard of it is stored; what was on its way then may be.
+    let (mut stored, mut unknown) = (0, 0);
+    loop {
+        assert!(Instant::now() < deadline, "the publisher is never denied");
+        match service.send(Message::new(name.as_str(), "meanwhile")).await {
+            Ok(_) => stored += 1,
+            Err(error) if is_denied(&error) => break,
+            Err(error) => unknown += usize::from(error.effect() == Effect::Unknown),
+        }
+    }
+    loop {
+        assert!(Instant::now() < deadline, "the member is never denied");
+        match subscriber.receive(10, Duration::from_millis(200)).await {
+            Ok(deliveries) => drop(deliveries),
+            Err(error) if is_denied(&error) => break,
+            Err(_) => {}
+        }
+    }
+    drop(held);
+    let again = service.subscribe(service.subscription(name.as_str(), "g")).await.map(drop).unwrap_err();
+    assert_eq!(again.kind(), ErrorKind::PermissionDenied);
+
+    secured.admin("POST", &permissions, BOTH).await;
+    let deadline = Instant::now() + LONG;
+    while let Err(error) = service.send(Message::new(name.as_str(), "after")).await {
+        is_denied(&error);
+        assert!(Instant::now() < deadline, "{error:?}");
+    }
+    let mut subscriber = service.subscribe(service.subscription(name.as_str(), "g")).await.unwrap();
+    let (mut bodies, mut begin) = (Vec::<String>::new(), Instant::now());
+    let has = |bodies: &[String], body: &str| bodies.iter().any(|found| found == body);
+    while begin.elapsed() < QUIET || !(has(&bodies, "before") && has(&bodies, "after")) {
+        assert!(begin.elapsed() < LONG, "{bodies:?}");
+        for delivery in subscriber.receive(10, QUIET).await.unwrap() {
+            bodies.push(String::from_utf8(delivery.message().bytes().to_vec()).unwrap());
+            delivery.ack().await.unwrap();
+            begin = Instant::now();
+        }
+    }
+    let count = |body: &str| bodies.iter().filter(|found| *found == body).count();
+    assert_eq!((count("before"), count("after")), (1, 1), "{bodies:?}");
+    assert!(
+        (stored..=stored + unknown).contains(&count("meanwhile")),
+        "{stored} stored, {unknown} unknown: {bodies:?}"
+    );
+    subscriber.close(LONG).await.unwrap();
+    service.close(LONG).await.unwrap();
+    owner.delete(name.as_str(), None).await.unwrap();
+    owner.close(LONG).await.unwrap();
 }

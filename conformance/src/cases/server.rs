@@ -55,17 +55,20 @@ pub(super) const CASES: &[Case] = &[
 ];
 
 async fn killed(env: &Env) -> Proof {
-    disturbed(env, Process::Killed(vec![Duration::ZERO])).await
+    disturbed(env, Process::Killed(vec![Kill { serves: Duration::ZERO, away: Duration::ZERO }])).await
 }
 
 /// How long the server is away each time. A client that waits longer between two tries finds it there between the two at times,
 /// and at times not.
 const AWAY: std::ops::Range<u64> = 200..2_500;
+/// How long it serves in between: hardly, so that nobody is back yet, or so long that some are, or all and at work again.
+const SERVES: std::ops::Range<u64> = 0..1_500;
 
 async fn killed_again(env: &Env) -> Proof {
     let mut random = env.rng();
-    let away = (0..2).map(|_| millis(&mut random, AWAY)).collect();
-    disturbed(env, Process::Killed(away)).await
+    let first = Kill { serves: Duration::ZERO, away: millis(&mut random, AWAY) };
+    let second = Kill { away: millis(&mut random, AWAY), serves: millis(&mut random, SERVES) };
+    disturbed(env, Process::Killed(vec![first, second])).await
 }
 
 async fn frozen(env: &Env) -> Proof {
@@ -104,11 +107,20 @@ struct OfServer {
 
 /// What becomes of its process.
 enum Process {
-    /// It is killed that often, and stays away so long each time. It is killed again as soon as it serves.
-    Killed(Vec<Duration>),
+    /// It is killed that often.
+    Killed(Vec<Kill>),
     Frozen,
     /// It has no room for new messages.
     Full,
+}
+
+/// One time of several.
+#[derive(Debug)]
+struct Kill {
+    /// How long it has served before, since it was there again.
+    serves: Duration,
+    /// How long it stays away.
+    away: Duration,
 }
 
 const FROZEN_SERVER: &str = "server frozen";
@@ -123,7 +135,10 @@ const PUBLISH_TIMEOUT: Duration = Duration::from_secs(2);
 impl Disturbance for OfServer {
     fn describe(&self) -> String {
         match &self.process {
-            Process::Killed(away) => format!("{KILLED}, away for {away:?}"),
+            Process::Killed(kills) => {
+                let told = kills.iter().map(|Kill { serves, away }| format!("after {serves:?} for {away:?}"));
+                format!("{KILLED} {}", told.collect::<Vec<_>>().join(", and "))
+            }
             Process::Frozen => format!("{FROZEN_SERVER}, for {FROZEN:?}"),
             Process::Full => format!("{FULL_SERVER}, for {FULL:?}"),
         }
@@ -145,8 +160,9 @@ impl Disturbance for OfServer {
         let server = &self.server;
         Box::pin(async move {
             match &self.process {
-                Process::Killed(away) => {
-                    for away in away {
+                Process::Killed(kills) => {
+                    for Kill { serves, away } in kills {
+                        tokio::time::sleep(*serves).await;
                         of_server(env, KILLED, server.kill(), lasting(*away), server.restart()).await?;
                     }
                     Ok(())
@@ -276,8 +292,9 @@ async fn locked_out(env: &Env) -> Proof {
         Some(consumer) => consumer.take(env.at_once(5)).await?,
         None => Vec::new(),
     };
-    let begin = Instant::now();
     let publishing = async {
+        // From now on they are locked out: how long that took to be told to the server is not their time.
+        let begin = Instant::now();
         let mut told = false;
         while begin.elapsed() < LOCKED_OUT || !told && begin.elapsed() < LOCKED_OUT * 3 {
             for error in publish(&publisher, &spec).await? {
@@ -290,6 +307,7 @@ async fn locked_out(env: &Env) -> Proof {
         Ok(())
     };
     let consuming = async {
+        let begin = Instant::now();
         if let Some(first) = held.pop()
             && let Err((_, error)) = first.settle(Settlement::Ack).await?
         {

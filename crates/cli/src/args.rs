@@ -363,6 +363,9 @@ pub(crate) struct FaultArgs {
     /// sh, which may return before clients are served. It hits everybody on that server
     #[arg(long, value_name = "CMD")]
     pub(crate) restart_command: Option<String>,
+    /// Kills the server; --restart-command then only starts it again, and the cases decide how long it is away
+    #[arg(long, value_name = "CMD", requires = "restart_command")]
+    pub(crate) kill_command: Option<String>,
     /// Freezes the server (SIGSTOP, docker pause); a line for sh
     #[arg(long, value_name = "CMD", requires = "resume_command")]
     pub(crate) pause_command: Option<String>,

@@ -45,6 +45,7 @@ impl Faults {
         let asks = |kind| args.faults.contains(&kind);
         let pair = |begin: &Option<String>, over: &Option<String>| begin.clone().zip(over.clone());
         let commands = Commands {
+            kill: args.kill_command.clone(),
             restart: args.restart_command.clone(),
             frozen: pair(&args.pause_command, &args.resume_command),
             full: pair(&args.fill_command, &args.relieve_command),
@@ -109,6 +110,7 @@ fn has_hosts(url: &str) -> bool {
 
 /// The server's process, in the hands of the user's own commands.
 pub(crate) struct Commands {
+    kill: Option<String>,
     restart: Option<String>,
     frozen: Option<(String, String)>,
     full: Option<(String, String)>,
@@ -143,8 +145,12 @@ impl Commands {
 #[async_trait]
 impl ServerControl for Commands {
     async fn kill(&self) -> Result<(), String> {
-        // One command does both; the other half of it begins the server again.
-        self.restart.as_ref().map(|_| ()).ok_or_else(|| self.missing(ServerFault::Restart))
+        match (&self.kill, &self.restart) {
+            (Some(kill), _) => run("--kill-command", kill).await,
+            // One command does both; the other half of it begins the server again.
+            (None, Some(_)) => Ok(()),
+            (None, None) => Err(self.missing(ServerFault::Restart)),
+        }
     }
 
     async fn restart(&self) -> Result<(), String> {

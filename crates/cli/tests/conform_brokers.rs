@@ -115,6 +115,16 @@ fn a_server_is_restarted_by_the_command_that_its_owner_names_and_by_nothing_else
     assert!(mark.exists(), "{ran:?}");
     let case = &ran.objects()[0];
     assert!(case["outcome"] != "not_run" && case["counts"]["faults_met"] == 1, "{ran:?}");
+    let (killed, back) = (folder.path().join("killed"), folder.path().join("back"));
+    let kill = format!("{kept}'{xtask}' brokers kill nats && touch '{}'", killed.display());
+    // It starts what is dead, or fails.
+    let start =
+        format!("rm '{}' && {kept}'{xtask}' brokers restart nats && touch '{}'", killed.display(), back.display());
+    let ran = conform(&url, KILLED, &["--kill-command", &kill, "--restart-command", &start]);
+    assert!(!killed.exists() && back.exists(), "{ran:?}");
+    assert!(ran.objects()[0]["counts"]["faults_met"] == 1, "{ran:?}");
+    assert_eq!(conform(&url, KILLED, &["--kill-command", &kill]).code, Some(2), "nothing would start it again");
+
     let ran = conform(&url, KILLED, &["--faults", "none", "--level", "reliability"]);
     assert_eq!((ran.code, &ran.objects()[0]["outcome"]), (Some(1), &"not_run".into()), "{ran:?}");
 

@@ -21,6 +21,8 @@ pub(crate) struct Count {
     times: BTreeMap<Place, u32>,
     /// Something is being stored.
     is_busy: bool,
+    /// It is that messages are handed out once more.
+    is_announcing: bool,
 }
 
 /// What has to be stored.
@@ -53,6 +55,11 @@ pub(super) enum Need {
 impl Need {
     pub(super) fn must_wait(&self) -> bool {
         matches!(self, Self::Reserve(_) | Self::Note(_) | Self::Wait)
+    }
+
+    /// Whether messages are announced: it will be stored that they are handed out.
+    pub(super) fn announces(&self) -> bool {
+        matches!(self, Self::Note(_))
     }
 
     pub(super) fn wanted(self, feed: usize) -> Option<Wanted> {
@@ -89,11 +96,21 @@ impl Count {
         self.times.remove(&place);
     }
 
-    /// What the first of `ready` needs, and those behind it that need the same.
-    pub(super) fn before(&mut self, ready: &BTreeMap<Place, u64>, entries: &HashMap<u64, Entry>, room: usize) -> Need {
+    /// What the first of `ready` needs, and those behind it that need the same. `may_announce`: no other feed has announced something
+    /// that is not out yet.
+    pub(super) fn before(
+        &mut self,
+        ready: &BTreeMap<Place, u64>,
+        entries: &HashMap<u64, Entry>,
+        room: usize,
+        may_announce: bool,
+    ) -> Need {
         let Some((place, key)) = ready.first_key_value() else { return Need::Nothing };
         let at = (place.0, place.1);
         let need = if entries[key].needs_note() {
+            if !may_announce {
+                return Need::Wait;
+            }
             let keys = ready.values().take_while(|key| entries[*key].needs_note()).take(room).copied();
             Need::Note(keys.collect())
         } else if Some(at) > self.reserved {
@@ -103,7 +120,11 @@ impl Count {
         } else {
             return Need::Nothing;
         };
-        if std::mem::replace(&mut self.is_busy, true) { Need::Wait } else { need }
+        if std::mem::replace(&mut self.is_busy, true) {
+            return Need::Wait;
+        }
+        self.is_announcing = need.announces();
+        need
     }
 
     fn keep(&mut self, place: Place, times: u32) {
@@ -132,6 +153,18 @@ impl Entry {
 }
 
 impl State {
+    /// Which feed has announced messages that are not out yet. Until they are, no other one announces any: whatever the application does
+    /// with what it has got first, the others would count as handed out and never were.
+    pub(super) fn announcing(&self) -> Option<usize> {
+        self.feeds.iter().position(|feed| {
+            let Some(count) = feed.count.as_ref().filter(|_| !feed.is_cut_off() && !feed.is_leaving) else {
+                return false;
+            };
+            let is_announced = |(_, key): (&Place, &u64)| self.entries[key].is_announced();
+            count.is_announcing || feed.ready.first_key_value().is_some_and(is_announced)
+        })
+    }
+
     /// Keeps the count of what leaves this member unsettled.
     pub(super) fn keep_count(&mut self, entry: &Entry) {
         if let Some(count) = &mut self.feeds[entry.feed as usize].count
@@ -187,7 +220,7 @@ impl Shared {
 
     /// What was wanted is done with.
     pub(crate) fn stored(&self, wanted: &Wanted) {
-        self.counted(wanted.feed(), |count| count.is_busy = false);
+        self.counted(wanted.feed(), |count| (count.is_busy, count.is_announcing) = (false, false));
         self.arrived.notify_one();
         self.room.notify_waiters();
     }

@@ -128,3 +128,41 @@ fn no_more_than_the_bound_is_handed_out_whatever_has_come_and_a_settled_one_make
     shared.arrive(0, vec![arrival(7), arrival(8)]);
     assert_eq!(take().len(), 2, "what was out of a lost connection takes no room");
 }
+
+#[test]
+fn what_one_topic_announces_is_out_before_another_one_announces_something() {
+    let feeds = (0..2).map(|index| FeedState::new("d".into(), "g".into(), index == 1, index, true)).collect();
+    let shared = Shared::new(Duration::from_secs(60), 10, false, feeds);
+    let context = DeliveryContext::new("g".into(), None, Arc::new(Nobody));
+    let (conn, _inbound) = consumer();
+    let other = conn.add_consumer(2);
+    // Others may have handed everything out.
+    for feed in [0, 1] {
+        shared.reserved(feed, (1, 10_000));
+        shared.attached(feed, &conn, u64::from(feed) + 1, None);
+        shared.arrive(feed, vec![arrival(1)]);
+    }
+    let take = || {
+        let mut wanted = Vec::new();
+        let received = shared.take(1, &context, &mut wanted).unwrap();
+        (received.map_or(0, |received| received.deliveries.len()), wanted)
+    };
+    let note = |wanted: &Wanted| {
+        let Wanted::Note { keys, .. } = wanted else { panic!("a reservation is wanted") };
+        shared.noted(&shared.hand_overs(keys));
+        shared.stored(wanted);
+    };
+    let mut order = Vec::new();
+    for _ in 0..2 {
+        let (out, wanted) = take();
+        assert_eq!((out, wanted.len()), (0, 1), "only one topic announces");
+        assert!(take().1.is_empty(), "it is being stored");
+        note(&wanted[0]);
+        order.push(wanted[0].feed());
+        let (out, wanted) = take();
+        assert_eq!((out, wanted.len()), (1, 0), "what is announced is handed out before anything else is announced");
+    }
+    order.sort_unstable();
+    assert_eq!(order, [0, 1]);
+    drop(other);
+}

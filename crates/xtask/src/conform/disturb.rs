@@ -26,7 +26,10 @@ pub(crate) fn arguments(instance: &PrivateInstance, broker: Option<&str>, proces
     arguments.extend(["--resume-command".to_owned(), does("resume")]);
     let cannot = |fault: &str, why: &str| ["--cannot".to_owned(), format!("{fault}={why}")];
     match server.keeps_data() {
-        true => arguments.extend(["--restart-command".to_owned(), format!("{} && {}", does("kill"), does("restart"))]),
+        true => {
+            arguments.extend(["--kill-command".to_owned(), does("kill")]);
+            arguments.extend(["--restart-command".to_owned(), does("restart")]);
+        }
         false => arguments.extend(cannot("restart", "the server forgets everything when it is killed")),
     }
     match server.obstacle(Change::Fill)? {
