@@ -151,8 +151,8 @@ impl Admin {
     }
 
     async fn authorization(&self, operation: &'static str) -> Result<HeaderValue> {
-        let told = self.login.recent().await.and_then(|credentials| user_and_password(&credentials));
-        let (user, password) = told.map_err(|error| unprovided(operation, error))?;
+        let credentials = self.login.recent().await?;
+        let (user, password) = user_and_password(&credentials).map_err(|error| unprovided(operation, error))?;
         let credentials = STANDARD.encode(format!("{user}:{}", password.reveal()));
         let mut value = HeaderValue::from_str(&format!("Basic {credentials}")).expect("base64 is a header value");
         value.set_sensitive(true);
