@@ -41,8 +41,11 @@ pub(crate) struct Joining {
 }
 
 impl Joining {
+    /// It reads from now on, and no other one of that feeder.
     pub(crate) fn reads(&self, feeder: usize, client: &Arc<Client>) {
-        self.clients.lock().push((feeder, Arc::downgrade(client)));
+        let mut clients = self.clients.lock();
+        clients.retain(|(number, _)| *number != feeder);
+        clients.push((feeder, Arc::downgrade(client)));
     }
 
     /// For a member that is about to commit.

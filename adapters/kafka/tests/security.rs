@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anybroker_core::{
     Bus, Config, Credentials, CredentialsProvider, Effect, Error, ErrorKind, Message, Registry, Retry, Secret,
-    SubscriptionEvent, ack,
+    Settlement, Subscriber, SubscriptionEvent, ack, settle_in,
 };
 use anybroker_kafka::KafkaDriver;
 use common::{LONG, Server, number, numbered, publish, receive, unique};
@@ -171,6 +171,15 @@ fn sets_password(server: &Server, password: &str) {
     server.tool("kafka.admin.ConfigCommand", &alter);
 }
 
+/// A client of its own publishes, and the member's offsets are committed with it.
+async fn in_a_transaction(bus: &Bus, subscriber: &mut Subscriber, name: &str, number: u32) {
+    publish(bus, numbered(name, number..number + 1)).await;
+    let delivery = receive(subscriber, 1).await.remove(0);
+    let transaction = bus.begin().await.unwrap();
+    settle_in(&transaction, vec![(delivery, Settlement::Ack)]).await.remove(0).unwrap();
+    transaction.commit().await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn passwords_are_replaced_while_a_service_runs() {
     let Some(server) = Server::find() else { return };
@@ -187,6 +196,7 @@ async fn passwords_are_replaced_while_a_service_runs() {
     for outcome in ack(first).await {
         outcome.unwrap();
     }
+    in_a_transaction(&bus, &mut subscriber, &name, 100).await;
 
     // The provider does not know the new one yet.
     let old = tokio::task::spawn_blocking(move || sets_password(&server, "second-secret"));
@@ -239,6 +249,7 @@ async fn passwords_are_replaced_while_a_service_runs() {
         }
     }
     println!("received again after {:?}", begun.elapsed());
+    in_a_transaction(&bus, &mut subscriber, &name, 101).await;
     assert_eq!(bus.lag(name.as_str(), "g").await.unwrap().total(), Some(0));
     subscriber.close(LONG).await.unwrap();
     bus.delete(name.as_str(), None).await.unwrap();
