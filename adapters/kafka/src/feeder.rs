@@ -270,7 +270,7 @@ fn give_up(feeder: &Feeder, consumer: Arc<Client>) {
         leave(&consumer);
         drop(consumer);
     };
-    let thread = std::thread::Builder::new().name("anybroker-kafka-closing".into()).spawn(work);
+    let thread = std::thread::Builder::new().name("kafka-closing".into()).spawn(work);
     if let Err(error) = thread {
         tracing::error!(%error, "no thread could be started to close a member");
     }

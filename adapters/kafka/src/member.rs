@@ -152,9 +152,15 @@ impl Member {
             let _ = self.commit(consumer, &Scope::Leaving(&partitions));
         }
         self.shared.lose(self.number, &partitions);
+        self.unassign(consumer, &partitions);
+    }
+
+    /// Takes partitions out, with their companions. What is assigned can be changed step by step only, by either side; a client that
+    /// has something assigned never closes.
+    fn unassign(&self, consumer: &BaseConsumer<Self>, partitions: &[i32]) {
         let mut both = TopicPartitionList::new();
         let mut retries = self.retries.lock();
-        for partition in &partitions {
+        for partition in partitions {
             both.add_partition(&self.topic, *partition);
             if retries.remove(partition) {
                 both.add_partition(&self.own.retries, *partition);
@@ -197,12 +203,13 @@ impl ConsumerContext for Member {
     /// Not the default: it takes and gives only what Kafka names, and the companions go with it in the same step.
     fn rebalance(&self, consumer: &BaseConsumer<Self>, code: RDKafkaRespErr, partitions: &mut TopicPartitionList) {
         if self.is_given_up.load(Ordering::Acquire) {
-            let followed = match code {
-                RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS => consumer.incremental_assign(partitions),
-                // With its companions in the retry topic.
-                _ => consumer.unassign(),
-            };
-            return drop(followed);
+            if code == RDKafkaRespErr::RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS {
+                let _ = consumer.incremental_assign(partitions);
+            } else {
+                let revoked: Vec<i32> = partitions.elements().iter().map(|element| element.partition()).collect();
+                self.unassign(consumer, &revoked);
+            }
+            return;
         }
         self.has_changed.store(true, Ordering::Release);
         match code {

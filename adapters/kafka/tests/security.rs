@@ -171,6 +171,13 @@ fn sets_password(server: &Server, password: &str) {
     server.tool("kafka.admin.ConfigCommand", &alter);
 }
 
+/// Whether the client of a member that was replaced is still there.
+fn is_closing() -> bool {
+    let threads = std::fs::read_dir("/proc/self/task").unwrap();
+    let names = threads.map(|thread| std::fs::read_to_string(thread.unwrap().path().join("comm")).unwrap_or_default());
+    names.into_iter().any(|name| name.trim_end() == "kafka-closing")
+}
+
 /// A client of its own publishes, and the member's offsets are committed with it.
 async fn in_a_transaction(bus: &Bus, subscriber: &mut Subscriber, name: &str, number: u32) {
     publish(bus, numbered(name, number..number + 1)).await;
@@ -251,6 +258,11 @@ async fn passwords_are_replaced_while_a_service_runs() {
     println!("received again after {:?}", begun.elapsed());
     in_a_transaction(&bus, &mut subscriber, &name, 101).await;
     assert_eq!(bus.lag(name.as_str(), "g").await.unwrap().total(), Some(0));
+    let deadline = Instant::now() + LONG;
+    while is_closing() {
+        assert!(Instant::now() < deadline, "the member that was replaced does not end");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
     subscriber.close(LONG).await.unwrap();
     bus.delete(name.as_str(), None).await.unwrap();
     bus.close(LONG).await.unwrap();
