@@ -477,7 +477,7 @@ async fn loop_guard(env: &Env) -> Proof {
 
 async fn purge(env: &Env) -> Proof {
     // More than brokers take in one request, or let wait while they are at work on what was asked for before.
-    const MANY: usize = 100;
+    const MANY: usize = 60;
     let mut stage = Stage::new(env).await?;
     stage.bury_together(MANY).await?;
     let kept = stage.client.message(&stage.destination, "kept");
