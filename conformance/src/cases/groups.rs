@@ -3,12 +3,12 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use anybroker_core::{Start, Timestamp, TopologySpec};
+use anybroker_core::{ErrorKind, Parallelism, Settlement, Start, Timestamp, TopologySpec};
 
 use super::case;
 use crate::Case;
-use crate::case::{Proof, ensure, ensure_eq};
-use crate::consumer::{ack_all, held_ids, ids};
+use crate::case::{Breach, Proof, ensure, ensure_eq};
+use crate::consumer::{Held, ack_all, held_ids, ids, settle};
 use crate::env::Env;
 use crate::need;
 
@@ -78,6 +78,12 @@ pub(super) const CASES: &[Case] = &[
         [],
         "Revocation waits for a lane's handlers: what they ack before it is gone is settled for its next owner too.",
         acked_on_the_move
+    ),
+    case!(
+        "groups/what-was-taken-from-a-full-member-is-read-again-when-it-comes-back",
+        [],
+        "Members may come and go: what another one took while a member was full, that one reads when the other has gone.",
+        taken_while_full
     ),
 ];
 
@@ -255,7 +261,7 @@ async fn start_position(env: &Env) -> Proof {
         came.iter().find(|held| held.id() == sent[3].id().to_string()).and_then(|held| held.delivery().position());
     ack_all(came).await?;
     let Some(from) = from else {
-        return Err(crate::case::Breach::Inconclusive("deliveries tell no position to start from".into()));
+        return Err(Breach::Inconclusive("deliveries tell no position to start from".into()));
     };
     let spec = env.spec(&destination, &env.group("late")).with_start(Start::Position(from));
     let left = env.client().await?.drain(spec).await?;
@@ -288,13 +294,10 @@ async fn churn(env: &Env) -> Proof {
         visitor.close().await?;
         let held = stayer.receive(5, Duration::from_millis(100)).await?;
         acked.extend(held_ids(&held));
-        for outcome in
-            crate::consumer::settle(held.into_iter().map(|held| (held, anybroker_core::Settlement::Ack)).collect())
-                .await?
-        {
+        for outcome in settle(held.into_iter().map(|held| (held, Settlement::Ack)).collect()).await? {
             // With lanes that move, a delivery may be somebody else's by now: it is typed, and it comes again.
             if let Err((_, error)) = outcome {
-                ensure_eq!(error.kind(), anybroker_core::ErrorKind::StaleDelivery, "an ack while members come and go");
+                ensure_eq!(error.kind(), ErrorKind::StaleDelivery, "an ack while members come and go");
             }
         }
     }
@@ -324,14 +327,14 @@ async fn acked_on_the_move(env: &Env) -> Proof {
     })?;
     let mut second = second;
     if has_lanes(env) && first.lanes_lost == 0 {
-        return Err(crate::case::Breach::Inconclusive("no lane moved to the second member".into()));
+        return Err(Breach::Inconclusive("no lane moved to the second member".into()));
     }
-    let acks = held.into_iter().map(|held| (held, anybroker_core::Settlement::Ack)).collect();
+    let acks = held.into_iter().map(|held| (held, Settlement::Ack)).collect();
     let mut late = BTreeSet::new();
-    for outcome in crate::consumer::settle(acks).await? {
+    for outcome in settle(acks).await? {
         // On a machine that stood still the lane may be gone already; then the message is the other one's.
         if let Err((held, error)) = outcome {
-            ensure_eq!(error.kind(), anybroker_core::ErrorKind::StaleDelivery, "an ack while a lane moves");
+            ensure_eq!(error.kind(), ErrorKind::StaleDelivery, "an ack while a lane moves");
             late.insert(held.id());
         }
     }
@@ -342,6 +345,58 @@ async fn acked_on_the_move(env: &Env) -> Proof {
     second.silence_then_canary(&other, "the rest was acked before its lane had moved").await
 }
 
+async fn taken_while_full(env: &Env) -> Proof {
+    const ALL: usize = 60;
+    let (destination, group) = (env.destination("d"), env.group("g"));
+    let spec = || env.spec(&destination, &group).with_max_in_flight(10);
+    let (client, other) = (env.client().await?, env.client().await?);
+    let mut first = client.subscribe(spec()).await?;
+    for number in 0..ALL {
+        client.fill(&destination, format!("key {number}").as_str(), 1).await?;
+    }
+    let mut held = first.take(10).await?;
+    // It is full until the other one has something: a lane of its own, where there are lanes. Where one member works at a time,
+    // the other one gets nothing.
+    let mut second = other.subscribe(spec()).await?;
+    let deadline = tokio::time::Instant::now() + env.patience();
+    let others = loop {
+        ensure!(tokio::time::Instant::now() < deadline, "nothing came to the second member");
+        held.extend(first.receive(1, Duration::from_millis(20)).await?);
+        let came = second.receive(1, Duration::from_millis(20)).await?;
+        if !came.is_empty() || env.record.parallelism == Parallelism::One {
+            break came;
+        }
+    };
+    // It reads on, to the end of what it can get: whatever it had to stop goes on.
+    let mut acked = BTreeSet::new();
+    while !held.is_empty() {
+        acked.extend(acked_of(held).await?);
+        held = first.receive(10, env.quiet()).await?;
+    }
+    drop(others);
+    second.close().await?;
+    let deadline = tokio::time::Instant::now() + env.patience();
+    while acked.len() < ALL {
+        let late = tokio::time::Instant::now() >= deadline;
+        ensure!(!late, "{} of {ALL} came to the member that is alone again", acked.len());
+        acked.extend(acked_of(first.receive(10, env.quiet()).await?).await?);
+    }
+    first.silence_then_canary(&client, "all were acked").await
+}
+
+/// Acks them, and answers the ids of those whose lane was still the member's.
+async fn acked_of(batch: Vec<Held<'_>>) -> Proof<Vec<String>> {
+    let mut acked = held_ids(&batch);
+    let acks = batch.into_iter().map(|held| (held, Settlement::Ack)).collect();
+    for outcome in settle(acks).await? {
+        if let Err((held, error)) = outcome {
+            ensure_eq!(error.kind(), ErrorKind::StaleDelivery, "an ack while lanes move");
+            acked.retain(|id| *id != held.id());
+        }
+    }
+    Ok(acked)
+}
+
 fn has_lanes(env: &Env) -> bool {
-    matches!(env.record.parallelism, anybroker_core::Parallelism::Lanes(_))
+    matches!(env.record.parallelism, Parallelism::Lanes(_))
 }

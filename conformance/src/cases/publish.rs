@@ -189,11 +189,13 @@ async fn dropped_confirm(env: &Env) -> Proof {
 }
 
 async fn pipelined(env: &Env) -> Proof {
+    // So many that an answer overtakes another one, where each of them asks something before it goes on.
+    const BATCHES: usize = 200;
     let destination = env.destination("d");
     let client = env.client().await?;
     let spec = env.spec(&destination, &env.group("g")).with_order(anybroker_core::Order::Key);
     let mut consumer = client.subscribe(spec).await?;
-    let batches: Vec<_> = (0..30).map(|_| client.messages(&destination, "k", 3)).collect();
+    let batches: Vec<_> = (0..BATCHES).map(|_| client.messages(&destination, "k", 1)).collect();
     // Called in order, all before the first answer is waited for. Whichever is woken first goes on first, as for anybody
     // who publishes a stream of batches; the first ones of a destination may have to look it up.
     let calls: Vec<_> = batches.iter().map(|batch| client.publish(batch.clone())).collect();
@@ -205,12 +207,12 @@ async fn pipelined(env: &Env) -> Proof {
     }
     let sent: Vec<String> = batches.iter().flat_map(ids).collect();
     let mut came = Vec::new();
-    while came.len() < 90 {
-        let more = consumer.take((90 - came.len()).min(env.of_one_key(20))).await?;
+    while came.len() < BATCHES {
+        let more = consumer.take((BATCHES - came.len()).min(env.of_one_key(20))).await?;
         came.extend(held_ids(&more));
         ack_all(more).await?;
     }
-    ensure_eq!(came, sent, "the order of 30 batches on their way at once");
+    ensure_eq!(came, sent, "the order of {BATCHES} batches on their way at once");
     consumer.silence_then_canary(&client, "all were acked").await
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use anybroker_core::{Effect, ErrorKind, PublishOptions, Reason, Settlement, Verdict, settle_in};
+use anybroker_core::{Effect, ErrorKind, PublishOptions, Reason, RedriveOptions, Settlement, Verdict, settle_in};
 
 use super::case;
 use crate::Case;
@@ -54,6 +54,12 @@ pub(super) const CASES: &[Case] = &[
         [need::TRANSACTIONS, need::DEAD_LETTER],
         "A dead letter in a transaction is there when its source is settled, and not before.",
         dead_letter
+    ),
+    case!(
+        "transactions/a-letter-that-is-put-back-while-another-stands-in-one-is-gone",
+        [need::TRANSACTIONS, need::DEAD_LETTER, need::REDRIVE],
+        "What is done outside of a transaction is seen at once, whatever else stands in an open one.",
+        redriven_meanwhile
     ),
     case!(
         "transactions/after-its-end-it-takes-nothing",
@@ -213,6 +219,30 @@ async fn dead_letter(env: &Env) -> Proof {
     let letters = client.letters_until(&source, &group, 1).await?;
     ensure_eq!(ids(letters.iter().map(|letter| &letter.message)), ids(&sent), "the dead letters after the commit");
     consumer.silence_then_canary(&client, "its source is settled").await?;
+    consumer.close().await
+}
+
+async fn redriven_meanwhile(env: &Env) -> Proof {
+    let (source, group) = (env.destination("source"), env.group("g"));
+    let client = env.client().await?;
+    let mut consumer = client.subscribe(env.spec(&source, &group)).await?;
+    let sent = client.fill(&source, "k", 1).await?;
+    consumer.one().await?.dead_letter(Verdict::new(Reason::Rejected)).await?;
+    let others = client.fill(&source, "k", 1).await?;
+    let other = consumer.one().await?;
+    let mut unit = Unit::begin(&client).await?;
+    unit.settle(vec![(other, Settlement::DeadLetter(Box::new(Verdict::new(Reason::Rejected))))]).await?;
+    let report = client.redrive(&source, &group, &RedriveOptions::default()).await?;
+    ensure_eq!(report.moved, 1, "letters that were put back");
+    // It could be put back again otherwise.
+    ensure_eq!(client.letters(&source, &group).await?.len(), 0, "dead letters when the only one was put back");
+    let again = consumer.one().await?;
+    ensure_eq!(again.id(), sent[0].id().to_string(), "what was put back");
+    again.ack().await?;
+    unit.commit().await?;
+    let letters = client.letters_until(&source, &group, 1).await?;
+    ensure_eq!(ids(letters.iter().map(|letter| &letter.message)), ids(&others), "the dead letters after the commit");
+    consumer.silence_then_canary(&client, "it was put back once").await?;
     consumer.close().await
 }
 
