@@ -195,12 +195,14 @@ impl Outlet {
             channel.basic_publish(exchange, routing_key, options, &payload, properties).await?.await
         });
         let _handing = live.handing.lock();
+        let was_open = live.channel.status().connected();
         // The first poll numbers the message and hands its frames over.
         match publishing.as_mut().now_or_never() {
             None => {}
-            // Confirmed already: this thread was not running for a while.
-            Some(Ok(confirmation)) => publishing = Box::pin(std::future::ready(Ok(confirmation))),
-            Some(Err(error)) => return Err(not_done(failed(self.operation, &error))),
+            Some(Err(error)) if !was_open => return Err(not_done(failed(self.operation, &error))),
+            // Told already: this thread was not running for a while. What failed may have been written, and stored, before its
+            // connection was lost.
+            Some(told) => publishing = Box::pin(std::future::ready(told)),
         }
         let sent = Sent { publishing, board: Arc::clone(board), index, mark, room };
         // The collector ends with the last sender, which is here.
