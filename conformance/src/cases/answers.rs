@@ -2,14 +2,15 @@
 
 use std::time::Duration;
 
-use anybroker_core::{Order, SubscribeSpec};
+use anybroker_core::{Order, Settlement, SubscribeSpec};
 use rand::RngExt;
 use rand::rngs::StdRng;
 
 use super::faults::{any, disturbed_on, millis};
 use crate::case::{Breach, Proof};
+use crate::consumer::settle;
 use crate::env::Env;
-use crate::faults::{Answers, Kind, Network};
+use crate::faults::{Answers, Kind, Network, Planned, is_settling_in_a_fault};
 use crate::{Case, Level};
 
 pub(super) const CASES: &[Case] = &[
@@ -41,12 +42,45 @@ pub(super) const CASES: &[Case] = &[
 
 const ERRORS: [Answers; 2] = [Answers::Unavailable, Answers::DoneButUnavailable];
 
-/// Both errors for publishers, and for members.
+/// Both errors for publishers, and for members; before that, one for the acks of a lone member.
 async fn errors(env: &Env) -> Proof {
-    answered(env, 6, |random, number| {
+    let network = Network::open_to_answer(env).await?;
+    acked_without_an_answer(env, &network).await?;
+    answered_on(env, &network, 6, |random, number| {
         (Kind::Answered(ERRORS[number % 2]), millis(random, 300..2_500), number / 2 % 2 == 0)
     })
     .await
+}
+
+/// So long that a first answer is lost, and so short that an ack that is asked for again has one.
+const ANSWERS_LOST: Duration = Duration::from_millis(500);
+
+/// The acks of one member are done, and the answers say nothing. What it is told of them at last is true: the history says of each
+/// that was certainly not done that it has to come again.
+async fn acked_without_an_answer(env: &Env, network: &Network<'_>) -> Proof {
+    let line = network.line().await?;
+    let (publisher, member) = (env.client().await?, line.client(env).await?);
+    let spec = env.spec(&env.destination("alone"), &env.group("g"));
+    let mut consumer = member.subscribe(spec.clone()).await?;
+    let message = |number| publisher.message(&spec.destinations[0], format!("key {number}").as_str());
+    publisher.publish_ok((0..env.at_once(5)).map(message).collect()).await?;
+    let held = consumer.take(env.at_once(5)).await?;
+    let kind = Kind::Answered(Answers::DoneButUnavailable);
+    let planned = Planned { kind, lasts: ANSWERS_LOST, publishing: false, whom: 0 };
+    let settling = settle(held.into_iter().map(|held| (held, Settlement::Ack)).collect());
+    // The first is polled first: the fault has begun when the acks are asked for.
+    let ((), outcomes) = futures_util::join!(line.suffer(env, &planned), settling);
+    for outcome in outcomes? {
+        if let Err((_, error)) = outcome {
+            is_settling_in_a_fault(&error)?;
+        }
+    }
+    consumer.close().await?;
+    env.client().await?.drain(spec).await?;
+    for client in [publisher, member] {
+        client.close().await?;
+    }
+    Ok(())
 }
 
 async fn throttled(env: &Env) -> Proof {
@@ -68,12 +102,20 @@ async fn mixed(env: &Env) -> Proof {
 }
 
 async fn answered(env: &Env, count: usize, draw: impl FnMut(&mut StdRng, usize) -> (Kind, Duration, bool)) -> Proof {
-    let network = Network::open_to_answer(env).await?;
+    answered_on(env, &Network::open_to_answer(env).await?, count, draw).await
+}
+
+async fn answered_on(
+    env: &Env,
+    network: &Network<'_>,
+    count: usize,
+    draw: impl FnMut(&mut StdRng, usize) -> (Kind, Duration, bool),
+) -> Proof {
     let in_order = |spec: SubscribeSpec| match env.record.key_order.is_given() {
         true => spec.with_order(Order::Key),
         false => spec,
     };
-    disturbed_on(env, &network, in_order, count, draw).await?;
+    disturbed_on(env, network, in_order, count, draw).await?;
     match network.answered() {
         0 => Err(Breach::Inconclusive("no request came while a proxy answered in the server's place".into())),
         _ => Ok(()),
