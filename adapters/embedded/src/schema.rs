@@ -165,10 +165,14 @@ fn prepare(mut connection: Connection, path: &Path, settings: &Settings) -> Resu
 
 /// The file's version, 0 for an empty one; an error for a file that is not ours or is newer than we are.
 fn version_of(connection: &Connection) -> Result<i64, Fault> {
-    let number = |sql: &str| connection.query_row(sql, [], |row| row.get::<_, i64>(0));
-    let application = number("PRAGMA application_id")?;
-    let version = number("PRAGMA user_version")?;
-    if application != APPLICATION_ID && (version != 0 || number("SELECT count(*) FROM sqlite_schema")? != 0) {
+    // One look: another process may make the file at this moment, and of two looks the first could be before that and the second behind.
+    let (application, version, tables) = connection.query_row(
+        "SELECT (SELECT application_id FROM pragma_application_id), (SELECT user_version FROM pragma_user_version),
+            (SELECT count(*) FROM sqlite_schema)",
+        [],
+        |row| Ok((row.get::<_, i64>(0)?, row.get::<_, i64>(1)?, row.get::<_, i64>(2)?)),
+    )?;
+    if application != APPLICATION_ID && (version != 0 || tables != 0) {
         let text = "the file is another application's database; expected one of this broker, or none";
         return Err(Error::new(ErrorKind::Unexpected, "connect", text)
             .with("cause", "foreign_database")
@@ -235,4 +239,23 @@ fn wait_when_busy(connection: &mut Connection, patience: Duration) -> rusqlite::
         std::thread::sleep(Duration::from_micros(if tries < 20 { 100 } else { 1_000 }));
         true
     }))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_opens_a_new_file_at_once_is_let_in() {
+        for _ in 0..500 {
+            let folder = tempfile::tempdir().unwrap();
+            let settings = Settings::new(folder.path().join("new.db"));
+            std::thread::scope(|scope| {
+                let opening: Vec<_> =
+                    (0..6).map(|_| scope.spawn(|| open(&settings.path, &settings).map(drop))).collect();
+                opening.into_iter().for_each(|opened| opened.join().unwrap().unwrap());
+            });
+        }
+    }
 }
