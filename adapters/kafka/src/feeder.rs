@@ -79,7 +79,7 @@ impl Feeder {
         left: oneshot::Sender<()>,
     ) {
         let mut made = Made::now(&self.settings, &self.runtime);
-        let consumer = match self.join() {
+        let mut consumer = match self.join() {
             Ok(consumer) => Arc::new(consumer),
             Err(error) => {
                 let _ = started.send(Err(error));
@@ -90,7 +90,6 @@ impl Feeder {
             // Nobody wants it any more.
             self.shared.close();
         }
-        let mut consumer = consumer;
         loop {
             match self.feed(&consumer, &made) {
                 Fed::Closing => break,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anybroker_core::{Credentials, CredentialsProvider, Effect, Error, ErrorKind, Login, Result, Retry, Secret};
+use anybroker_core::{Credentials, CredentialsProvider, Effect, Error, ErrorKind, Login, Result, Secret};
 use async_nats::{Auth, AuthError, ConnectErrorKind, ConnectOptions};
 use async_trait::async_trait;
 use nkeys::KeyPair;
@@ -99,8 +99,10 @@ impl Authentication {
             return;
         }
         let error = Error::new(ErrorKind::Unauthenticated, "connect", "the server refuses the credentials");
-        let may_change = self.login.as_ref().is_some_and(Login::may_change);
-        self.trouble.send_replace(Some(if may_change { error.with_retry(Retry::Later(None)) } else { error }));
+        self.trouble.send_replace(Some(match &self.login {
+            Some(login) => login.passing(error),
+            None => error,
+        }));
     }
 
     /// The connection stands.

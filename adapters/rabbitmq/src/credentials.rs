@@ -1,6 +1,6 @@
 //! What the server is shown, and what it means when that cannot be had or is refused.
 
-use anybroker_core::{Credentials, Effect, Error, ErrorKind, Login, Result, Retry, Secret};
+use anybroker_core::{Credentials, Effect, Error, ErrorKind, Login, Result, Secret};
 
 const EXPECTED: &str = "user and password, or a token";
 
@@ -34,12 +34,10 @@ pub(crate) fn unprovided(operation: &'static str, error: Error) -> Error {
 
 /// What was refused may be let in later, where a provider may say something else by then.
 pub(crate) fn refused(login: &Login, operation: &'static str, error: Error) -> Error {
-    if error.kind() != ErrorKind::Unauthenticated {
-        return error;
+    if error.kind() == ErrorKind::Unauthenticated {
+        login.refused();
     }
-    login.refused();
-    let may_pass = login.may_change() && operation != FIRST;
-    if may_pass { error.with_retry(Retry::Later(None)) } else { error }
+    if operation == FIRST { error } else { login.passing(error) }
 }
 
 #[cfg(test)]

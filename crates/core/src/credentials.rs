@@ -110,70 +110,30 @@ impl CredentialsFile {
     }
 }
 
-/// All that a file may hold.
+/// What a file may hold: all of one of these, and nothing else.
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Entries {
-    user: Option<String>,
-    password: Option<String>,
-    token: Option<String>,
-    jwt: Option<String>,
-    seed: Option<String>,
-    access_key_id: Option<String>,
-    secret_access_key: Option<String>,
-    session_token: Option<String>,
+#[serde(untagged, deny_unknown_fields)]
+enum Entries {
+    Password { user: String, password: String },
+    Token { token: String },
+    Nkey { jwt: Option<String>, seed: String },
+    AccessKey { access_key_id: String, secret_access_key: String, session_token: Option<String> },
 }
 
 const EXPECTED: &str =
     "either user and password, or token, or seed (and jwt), or access_key_id and secret_access_key (and session_token)";
 
-impl Entries {
-    fn credentials(self) -> Option<Credentials> {
-        let secret = |text: String| Secret::new(text);
-        match self {
-            Self {
-                user: Some(user),
-                password: Some(password),
-                token: None,
-                jwt: None,
-                seed: None,
-                access_key_id: None,
-                secret_access_key: None,
-                session_token: None,
-            } => Some(Credentials::Password { user, password: secret(password) }),
-            Self {
-                user: None,
-                password: None,
-                token: Some(token),
-                jwt: None,
-                seed: None,
-                access_key_id: None,
-                secret_access_key: None,
-                session_token: None,
-            } => Some(Credentials::Token(secret(token))),
-            Self {
-                user: None,
-                password: None,
-                token: None,
-                jwt,
-                seed: Some(seed),
-                access_key_id: None,
-                secret_access_key: None,
-                session_token: None,
-            } => Some(Credentials::Nkey { jwt, seed: secret(seed) }),
-            Self {
-                user: None,
-                password: None,
-                token: None,
-                jwt: None,
-                seed: None,
-                access_key_id: Some(id),
-                secret_access_key: Some(key),
-                session_token,
-            } => {
-                Some(Credentials::AccessKey { id, secret: secret(key), session_token: session_token.map(Secret::new) })
-            }
-            _ => None,
+impl From<Entries> for Credentials {
+    fn from(entries: Entries) -> Self {
+        match entries {
+            Entries::Password { user, password } => Self::Password { user, password: Secret::new(password) },
+            Entries::Token { token } => Self::Token(Secret::new(token)),
+            Entries::Nkey { jwt, seed } => Self::Nkey { jwt, seed: Secret::new(seed) },
+            Entries::AccessKey { access_key_id: id, secret_access_key, session_token } => Self::AccessKey {
+                id,
+                secret: Secret::new(secret_access_key),
+                session_token: session_token.map(Secret::new),
+            },
         }
     }
 }
@@ -194,7 +154,7 @@ impl CredentialsProvider for CredentialsFile {
         let names: Vec<String> = table.keys().cloned().collect();
         let entries: Option<Entries> = serde_json::from_value(table.into()).ok();
         entries
-            .and_then(Entries::credentials)
+            .map(Credentials::from)
             .ok_or_else(|| wrong(format!("found the keys {}; expected {EXPECTED}", names.join(", "))))
     }
 }

@@ -157,11 +157,11 @@ impl State {
     /// with what it has got first, the others would count as handed out and never were.
     pub(super) fn announcing(&self) -> Option<usize> {
         self.feeds.iter().position(|feed| {
-            let Some(count) = feed.count.as_ref().filter(|_| !feed.is_cut_off() && !feed.is_leaving) else {
-                return false;
-            };
+            let Some(count) = &feed.count else { return false };
             let is_announced = |(_, key): (&Place, &u64)| self.entries[key].is_announced();
-            count.is_announcing || feed.ready.first_key_value().is_some_and(is_announced)
+            let announces = count.is_announcing || feed.ready.first_key_value().is_some_and(is_announced);
+            // Last, because it looks at the connection: mostly nothing is announced.
+            announces && !feed.is_leaving && !feed.is_cut_off()
         })
     }
 
