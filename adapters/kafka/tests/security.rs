@@ -5,15 +5,14 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anybroker_core::{
-    Bus, Config, Credentials, CredentialsProvider, Effect, Error, ErrorKind, Message, Registry, Retry, Secret,
-    Settlement, Subscriber, SubscriptionEvent, ack, settle_in,
+    Bus, Config, Credentials, Effect, ErrorKind, Message, Registry, Retry, Secret, Settlement, Subscriber,
+    SubscriptionEvent, ack, settle_in,
 };
 use anybroker_kafka::KafkaDriver;
+use anybroker_testing::Vault;
 use common::{LONG, Server, number, numbered, publish, receive, unique};
 use tokio::time::Instant;
 
@@ -139,28 +138,8 @@ async fn settings_that_do_not_go_together_are_refused_by_name() {
     }
 }
 
-/// Says what the test tells it to say.
-#[derive(Clone)]
-struct Vault(Arc<(Mutex<Option<&'static str>>, AtomicU32)>);
-
-impl Vault {
-    fn holding(password: &'static str) -> Self {
-        Self(Arc::new((Mutex::new(Some(password)), AtomicU32::new(0))))
-    }
-
-    fn now_holds(&self, password: Option<&'static str>) {
-        *self.0.0.lock().unwrap() = password;
-    }
-}
-
-#[async_trait::async_trait]
-impl CredentialsProvider for Vault {
-    async fn credentials(&self) -> anybroker_core::Result<Credentials> {
-        self.0.1.fetch_add(1, Ordering::SeqCst);
-        let password = *self.0.0.lock().unwrap();
-        let password = password.ok_or_else(|| Error::new(ErrorKind::NotFound, "ask the vault", "sealed"))?;
-        Ok(Credentials::Password { user: "rotated".into(), password: Secret::new(password) })
-    }
+fn rotated(password: &str) -> Credentials {
+    Credentials::Password { user: "rotated".into(), password: Secret::new(password) }
 }
 
 /// Gives the user another password, as an administrator does. Connections that exist are asked for it within seconds
@@ -192,7 +171,7 @@ async fn passwords_are_replaced_while_a_service_runs() {
     let Some(server) = Server::find() else { return };
     let Some(secured) = secured() else { return };
     sets_password(&server, "first-secret");
-    let vault = Vault::holding("first-secret");
+    let vault = Vault::saying(Ok(rotated("first-secret")));
     let url = format!("kafka://127.0.0.1:{}?partitions=2&sasl=scram_sha_256&publish_timeout=5s", secured.sasl);
     let config = || Config::from_url(url.as_str()).with_credentials(vault.clone());
     let bus = Registry::new().with(KafkaDriver).connect(config()).await.unwrap();
@@ -228,14 +207,14 @@ async fn passwords_are_replaced_while_a_service_runs() {
         // Nobody takes its ack: it comes again.
         left.extend(received.deliveries.iter().map(number));
     }
-    vault.now_holds(None);
+    vault.says(Err("sealed"));
     assert_eq!(
         Registry::new().with(KafkaDriver).connect(config()).await.map(drop).unwrap_err().kind(),
         ErrorKind::NotFound
     );
 
     let begun = Instant::now();
-    vault.now_holds(Some("second-secret"));
+    vault.says(Ok(rotated("second-secret")));
     left.extend(40..60);
     let deadline = Instant::now() + LONG * 2;
     let mut unsent: Vec<Message> = numbered(&name, 40..60);

@@ -5,43 +5,14 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anybroker_core::{
-    Bus, Config, Credentials, CredentialsProvider, Effect, Error, ErrorKind, Message, Order, PublishOptions,
-    PublishOutcome, Registry, Result, Secret, Subscriber,
-};
+use anybroker_core::{Bus, Config, Credentials, Effect, ErrorKind, Order, Registry, Result, Secret, Subscriber};
 use anybroker_nats::NatsDriver;
+use anybroker_testing::{Told, Vault, refused, send};
 use common::server::OwnServer;
 use common::{LONG, number, unique};
 use nkeys::KeyPair;
-use parking_lot::Mutex;
-
-type Told = std::result::Result<Credentials, &'static str>;
-
-/// Says what the test wants it to, after as long as it wants.
-#[derive(Clone)]
-struct Vault(Arc<Mutex<(Told, Duration)>>);
-
-impl Vault {
-    fn saying(answer: Told) -> Self {
-        Self(Arc::new(Mutex::new((answer, Duration::ZERO))))
-    }
-
-    fn says(&self, answer: Told, after: Duration) {
-        *self.0.lock() = (answer, after);
-    }
-}
-
-#[async_trait::async_trait]
-impl CredentialsProvider for Vault {
-    async fn credentials(&self) -> Result<Credentials> {
-        let (answer, after) = self.0.lock().clone();
-        tokio::time::sleep(after).await;
-        answer.map_err(|text| Error::new(ErrorKind::NotFound, "read a secret", text))
-    }
-}
 
 fn password(user: &str, password: &str) -> Credentials {
     Credentials::Password { user: user.to_owned(), password: Secret::new(password) }
@@ -54,35 +25,6 @@ fn users(users: &str) -> String {
 
 async fn connect(config: Config) -> Result<Bus> {
     Registry::new().with(NatsDriver).connect(config).await
-}
-
-async fn send(bus: &Bus, name: &str, number: u32, within: Duration) -> PublishOutcome {
-    let options = PublishOptions::default().with_timeout(within);
-    bus.submit(vec![Message::new(name, number.to_string()).with_key("k")], &options).await.await.remove(0)
-}
-
-/// Publishes numbers until one is refused with an error of that kind, and answers that. What was stored before goes to
-/// `stored`; what was handed over in the moment in which the connection was lost has no certain outcome.
-async fn refused(bus: &Bus, name: &str, kind: ErrorKind, next: &mut u32, stored: &mut BTreeSet<u32>) -> Error {
-    let deadline = Instant::now() + LONG;
-    loop {
-        assert!(Instant::now() < deadline, "never refused");
-        let begun = Instant::now();
-        let number = std::mem::replace(next, *next + 1);
-        match send(bus, name, number, Duration::from_secs(2)).await {
-            Err(error) if error.kind() == kind => {
-                assert_eq!(error.effect(), Effect::NotDone, "{error:?}");
-                assert!(begun.elapsed() < Duration::from_secs(4), "refused after {:?}", begun.elapsed());
-                return error;
-            }
-            Err(error) => assert_ne!(error.effect(), Effect::Done, "{error:?}"),
-            Ok(_) => {
-                stored.insert(number);
-            }
-        }
-        // Thousands would be stored by then.
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
 }
 
 /// Receives and acks until all of `expected` have come.
@@ -128,11 +70,11 @@ async fn a_service_goes_on_with_what_its_provider_says_after_its_password_was_ch
     assert_eq!((asking.kind(), asking.effect()), (ErrorKind::Unauthenticated, Effect::NotDone), "{asking:?}");
 
     // While the provider says nothing useful, it is as if the broker could not be reached.
-    vault.says(Err("the vault is sealed"), Duration::ZERO);
+    vault.says(Err("the vault is sealed"));
     let error = refused(&bus, &name, ErrorKind::Unavailable, &mut next, &mut stored).await;
     assert!(error.message().contains("the vault is sealed"), "{error}");
     let key = Credentials::AccessKey { id: "id".into(), secret: Secret::new("x"), session_token: None };
-    vault.says(Ok(key), Duration::ZERO);
+    vault.says(Ok(key));
     loop {
         let error = refused(&bus, &name, ErrorKind::Unavailable, &mut next, &mut stored).await;
         if error.message().contains("expected user and password") {
@@ -141,7 +83,7 @@ async fn a_service_goes_on_with_what_its_provider_says_after_its_password_was_ch
     }
 
     // It may take longer than the server waits for a client.
-    vault.says(Ok(password("alice", "two")), Duration::from_secs(2));
+    vault.says_after(Ok(password("alice", "two")), Duration::from_secs(2));
     send_five(&bus, &name, next, &mut stored).await;
     drain(&mut subscriber, &stored).await;
     assert_eq!(bus.describe(name.as_str()).await.unwrap().groups.len(), 1);

@@ -5,15 +5,14 @@ mod common;
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anybroker_core::{
-    Bus, Config, Credentials, CredentialsProvider, Effect, Error, ErrorKind, Message, Registry, Retry, Secret,
-    SubscriptionEvent, Timestamp, TopologyMode, TopologySpec, ack,
+    Bus, Config, Credentials, Effect, Error, ErrorKind, Message, Registry, Retry, Secret, SubscriptionEvent, Timestamp,
+    TopologyMode, TopologySpec, ack,
 };
 use anybroker_pulsar::PulsarDriver;
+use anybroker_testing::Vault;
 use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use common::{LONG, QUIET, connect, receive, try_connect, unique, url};
@@ -282,32 +281,6 @@ async fn who_may_produce_and_consume_works_on_what_an_administrator_has_declared
     owner.close(LONG).await.unwrap();
 }
 
-/// Says what the test tells it to say.
-#[derive(Clone, Default)]
-struct Vault(Arc<(Mutex<String>, AtomicU32)>);
-
-impl Vault {
-    fn now_holds(&self, token: &str) {
-        token.clone_into(&mut self.0.0.lock().unwrap());
-    }
-
-    fn asked(&self) -> u32 {
-        self.0.1.load(Ordering::SeqCst)
-    }
-}
-
-#[async_trait::async_trait]
-impl CredentialsProvider for Vault {
-    async fn credentials(&self) -> anybroker_core::Result<Credentials> {
-        self.0.1.fetch_add(1, Ordering::SeqCst);
-        let token = self.0.0.lock().unwrap().clone();
-        if token.is_empty() {
-            return Err(Error::new(ErrorKind::NotFound, "ask the vault", "sealed"));
-        }
-        Ok(Credentials::Token(Secret::new(token)))
-    }
-}
-
 async fn connect_with(url: &str, vault: &Vault) -> anybroker_core::Result<Bus> {
     let config = Config::from_url(url).with_credentials(vault.clone());
     Registry::new().with(PulsarDriver).connect(config).await
@@ -319,13 +292,13 @@ async fn tokens_that_expire_are_replaced_while_a_service_runs() {
     let holds = Duration::from_secs(5);
     let expiring = || {
         let end = Timestamp::now().after(holds).as_millis() / 1_000;
-        secured.token_until("admin", end)
+        Credentials::Token(Secret::new(secured.token_until("admin", end)))
     };
-    let vault = Vault::default();
+    let vault = Vault::saying(Err("sealed"));
     let sealed = connect_with(&secured.plain(), &vault).await.map(drop).unwrap_err();
     assert_eq!(sealed.kind(), ErrorKind::NotFound, "{sealed}");
 
-    vault.now_holds(&expiring());
+    vault.says(Ok(expiring()));
     let bus = connect_with(&secured.plain(), &vault).await.unwrap();
     let name = unique("rotated");
     let mut subscriber = bus.subscribe(bus.subscription(name.as_str(), "g")).await.unwrap();
@@ -339,7 +312,7 @@ async fn tokens_that_expire_are_replaced_while_a_service_runs() {
     let first = receive(&mut subscriber, 20).await;
 
     // The broker asks for another one, and nobody notices.
-    vault.now_holds(&expiring());
+    vault.says(Ok(expiring()));
     let asked = vault.asked();
     let deadline = Instant::now() + LONG;
     while vault.asked() == asked {
@@ -383,12 +356,12 @@ async fn tokens_that_expire_are_replaced_while_a_service_runs() {
     }
     drop(early);
     // A vault that is closed says nothing of a topic, whatever it answers.
-    vault.now_holds("");
+    vault.says(Err("sealed"));
     let closed = bus.send(Message::new(name.as_str(), "early")).await.unwrap_err();
     assert_eq!((closed.kind(), closed.effect()), (ErrorKind::Unavailable, Effect::NotDone), "{closed}");
     assert!(closed.to_string().contains("sealed"), "{closed}");
 
-    vault.now_holds(&secured.token("admin"));
+    vault.says(Ok(Credentials::Token(Secret::new(secured.token("admin")))));
     all_stored(bus.publish(numbers(40, 60)).await);
     let mut left: BTreeSet<String> = (40..60).map(|n: u32| n.to_string()).collect();
     let deadline = Instant::now() + LONG;
@@ -409,8 +382,8 @@ async fn tokens_that_expire_are_replaced_while_a_service_runs() {
 
 #[tokio::test]
 async fn what_is_no_token_or_stands_beside_a_provider_is_a_mistake() {
-    let config =
-        Config::from_url("pulsar://localhost?admin=http://localhost&token=x").with_credentials(Vault::default());
+    let config = Config::from_url("pulsar://localhost?admin=http://localhost&token=x")
+        .with_credentials(Vault::saying(Err("sealed")));
     let error = Registry::new().with(PulsarDriver).check(config).unwrap_err();
     assert!(error.message().contains("provider"), "{error}");
 

@@ -5,19 +5,17 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anybroker_core::{
-    Bus, Config, Credentials, CredentialsProvider, Effect, Error, ErrorKind, Message, PublishOptions, PublishOutcome,
-    Registry, Result, Secret, Subscriber, SubscriptionEvent, TopologySpec,
+    Bus, Config, Credentials, Effect, ErrorKind, Registry, Result, Secret, Subscriber, SubscriptionEvent, TopologySpec,
 };
 use anybroker_rabbitmq::RabbitDriver;
+use anybroker_testing::{Vault, refused, send};
 use base64::Engine;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use common::server::{OwnServer, free_ports};
 use common::{LONG, nothing, number, unique};
-use parking_lot::Mutex;
 use rcgen::{KeyPair, SigningKey};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -92,62 +90,12 @@ impl Server {
     }
 }
 
-/// Says what the test wants it to.
-#[derive(Clone)]
-struct Vault(Arc<Mutex<std::result::Result<Credentials, &'static str>>>);
-
-impl Vault {
-    fn holding(user: &str, password: &str) -> Self {
-        Self(Arc::new(Mutex::new(Ok(password_of(user, password)))))
-    }
-
-    fn says(&self, answer: std::result::Result<Credentials, &'static str>) {
-        *self.0.lock() = answer;
-    }
-}
-
-#[async_trait::async_trait]
-impl CredentialsProvider for Vault {
-    async fn credentials(&self) -> Result<Credentials> {
-        self.0.lock().clone().map_err(|text| Error::new(ErrorKind::NotFound, "read a secret", text))
-    }
-}
-
 fn password_of(user: &str, password: &str) -> Credentials {
     Credentials::Password { user: user.to_owned(), password: Secret::new(password) }
 }
 
 async fn connect(config: Config) -> Result<Bus> {
     Registry::new().with(RabbitDriver).connect(config).await
-}
-
-async fn send(bus: &Bus, name: &str, number: u32, within: Duration) -> PublishOutcome {
-    let options = PublishOptions::default().with_timeout(within);
-    bus.submit(vec![Message::new(name, number.to_string()).with_key("k")], &options).await.await.remove(0)
-}
-
-/// Publishes numbers until one is refused with an error of that kind, and answers that. What was stored or may be before goes
-/// to `stored`: the server closes connections a moment after it was told.
-async fn refused(bus: &Bus, name: &str, kind: ErrorKind, next: &mut u32, stored: &mut BTreeSet<u32>) -> Error {
-    let deadline = Instant::now() + LONG;
-    loop {
-        assert!(Instant::now() < deadline, "never refused");
-        let begun = Instant::now();
-        let number = std::mem::replace(next, *next + 1);
-        match send(bus, name, number, Duration::from_secs(2)).await {
-            Err(error) if error.kind() == kind => {
-                assert_eq!(error.effect(), Effect::NotDone, "{error:?}");
-                assert!(begun.elapsed() < Duration::from_secs(4), "refused after {:?}", begun.elapsed());
-                return error;
-            }
-            Err(error) => assert_ne!(error.effect(), Effect::Done, "{error:?}"),
-            Ok(_) => {
-                stored.insert(number);
-            }
-        }
-        // Thousands would be stored by then.
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
 }
 
 /// Receives and acks until all of `expected` have come.
@@ -186,7 +134,7 @@ async fn degraded(subscriber: &mut Subscriber) -> String {
 async fn a_service_goes_on_with_what_its_provider_says_after_its_password_was_changed() {
     let Some(server) = Server::start() else { return };
     server.make_user("first", "one").await;
-    let vault = Vault::holding("first", "one");
+    let vault = Vault::saying(Ok(password_of("first", "one")));
     let bus = connect(Config::from_url(server.url("")).with_credentials(vault.clone())).await.unwrap();
     let name = unique("rotated");
     let mut subscriber = bus.subscribe(bus.subscription(name.as_str(), "g")).await.unwrap();
@@ -279,7 +227,7 @@ async fn connecting_for_the_first_time_tells_at_once_what_is_wrong() {
     let Some(server) = Server::start() else { return };
     server.make_user("first", "one").await;
     let with = |credentials: std::result::Result<Credentials, &'static str>| {
-        Config::from_url(server.url("")).with_credentials(Vault(Arc::new(Mutex::new(credentials))))
+        Config::from_url(server.url("")).with_credentials(Vault::saying(credentials))
     };
     let key = Credentials::AccessKey { id: "id".into(), secret: Secret::new("MARKER"), session_token: None };
     let cases = [
@@ -362,7 +310,7 @@ async fn a_token_is_replaced_on_its_connection_before_it_is_over_or_afterwards()
         return;
     };
     let begun = Instant::now();
-    let vault = Vault(Arc::new(Mutex::new(Ok(token(&key, 5)))));
+    let vault = Vault::saying(Ok(token(&key, 5)));
     let bus = connect(Config::from_url(server.url("")).with_credentials(vault.clone())).await.unwrap();
     let name = unique("tokens");
     let mut subscriber = bus.subscribe(bus.subscription(name.as_str(), "g")).await.unwrap();

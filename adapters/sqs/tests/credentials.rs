@@ -6,46 +6,14 @@
 mod answers;
 mod common;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use answers::Proxy;
-use anybroker_core::{
-    Bus, Config, Credentials, CredentialsProvider, Effect, Error, ErrorKind, Registry, Retry, Secret,
-    SubscriptionEvent, ack,
-};
+use anybroker_core::{Bus, Config, Credentials, Effect, ErrorKind, Registry, Retry, Secret, SubscriptionEvent, ack};
 use anybroker_sqs::SqsDriver;
-use async_trait::async_trait;
+use anybroker_testing::Vault;
 use common::{LONG, host, localstack_url, nothing, numbered, publish, receive, unique, url};
-use parking_lot::Mutex;
 use tokio::time::Instant;
-
-/// Says what the test tells it to say.
-#[derive(Clone)]
-struct Vault(Arc<(Mutex<Result<Credentials, ErrorKind>>, AtomicU32)>);
-
-impl Vault {
-    fn holding(key: &str) -> Self {
-        Self(Arc::new((Mutex::new(Ok(access(key))), AtomicU32::new(0))))
-    }
-
-    fn now_holds(&self, said: Result<Credentials, ErrorKind>) {
-        *self.0.0.lock() = said;
-    }
-
-    fn asked(&self) -> u32 {
-        self.0.1.load(Ordering::SeqCst)
-    }
-}
-
-#[async_trait]
-impl CredentialsProvider for Vault {
-    async fn credentials(&self) -> anybroker_core::Result<Credentials> {
-        self.0.1.fetch_add(1, Ordering::SeqCst);
-        self.0.0.lock().clone().map_err(|kind| Error::new(kind, "ask the vault", "sealed"))
-    }
-}
 
 fn access(key: &str) -> Credentials {
     Credentials::AccessKey { id: key.into(), secret: Secret::new("of the test"), session_token: None }
@@ -77,7 +45,7 @@ async fn access_keys_are_replaced_while_topics_are_in_use() {
 async fn replaced(url: &str) {
     let proxy = Proxy::to(host(url)).await;
     proxy.lets_in("FIRST");
-    let vault = Vault::holding("FIRST");
+    let vault = Vault::saying(Ok(access("FIRST")));
     let bus = connect(&url.replace(&host(url), &proxy.address().to_string()), &vault).await.unwrap();
     let name = unique("rotated");
     let mut subscriber =
@@ -87,7 +55,7 @@ async fn replaced(url: &str) {
     assert_eq!(vault.asked(), 1, "for all these requests");
 
     // The provider knows the new ones: nobody notices.
-    vault.now_holds(Ok(access("SECOND")));
+    vault.says(Ok(access("SECOND")));
     proxy.lets_in("SECOND");
     publish(&bus, numbered(&name, 20..40)).await;
     assert!(ack(first).await.iter().all(Result::is_ok));
@@ -111,13 +79,13 @@ async fn replaced(url: &str) {
         told = received.events.iter().any(|event| matches!(event, SubscriptionEvent::Degraded { .. }));
     }
     // A vault that is closed says nothing of a queue, whatever it answers.
-    vault.now_holds(Err(ErrorKind::NotFound));
+    vault.says(Err("sealed"));
     let outcomes = bus.publish(numbered(&name, 40..41)).await;
     let error = outcomes.into_iter().next().unwrap().unwrap_err();
     assert_eq!((error.kind(), error.effect()), (ErrorKind::Unavailable, Effect::NotDone), "{error}");
     assert!(error.to_string().contains("sealed"), "{error}");
 
-    vault.now_holds(Ok(access("THIRD")));
+    vault.says(Ok(access("THIRD")));
     publish(&bus, numbered(&name, 40..60)).await;
     let third = receive(&mut subscriber, 20).await;
     assert!(ack(third).await.iter().all(Result::is_ok));
@@ -129,19 +97,19 @@ async fn replaced(url: &str) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_the_provider_says_at_first_is_told_by_connect() {
     let Some(url) = url() else { return };
-    let vault = Vault::holding("FIRST");
+    let vault = Vault::saying(Ok(access("FIRST")));
     let told = async |said| {
-        vault.now_holds(said);
+        vault.says(said);
         connect(&url, &vault).await.map(drop).unwrap_err()
     };
-    let closed = told(Err(ErrorKind::NotFound)).await;
+    let closed = told(Err("sealed")).await;
     assert_eq!(closed.kind(), ErrorKind::NotFound);
     let unfit = told(Ok(Credentials::Token(Secret::new("MARKER")))).await;
     assert_eq!(unfit.kind(), ErrorKind::ConfigInvalid);
     assert!(unfit.to_string().contains("expected an access key") && !unfit.to_string().contains("MARKER"), "{unfit}");
     let proxy = Proxy::to(host(&url)).await;
     proxy.lets_in("SECOND");
-    vault.now_holds(Ok(access("FIRST")));
+    vault.says(Ok(access("FIRST")));
     let refused = connect(&url.replace(&host(&url), &proxy.address().to_string()), &vault).await.map(drop).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::Unauthenticated);
 }
@@ -149,8 +117,8 @@ async fn what_the_provider_says_at_first_is_told_by_connect() {
 #[test]
 fn what_stands_beside_a_provider_is_a_mistake() {
     for setting in ["session_token=x", "profile=x"] {
-        let config =
-            Config::from_url(format!("sqs://localhost?region=x&{setting}")).with_credentials(Vault::holding("A"));
+        let config = Config::from_url(format!("sqs://localhost?region=x&{setting}"))
+            .with_credentials(Vault::saying(Ok(access("A"))));
         let error = Registry::new().with(SqsDriver).check(config).unwrap_err();
         assert!(error.message().contains("provider"), "{error}");
     }

@@ -1,6 +1,7 @@
 //! What the tests of several adapters share.
 #![allow(clippy::print_stdout, reason = "tests show reports, and say why they do not run")]
 
+mod credentials;
 mod suite;
 
 use std::fmt::Write as _;
@@ -12,6 +13,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use anybroker_conformance::ServerControl;
 use async_trait::async_trait;
 
+pub use credentials::{Told, Vault, refused, send};
 pub use suite::{judge, judge_faults, judge_server};
 
 /// The path of the project's `xtask` binary; `cargo xtask test` sets it.
