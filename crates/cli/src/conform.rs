@@ -197,8 +197,9 @@ impl CommandHarness {
 
 /// The command line of another process that has the same endpoint; its environment is this one's.
 fn process_of(global: &Global, config: &Config) -> Result<Vec<OsString>, String> {
-    if config.endpoint_url().is_none_or(is_without_a_place) {
-        return Err("the broker lives in this process: another one has its own".into());
+    // With a name, too: it is one within a process.
+    if config.scheme().as_deref() == Some("memory") {
+        return Err("messages lie in this process's memory: another process has its own".into());
     }
     let mut arguments: Vec<OsString> = Vec::new();
     let mut add = |flag: &str, value: OsString| arguments.extend([OsString::from(flag), value]);

@@ -74,7 +74,7 @@ impl Faults {
             return Err(Failure::Usage("faults belong to --level reliability".into()));
         }
         let url = config.endpoint_url();
-        if wants_process && url.is_none_or(|url| !has_hosts(url)) {
+        if wants_process && url.is_none_or(|url| !has_server(url)) {
             return Err(unsupported("the URL names no server that could be restarted".into()));
         }
         let routes = if asks(FaultsArg::None) {
@@ -92,7 +92,7 @@ impl Faults {
         let server = match url {
             _ if has_commands => Ok(Arc::new(commands)),
             _ if asks(FaultsArg::None) => Err("--faults none".to_owned()),
-            Some(url) if has_hosts(url) => Err(NO_COMMANDS.to_owned()),
+            Some(url) if has_server(url) => Err(NO_COMMANDS.to_owned()),
             _ => Err(NO_SERVER.to_owned()),
         };
         let kills_clients = wants_clients || args.faults.is_empty() && !has_commands;
@@ -104,8 +104,9 @@ fn unsupported(why: String) -> Failure {
     Failure::Broker(Error::new(ErrorKind::Unsupported, "conform", why))
 }
 
-fn has_hosts(url: &str) -> bool {
-    EndpointUrl::parse(url).is_ok_and(|url| !url.hosts().is_empty())
+/// The host of a broker in this process is but its name.
+fn has_server(url: &str) -> bool {
+    EndpointUrl::parse(url).is_ok_and(|url| !url.hosts().is_empty() && url.scheme() != "memory")
 }
 
 /// The server's process, in the hands of the user's own commands.

@@ -163,18 +163,18 @@ fn a_pattern_that_matches_no_case_is_wrong_usage() {
 }
 
 #[test]
-fn a_broker_without_a_server_says_that_there_is_none_to_disturb() {
-    let ran = bare(&[
-        "conform",
-        "--url",
-        "memory://",
-        "--level",
-        "reliability",
-        "--case",
-        "faults/a-server-that-is-frozen-*",
-        "--json",
-    ]);
-    let case = &ran.objects()[0];
-    assert_eq!(case["outcome"], "not_run", "{ran:?}");
-    assert!(case["detail"].as_str().is_some_and(|why| why.contains("names no server")), "{ran:?}");
+fn a_broker_in_this_process_is_said_to_have_neither_a_server_nor_other_processes() {
+    // With a name it is in this process all the same.
+    for url in ["memory://", "memory://shop"] {
+        for (case, told) in [
+            ("faults/a-server-that-is-frozen-*", "names no server"),
+            ("faults/a-publisher-whose-process-is-killed-*", "in this process's memory"),
+            ("faults/a-member-whose-process-is-killed-*", "in this process's memory"),
+        ] {
+            let ran = bare(&["conform", "--url", url, "--level", "reliability", "--case", case, "--json"]);
+            let case = &ran.objects()[0];
+            assert_eq!(case["outcome"], "not_run", "{url}: {ran:?}");
+            assert!(case["detail"].as_str().is_some_and(|why| why.contains(told)), "{url}: {ran:?}");
+        }
+    }
 }
