@@ -39,6 +39,17 @@ async fn the_timeline_of_a_broker_that_delivers_twice_shows_both_deliveries_of_t
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_summary_for_a_terminal_tells_what_befell_the_message() {
+    let report = on(mutant("double-deliver")).await;
+    let message = report.failures().next().unwrap().anomalies[0].id.clone();
+    let summary = report.summary();
+    let (_, story) = summary.split_once(&format!(" {message}\n")).unwrap_or_else(|| panic!("{summary}"));
+    let told: Vec<&str> = story.lines().take_while(|line| line.contains(" ms  client ")).collect();
+    assert!(told[0].contains("publishes it to"), "{summary}");
+    assert_eq!(told.iter().filter(|line| line.contains("gets it as delivery")).count(), 2, "{summary}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_message_that_was_nacked_and_never_came_again_stands_out() {
     let report = on(mutant("drop-on-nack")).await;
     let page = report.failures().next().unwrap().timeline().unwrap();

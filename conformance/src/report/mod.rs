@@ -253,6 +253,13 @@ impl CaseReport {
     pub fn timeline(&self) -> Option<String> {
         Some(timeline::page(self, self.history.as_deref()?))
     }
+
+    /// The same for a terminal, without the drawing: what befell the first messages that something is wrong with, a line for each
+    /// event. `None` where the history is not kept.
+    #[must_use]
+    pub fn stories(&self) -> Option<String> {
+        Some(timeline::stories(self, self.history.as_deref()?))
+    }
 }
 
 impl Report {

@@ -54,7 +54,8 @@ impl Report {
                 case.proves,
                 case.detail
             );
-            for line in case.schedule_text(&self.settings).iter().flat_map(|text| text.lines()) {
+            let more = [case.schedule_text(&self.settings), case.stories()];
+            for line in more.iter().flatten().flat_map(|text| text.lines()) {
                 let _ = writeln!(text, "    {line}");
             }
         }

@@ -4,6 +4,7 @@
 mod axis;
 mod drawing;
 mod model;
+mod told;
 mod words;
 
 use std::fmt::Write as _;
@@ -11,6 +12,7 @@ use std::fmt::Write as _;
 use crate::CaseReport;
 use crate::report::html::{document, text};
 use model::{Line, Model};
+pub(crate) use told::stories;
 
 /// Messages whose story is told.
 const STORIES: usize = 6;

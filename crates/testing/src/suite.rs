@@ -1,5 +1,6 @@
 //! The conformance suite, as a test.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anybroker_conformance::{CaseReport, Harness, Level, Options, Outcome, Report, UrlHarness, run};
@@ -14,7 +15,8 @@ const SHRINKING: usize = 8;
 const SEED: &str = "ANYBROKER_TEST_SEED";
 
 /// Runs those cases, all of them when none is named, and prints the report. `ANYBROKER_TEST_CASES` names others, and
-/// `ANYBROKER_TEST_SEED` another seed.
+/// `ANYBROKER_TEST_SEED` another seed. A report that is not green is kept with the histories and timelines of what failed, in the
+/// folder `failed-suites` beside the test's program: what fails once in a hundred runs cannot be asked again.
 ///
 /// # Panics
 /// When the report is not green, and when it cannot be made.
@@ -29,8 +31,25 @@ pub async fn judge(harness: UrlHarness, options: Options, cases: &[&str]) -> Rep
     };
     let report = run(Arc::new(harness), options).await.unwrap_or_else(|error| panic!("{error}"));
     println!("{}", report.text());
-    assert!(report.is_green(), "{}", report.summary());
+    assert!(report.is_green(), "{}\n{}", report.summary(), keep(&report));
     report
+}
+
+/// Says where it is, or why it is not.
+fn keep(report: &Report) -> String {
+    let folder = folder();
+    match report.write_dir(&folder) {
+        Ok(()) => format!("kept, with history and timeline of each: {}", folder.display()),
+        Err(error) => format!("not kept: {}: {error}", folder.display()),
+    }
+}
+
+/// One for each test, so that the last failure of each is there.
+fn folder() -> PathBuf {
+    let program = std::env::current_exe().unwrap_or_default();
+    let program_name = program.file_stem().unwrap_or_default();
+    let test = std::thread::current().name().unwrap_or("unnamed").replace("::", "-");
+    program.with_file_name("failed-suites").join(program_name).join(test)
 }
 
 /// [`judge`] for cases about connections, with one seed, which fixes what happens, not when.
