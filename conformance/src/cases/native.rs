@@ -2,11 +2,12 @@
 //!
 //! Deliveries are taken past the history: messages that no client of the suite has published would be phantoms in it.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::{
-    DeadLetterFilter, Delivery, Message, RESERVED_HEADER_PREFIX, Reason, Subscriber, TopologySpec, Verdict,
+    AckLevel, DeadLetterFilter, Delivery, Message, RESERVED_HEADER_PREFIX, Reason, Subscriber, TopologySpec, Verdict,
 };
 use tokio::time::Instant;
 
@@ -42,6 +43,12 @@ pub(super) const CASES: &[Case] = &[
         [need::DECLARE, need::DESCRIBE, need::NACK, need::DEAD_LETTER],
         "A nack, a dead letter and a redrive keep all that a foreign message holds.",
         foreign_fails
+    ),
+    case!(
+        "native/what-another-program-wrote-together-is-settled-one-by-one",
+        [need::DECLARE, need::DESCRIBE],
+        "A program may write many messages as one batch: what of it is not settled comes again, and what was confirmed does not.",
+        foreign_batch
     ),
     case!(
         "native/what-is-published-is-what-other-programs-read",
@@ -96,6 +103,41 @@ impl<'e> Stage<'e> {
         Ok(came)
     }
 
+    /// Everything that comes, at least these, until nothing has come for a while.
+    async fn receive_until_quiet(&mut self, expected: &BTreeSet<String>) -> Proof<Vec<Delivery>> {
+        let mut came = self.receive(expected.len()).await?;
+        let deadline = Instant::now() + self.env.patience();
+        while !expected.is_subset(&came.iter().map(payload).collect()) {
+            ensure!(
+                Instant::now() < deadline,
+                "of {expected:?} there came {:?}",
+                came.iter().map(payload).collect::<Vec<_>>()
+            );
+            came.extend(self.more(Duration::from_millis(200)).await?);
+        }
+        loop {
+            match self.more(self.env.quiet()).await? {
+                none if none.is_empty() => return Ok(came),
+                more => came.extend(more),
+            }
+        }
+    }
+
+    async fn more(&mut self, within: Duration) -> Proof<Vec<Delivery>> {
+        match &mut self.subscriber {
+            Some(subscriber) => Ok(self.env.bounded("receive", subscriber.receive(100, within)).await??),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// With a client of its own from here on; what the one before has out is still held.
+    async fn again(&mut self) -> Proof {
+        if let Some(subscriber) = self.subscriber.take() {
+            self.env.bounded("close", subscriber.close(self.env.patience())).await??;
+        }
+        std::mem::replace(&mut self.client, self.env.client().await?).close().await
+    }
+
     /// Nothing comes for a while, and then a message of this library does.
     async fn end(mut self) -> Proof {
         let quiet = self.env.quiet();
@@ -119,6 +161,10 @@ impl<'e> Stage<'e> {
 
 fn payload(delivery: &Delivery) -> String {
     String::from_utf8_lossy(delivery.message().bytes()).into_owned()
+}
+
+fn text_of(put: &RawMessage) -> String {
+    String::from_utf8_lossy(put.payload.as_deref().unwrap_or_default()).into_owned()
 }
 
 async fn ack_all(deliveries: Vec<Delivery>) -> Proof {
@@ -164,7 +210,7 @@ fn shapes(carries: Carries) -> Vec<RawMessage> {
 
 /// That a message holds what was put.
 fn compare(found: &Message, put: &RawMessage) -> Proof {
-    let name = String::from_utf8_lossy(put.payload.as_deref().unwrap_or_default()).into_owned();
+    let name = text_of(put);
     ensure_eq!(found.payload().map(|bytes| bytes.to_vec()), put.payload, "the payload of `{name}`");
     if put.key.is_some() {
         ensure_eq!(found.key().map(<[u8]>::to_vec), put.key, "the key of `{name}`");
@@ -194,7 +240,7 @@ fn compare_all(came: &[Delivery], put: &[RawMessage]) -> Proof {
             .iter()
             .filter(|found| found.message().payload().map(|bytes| &bytes[..]) == shape.payload.as_deref())
             .collect();
-        let name = String::from_utf8_lossy(shape.payload.as_deref().unwrap_or_default()).into_owned();
+        let name = text_of(shape);
         ensure_eq!(same.len(), 1, "how often `{name}` came");
         compare(same[0].message(), shape)?;
         ensure_eq!(same[0].attempt(), 1, "the attempt of `{name}`");
@@ -248,10 +294,7 @@ async fn garbage(env: &Env) -> Proof {
     stage.put(&put).await?;
     let came = stage.receive(put.len()).await?;
     let mut found: Vec<String> = came.iter().map(payload).collect();
-    let mut expected: Vec<String> = put
-        .iter()
-        .map(|put| String::from_utf8_lossy(put.payload.as_deref().unwrap_or_default()).into_owned())
-        .collect();
+    let mut expected: Vec<String> = put.iter().map(text_of).collect();
     found.sort_unstable();
     expected.sort_unstable();
     ensure_eq!(found, expected, "the payloads of what came");
@@ -281,6 +324,38 @@ async fn foreign_fails(env: &Env) -> Proof {
     ensure_eq!(letters.len(), 1, "dead letters");
     compare(&letters[0].message, &put)?;
     ensure_eq!(letters[0].message.id(), &id, "the id of the dead letter");
+    stage.end().await
+}
+
+async fn foreign_batch(env: &Env) -> Proof {
+    let mut stage = Stage::new(env).await?;
+    let count = env.at_once(12);
+    let put: Vec<RawMessage> = (0..count).map(|number| RawMessage::of(format!("part {number}"))).collect();
+    stage.put(&put).await?;
+    let came = stage.receive(count).await?;
+    compare_all(&came, &put)?;
+    // Every third one, beginning with the second, so that there are some before and behind what is acked.
+    let is_kept = |delivery: &Delivery| {
+        put.iter().position(|put| text_of(put) == payload(delivery)).is_some_and(|at| at % 3 == 1)
+    };
+    let (kept, acked): (Vec<_>, Vec<_>) = came.into_iter().partition(is_kept);
+    let unsettled: BTreeSet<String> = kept.iter().map(payload).collect();
+    let mut confirmed = BTreeSet::new();
+    for delivery in acked {
+        let name = payload(&delivery);
+        if delivery.ack().await? == AckLevel::Confirmed {
+            confirmed.insert(name);
+        }
+    }
+    stage.again().await?;
+    drop(kept);
+    let left = stage.receive_until_quiet(&unsettled).await?;
+    let names: Vec<String> = left.iter().map(payload).collect();
+    let different: BTreeSet<String> = names.iter().cloned().collect();
+    ensure_eq!(names.len(), different.len(), "how many came, and how many different ones: {names:?}");
+    let undone: Vec<&String> = different.intersection(&confirmed).collect();
+    ensure!(undone.is_empty(), "confirmed as acked, and came again: {undone:?}");
+    ack_all(left).await?;
     stage.end().await
 }
 
