@@ -3,6 +3,7 @@
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use anybroker_core::gate::{Gate, Pass};
 use anybroker_core::{
     Broker, Capabilities, Confirms, DeadLetterId, DeadLetterPage, DeadLetterScope, Declared, Description, Destination,
     Endpoint, Error, ErrorKind, Group, Lag, Message, PublishTerms, Result, SubscribeSpec, Subscription, TopologySpec,
@@ -16,7 +17,6 @@ use crate::api::Api;
 use crate::capabilities::{ENVELOPE, capabilities};
 use crate::config::Settings;
 use crate::dead_letter::Letters;
-use crate::gate::{Gate, Pass};
 use crate::link::Link;
 use crate::publisher::Publisher;
 use crate::state::Shared;

@@ -16,7 +16,6 @@ mod denials;
 mod desk;
 mod error;
 mod feed;
-mod gate;
 mod inbox;
 mod link;
 mod lookup;

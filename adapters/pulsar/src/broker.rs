@@ -1,9 +1,9 @@
 //! One connected endpoint: a Pulsar cluster, a tenant and a namespace.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use anybroker_core::gate::{Gate, Pass};
 use anybroker_core::{
     Broker, Capabilities, Confirms, DeadLetterId, DeadLetterPage, DeadLetterScope, Declared, Description, Destination,
     Endpoint, Error, ErrorKind, Group, Lag, Message, PublishTerms, Result, SubscribeSpec, Subscription, TopologySpec,
@@ -31,7 +31,7 @@ pub(crate) struct PulsarBroker {
     publisher: Publisher,
     letters: Letters,
     subscriptions: Mutex<Vec<Weak<Shared>>>,
-    is_closed: AtomicBool,
+    gate: Gate,
 }
 
 impl PulsarBroker {
@@ -79,15 +79,17 @@ impl PulsarBroker {
         let publisher = Publisher::new(Arc::clone(&topology));
         let letters = Letters { topology: Arc::clone(&topology) };
         let settings = settings.clone();
-        let (subscriptions, is_closed) = (Mutex::default(), AtomicBool::new(false));
-        Ok(Self { endpoint, capabilities, settings, topology, publisher, letters, subscriptions, is_closed })
+        let (subscriptions, gate) = (Mutex::default(), Gate::default());
+        Ok(Self { endpoint, capabilities, settings, topology, publisher, letters, subscriptions, gate })
     }
 
     fn open(&self, operation: &'static str) -> Result<()> {
-        if self.is_closed.load(Ordering::Acquire) {
-            return Err(Error::closed(operation).with("endpoint", &self.endpoint));
-        }
-        Ok(())
+        self.enter(operation).map(drop)
+    }
+
+    /// As long as the pass lives, a close waits.
+    fn enter(&self, operation: &'static str) -> Result<Pass<'_>> {
+        self.gate.enter().ok_or_else(|| Error::closed(operation).with("endpoint", &self.endpoint))
     }
 }
 
@@ -102,9 +104,11 @@ impl Broker for PulsarBroker {
     }
 
     async fn publish(&self, batch: Vec<Message>, terms: PublishTerms) -> Confirms {
-        if let Err(error) = self.open("publish") {
-            return Confirms::ready(batch.iter().map(|_| Err(error.duplicate())).collect());
-        }
+        // One that has begun before a close is handed over whole.
+        let _inside = match self.enter("publish") {
+            Ok(inside) => inside,
+            Err(error) => return Confirms::ready(batch.iter().map(|_| Err(error.duplicate())).collect()),
+        };
         self.publisher.publish(batch, &terms).await
     }
 
@@ -182,7 +186,7 @@ impl Broker for PulsarBroker {
     }
 
     async fn close(&self, grace: Duration) -> Result<()> {
-        if self.is_closed.swap(true, Ordering::AcqRel) {
+        if !self.gate.close() {
             return Ok(());
         }
         let deadline = Instant::now() + grace;
@@ -190,7 +194,8 @@ impl Broker for PulsarBroker {
         for shared in &open {
             shared.close(deadline);
         }
-        let mut is_done = self.topology.window.emptied(deadline).await;
+        let mut is_done = self.gate.empty(deadline).await;
+        is_done &= self.topology.window.emptied(deadline).await;
         for shared in open {
             is_done &= shared.ended(deadline).await;
         }

@@ -1,9 +1,9 @@
 //! One endpoint: a connection for publishing and one for consuming, so that a server that blocks publishers still takes acks.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use anybroker_core::gate::{Gate, Pass};
 use anybroker_core::{
     Broker, Capabilities, Confirms, DeadLetterId, DeadLetterPage, DeadLetterScope, Declared, Description, Destination,
     Endpoint, Error, ErrorKind, Group, Lag, Message, PublishTerms, Result, SubscribeSpec, Subscription, TopologySpec,
@@ -36,7 +36,7 @@ pub(crate) struct RabbitBroker {
     copies: Arc<Outlet>,
     letters: Letters,
     subscriptions: Mutex<Vec<Weak<Shared>>>,
-    is_closed: AtomicBool,
+    gate: Gate,
 }
 
 impl RabbitBroker {
@@ -57,7 +57,7 @@ impl RabbitBroker {
         let publisher = Publisher::new(Arc::clone(&publishing), Arc::clone(&topology), settings.create_destinations);
         let copies = Arc::new(Outlet::new(Arc::clone(&publishing), "settle"));
         let letters = Letters::new(Arc::clone(&consuming), Arc::clone(&topology), Arc::clone(&copies));
-        let (subscriptions, is_closed) = (Mutex::default(), AtomicBool::new(false));
+        let (subscriptions, gate) = (Mutex::default(), Gate::default());
         let capabilities = capabilities(&settings);
         Ok(Self {
             endpoint,
@@ -70,15 +70,17 @@ impl RabbitBroker {
             copies,
             letters,
             subscriptions,
-            is_closed,
+            gate,
         })
     }
 
     fn open(&self, operation: &'static str) -> Result<()> {
-        if self.is_closed.load(Ordering::Acquire) {
-            return Err(Error::closed(operation).with("endpoint", &self.endpoint));
-        }
-        Ok(())
+        self.enter(operation).map(drop)
+    }
+
+    /// As long as the pass lives, a close waits.
+    fn enter(&self, operation: &'static str) -> Result<Pass<'_>> {
+        self.gate.enter().ok_or_else(|| Error::closed(operation).with("endpoint", &self.endpoint))
     }
 }
 
@@ -93,9 +95,11 @@ impl Broker for RabbitBroker {
     }
 
     async fn publish(&self, batch: Vec<Message>, terms: PublishTerms) -> Confirms {
-        if let Err(error) = self.open("publish") {
-            return Confirms::ready(batch.iter().map(|_| Err(error.duplicate())).collect());
-        }
+        // One that has begun before a close is handed over whole.
+        let _inside = match self.enter("publish") {
+            Ok(inside) => inside,
+            Err(error) => return Confirms::ready(batch.iter().map(|_| Err(error.duplicate())).collect()),
+        };
         self.publisher.publish(batch, &terms).await
     }
 
@@ -173,7 +177,7 @@ impl Broker for RabbitBroker {
     }
 
     async fn close(&self, grace: Duration) -> Result<()> {
-        if self.is_closed.swap(true, Ordering::AcqRel) {
+        if !self.gate.close() {
             return Ok(());
         }
         let deadline = Instant::now() + grace;
@@ -185,6 +189,7 @@ impl Broker for RabbitBroker {
         for shared in open {
             is_done &= shared.ended(deadline).await;
         }
+        is_done &= self.gate.empty(deadline).await;
         let is_idle = || self.publisher.is_idle() && self.copies.is_idle();
         while !is_idle() && Instant::now() < deadline {
             tokio::time::sleep(CLOSING_STEP).await;

@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use anybroker_core::naming::fnv1a;
 use anybroker_core::{
-    Confirms, Effect, Error, ErrorKind, Message, PublishOrder, PublishOutcome, PublishTerms, Result, Timestamp,
+    Confirms, Destination, Effect, Error, ErrorKind, Message, PublishOrder, PublishOutcome, PublishTerms, Result,
+    Timestamp,
 };
 use parking_lot::Mutex;
 use tokio::sync::{Semaphore, oneshot};
@@ -49,6 +50,7 @@ pub(crate) struct Publisher {
 
 /// A request that is being filled.
 struct Request {
+    destination: Destination,
     parcels: Vec<Parcel>,
     /// Where in the batch each stood.
     places: Vec<usize>,
@@ -58,8 +60,11 @@ struct Request {
 /// A request on its way.
 type Sent = (Vec<usize>, JoinHandle<Vec<PublishOutcome>>);
 
+/// A message group of a destination: the same key elsewhere is another one.
+type Place = (Destination, String);
+
 /// Message groups of which an earlier message of the batch failed.
-type Failed = Arc<Mutex<HashSet<String>>>;
+type Failed = Arc<Mutex<HashSet<Place>>>;
 
 impl Publisher {
     pub(crate) fn new(clients: &Clients, topology: &Arc<Topology>, settings: &Settings) -> Self {
@@ -100,12 +105,22 @@ impl Publisher {
         outcomes.resize_with(batch.len(), || None);
         let mut sent: Vec<Sent> = Vec::new();
         let mut open: HashMap<(Route, u8), Request> = HashMap::new();
+        // Of which one is not even sent. Earlier ones are not on their way yet, and nothing of this is in theirs.
+        let mut refused: HashSet<Place> = HashSet::new();
+        // Without a key it waits for nothing, nor does anything for it.
+        let has_place = |message: &Message| failed.is_some() && (self.is_total || message.key().is_some());
+        let place_of =
+            |message: &Message| (message.destination().clone(), lane_of(message, self.is_total, String::new()).0);
         for (place, message) in batch.iter().enumerate() {
+            if !refused.is_empty() && has_place(message) && refused.contains(&place_of(message)) {
+                outcomes[place] = Some(Err(held_back()));
+                continue;
+            }
             let (route, parcel) = match self.accept(message, deadline).await {
                 Ok(accepted) => accepted,
                 Err(error) => {
-                    if let Some(failed) = &failed {
-                        failed.lock().insert(lane_of(message, self.is_total, String::new()).0);
+                    if has_place(message) {
+                        refused.insert(place_of(message));
                     }
                     let error = error.with("id", message.id()).with("destination", message.destination());
                     outcomes[place] = Some(Err(error));
@@ -118,11 +133,11 @@ impl Publisher {
                 }
                 _ => LOOSE,
             };
-            let request = open.entry((route.clone(), lane)).or_insert_with(Request::new);
+            let request = open.entry((route.clone(), lane)).or_insert_with(|| Request::new(message.destination()));
             let is_full =
                 request.parcels.len() == BATCH || request.bytes + parcel.encoded.size > self.clients.request_bytes;
             if is_full && !request.parcels.is_empty() {
-                let full = std::mem::replace(request, Request::new());
+                let full = std::mem::replace(request, Request::new(message.destination()));
                 request.push(place, parcel);
                 self.send((route, lane), full, deadline, failed.as_ref(), &mut sent, &mut outcomes).await;
             } else {
@@ -196,13 +211,14 @@ impl Publisher {
         let waiting = Arc::clone(&self.requests).acquire_owned();
         let Ok(Ok(permit)) = tokio::time::timeout_at(deadline, waiting).await else {
             for (place, parcel) in request.places.iter().zip(&request.parcels) {
-                note_failed(failed, parcel.lane.as_ref().map(|(group, _)| group));
+                let group = parcel.lane.as_ref().map(|(group, _)| group.clone());
+                note_failed(failed, group.map(|group| (request.destination.clone(), group)));
                 let text = "the requests before it took until the deadline";
                 outcomes[*place] = Some(Err(Error::new(ErrorKind::RateLimited, "publish", text)));
             }
             return;
         };
-        let Request { parcels, places, .. } = request;
+        let Request { destination, parcels, places, .. } = request;
         // In call order: the lane's next request waits for this one.
         let (done, turn) = match way.1 != LOOSE {
             true => {
@@ -222,7 +238,7 @@ impl Publisher {
                 let text = "the requests before it took until the deadline";
                 parcels.iter().map(|_| Err(Error::new(ErrorKind::RateLimited, "publish", text))).collect()
             } else {
-                attempt(&clients, &way.0, parcels, deadline, failed.as_ref()).await
+                attempt(&clients, (&way.0, &destination), parcels, deadline, failed.as_ref()).await
             };
             drop(done);
             drop(permit);
@@ -243,14 +259,15 @@ impl Publisher {
 /// Sends a request, without those whose key failed before.
 async fn attempt(
     clients: &Clients,
-    route: &Route,
+    (route, destination): (&Route, &Destination),
     parcels: Vec<Parcel>,
     deadline: Instant,
     failed: Option<&Failed>,
 ) -> Vec<PublishOutcome> {
-    let groups: Vec<Option<String>> =
-        parcels.iter().map(|parcel| failed.and(parcel.lane.as_ref()).map(|(group, _)| group.clone())).collect();
-    let is_held = |group: &Option<String>| {
+    let group_of =
+        |parcel: &Parcel| failed.and(parcel.lane.as_ref()).map(|(group, _)| (destination.clone(), group.clone()));
+    let groups: Vec<Option<Place>> = parcels.iter().map(group_of).collect();
+    let is_held = |group: &Option<Place>| {
         group.as_ref().is_some_and(|group| failed.is_some_and(|failed| failed.lock().contains(group)))
     };
     let held: Vec<bool> = groups.iter().map(is_held).collect();
@@ -266,22 +283,22 @@ async fn attempt(
     };
     let mut answers = answers.into_iter();
     let mut outcomes = Vec::with_capacity(groups.len());
-    for (group, held) in groups.iter().zip(held) {
+    for (group, held) in groups.into_iter().zip(held) {
         let outcome = match held {
             true => Err(held_back()),
             false => answers.next().expect("one outcome per parcel"),
         };
         if outcome.is_err() {
-            note_failed(failed, group.as_ref());
+            note_failed(failed, group);
         }
         outcomes.push(outcome);
     }
     outcomes
 }
 
-fn note_failed(failed: Option<&Failed>, group: Option<&String>) {
+fn note_failed(failed: Option<&Failed>, group: Option<Place>) {
     if let (Some(failed), Some(group)) = (failed, group) {
-        failed.lock().insert(group.clone());
+        failed.lock().insert(group);
     }
 }
 
@@ -291,8 +308,13 @@ fn held_back() -> Error {
 }
 
 impl Request {
-    fn new() -> Self {
-        Self { parcels: Vec::with_capacity(BATCH), places: Vec::with_capacity(BATCH), bytes: 0 }
+    fn new(destination: &Destination) -> Self {
+        Self {
+            destination: destination.clone(),
+            parcels: Vec::with_capacity(BATCH),
+            places: Vec::with_capacity(BATCH),
+            bytes: 0,
+        }
     }
 
     fn push(&mut self, place: usize, parcel: Parcel) {

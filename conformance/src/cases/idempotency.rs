@@ -62,6 +62,9 @@ async fn stable(env: &Env) -> Proof {
     held.nack(Duration::ZERO).await?;
     let held = consumer.one().await?;
     ensure_eq!(held.id(), id, "after a nack");
+    drop(held);
+    let held = consumer.one().await?;
+    ensure_eq!(held.id(), id, "after it was dropped");
     consumer.close().await?;
     drop(held);
     let mut consumer = client.subscribe(spec).await?;

@@ -2,12 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use anybroker_core::{AttemptCount, ErrorKind, LateAck, Settlement};
+use anybroker_core::{AttemptCount, ErrorKind, LateAck, Nack, Reason, Settlement, Verdict};
 
 use super::case;
 use crate::Case;
 use crate::case::{Breach, Proof, ensure, ensure_eq, fail};
 use crate::client::Client;
+use crate::consumer::{ack_all, held_ids, sorted};
 use crate::env::Env;
 use crate::need;
 
@@ -36,6 +37,12 @@ pub(super) const CASES: &[Case] = &[
         [need::LEASE],
         "A stale settle harms no other delivery of its batch.",
         stale_harms_none
+    ),
+    case!(
+        "lease/a-late-nack-release-dead-letter-or-extension-is-stale-and-leaves-nothing-behind",
+        [need::LEASE, need::NACK],
+        "A settle after the lease is gone is StaleDelivery; it takes nothing from the member that has the message by then.",
+        late_others
     ),
 ];
 
@@ -190,6 +197,9 @@ async fn stale_harms_none(env: &Env) -> Proof {
                 ensure_eq!(error.kind(), ErrorKind::StaleDelivery, "the stale entry");
                 Some(held)
             }
+            Some(Ok(_)) if env.record.late_ack == LateAck::Refused => {
+                fail!("late acks are refused, says the record; beside a good one it answers Ok")
+            }
             _ => None,
         };
         let Some(Err((_, error))) = good else { break };
@@ -202,4 +212,60 @@ async fn stale_harms_none(env: &Env) -> Proof {
     }
     first.close().await?;
     second.silence_then_canary(&client, "all were acked").await
+}
+
+async fn late_others(env: &Env) -> Proof {
+    let (destination, group) = (env.destination("d"), env.group("g"));
+    let (one, two) = (env.client().await?, env.client().await?);
+    let mut verbs = vec![("nack", Some(Settlement::Nack(Nack::default())))];
+    if env.record.release.is_given() {
+        verbs.push(("release", Some(Settlement::Release)));
+    }
+    if env.record.dead_letter.is_given() {
+        verbs.push(("dead letter", Some(Settlement::DeadLetter(Box::new(Verdict::new(Reason::Rejected))))));
+    }
+    if env.record.lease_extension.is_given() {
+        verbs.push(("extension", None));
+    }
+    verbs.truncate(env.at_once(verbs.len()));
+    let mut first = one.subscribe(env.spec(&destination, &group).with_lease(lease(env))).await?;
+    // Of keys of their own: nothing holds them back.
+    for (verb, _) in &verbs {
+        one.fill(&destination, *verb, 1).await?;
+    }
+    let late = first.take(verbs.len()).await?;
+    let mut second = let_it_end(env, &two).await?;
+    let held = second.take(late.len()).await?;
+    ensure_eq!(
+        sorted(held_ids(&held)),
+        sorted(held_ids(&late)),
+        "what the other member gets when the leases have ended"
+    );
+    for (late, (verb, settlement)) in late.into_iter().zip(verbs) {
+        let answer = match settlement {
+            Some(settlement) => late.settle(settlement).await?.map(drop).map_err(|(held, error)| {
+                // The application's again, and of no use to it.
+                held.freeze();
+                error
+            }),
+            None => {
+                let extended = late.extend(lease(env)).await?;
+                late.freeze();
+                extended
+            }
+        };
+        match answer {
+            Err(error) => ensure_eq!(error.kind(), ErrorKind::StaleDelivery, "a late {verb} ({error})"),
+            Ok(()) if env.record.late_ack == LateAck::Refused => {
+                fail!("late settles are refused, says the record; a late {verb} answers Ok")
+            }
+            Ok(()) => {}
+        }
+    }
+    // They are the other member's, and nobody else's.
+    ack_all(held).await?;
+    if env.record.dead_letter.is_given() {
+        ensure_eq!(two.letters(&destination, &group).await?.len(), 0, "dead letters of messages that were acked");
+    }
+    second.silence_then_canary(&two, "all were acked").await
 }

@@ -9,7 +9,7 @@ use futures_util::future::join_all;
 use super::case;
 use crate::Case;
 use crate::case::{Breach, Proof, ensure, ensure_eq, fail};
-use crate::consumer::{Held, ack_all, held_ids, ids};
+use crate::consumer::{Held, ack_all, held_ids, ids, sorted};
 use crate::env::Env;
 use crate::need;
 
@@ -19,6 +19,12 @@ pub(super) const CASES: &[Case] = &[
         [],
         "An ack that returned Ok is not redelivered after a close; what is unsettled goes back.",
         acked_before_close
+    ),
+    case!(
+        "lifecycle/acks-that-were-handed-over-are-done-when-a-close-has-returned",
+        [],
+        "Close: flush acks, also those whose answer nobody waits for.",
+        acks_on_their_way
     ),
     case!(
         "lifecycle/what-a-close-gives-back-is-not-counted-as-an-attempt",
@@ -414,10 +420,18 @@ async fn close_while_publishing(env: &Env) -> Proof {
     let (mut ok, mut other) = (0_usize, 0_usize);
     for batch in outcomes {
         for outcome in batch? {
-            if outcome.is_ok() { ok += 1 } else { other += 1 }
+            match outcome {
+                Ok(_) => ok += 1,
+                // Handed over behind the close.
+                Err(error) if error.kind() == ErrorKind::Closed => other += 1,
+                Err(error) => fail!("a publish that was on its way at a close: {error:?}"),
+            }
         }
     }
     ensure_eq!(ok + other, 100, "outcomes");
+    if ok == 0 {
+        return Err(Breach::Inconclusive("no publish was on its way when the close began".into()));
+    }
     // The checker compares what the drain brings with what was Ok.
     let left = env.client().await?.drain(env.spec(&destination, &group)).await?;
     ensure!(left.len() >= ok, "{} stored, {ok} were Ok", left.len());
@@ -425,15 +439,47 @@ async fn close_while_publishing(env: &Env) -> Proof {
 }
 
 async fn others_go_on(env: &Env) -> Proof {
-    let destination = env.destination("d");
+    let (destination, group) = (env.destination("d"), env.group("g"));
     let (first, second) = (env.client().await?, env.client().await?);
-    let one = first.subscribe(env.spec(&destination, &env.group("one"))).await?;
+    // One that reads on its own, and one that shares a group with the client that is closed.
+    let one = first.subscribe(env.spec(&destination, &group)).await?;
     let mut two = second.subscribe(env.spec(&env.destination("other"), &env.group("two"))).await?;
+    second.fill(&env.destination("other"), "k", 1).await?;
+    let held = two.one().await?;
+    let mut sibling = second.subscribe(env.spec(&destination, &group)).await?;
     one.close().await?;
     first.close().await?;
+    // What was out is out still, and is settled where it was.
+    held.ack().await?;
     let sent = second.fill(&env.destination("other"), "k", 3).await?;
     let came = two.take(3).await?;
-    ensure_eq!(held_ids(&came).len(), sent.len(), "deliveries after another client's close");
+    ensure_eq!(sorted(held_ids(&came)), sorted(ids(&sent)), "deliveries after another client's close");
     ack_all(came).await?;
+    let sent = second.fill(&destination, "k", 3).await?;
+    let came = sibling.take(3).await?;
+    ensure_eq!(
+        sorted(held_ids(&came)),
+        sorted(ids(&sent)),
+        "deliveries to the other member of a closed client's group"
+    );
+    ack_all(came).await?;
+    sibling.silence_then_canary(&second, "all were acked").await?;
     two.silence_then_canary(&second, "all were acked").await
+}
+
+async fn acks_on_their_way(env: &Env) -> Proof {
+    let (destination, group) = (env.destination("d"), env.group("g"));
+    let client = env.client().await?;
+    let mut consumer = client.subscribe(env.spec(&destination, &group)).await?;
+    let count = env.of_one_key(20);
+    client.fill(&destination, "k", count).await?;
+    for (index, held) in consumer.take(count).await?.into_iter().enumerate() {
+        held.settle_and_forget(index % 2 == 0).await;
+    }
+    // At once: nobody waits for an answer.
+    consumer.close().await?;
+    client.close().await?;
+    let left = env.client().await?.drain(env.spec(&destination, &group)).await?;
+    ensure_eq!(ids(&left), Vec::<String>::new(), "what comes again, although its ack was handed over before the close");
+    Ok(())
 }

@@ -11,6 +11,7 @@ mod groups;
 mod idempotency;
 mod lease;
 mod lifecycle;
+mod limits;
 mod native;
 mod ordering;
 mod processes;
@@ -39,6 +40,7 @@ const THEMES: &[&[Case]] = &[
     idempotency::CASES,
     lifecycle::CASES,
     shapes::CASES,
+    limits::CASES,
     flow::CASES,
     lease::CASES,
     time::CASES,

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::{
-    AckLevel, DeadLetterFilter, Delivery, Message, RESERVED_HEADER_PREFIX, Reason, Subscriber, TopologySpec, Verdict,
+    AckLevel, DeadLetterFilter, Delivery, Message, RESERVED_HEADER_PREFIX, Reason, RedriveOptions, Subscriber,
+    TopologySpec, Verdict,
 };
 use tokio::time::Instant;
 
@@ -324,6 +325,17 @@ async fn foreign_fails(env: &Env) -> Proof {
     ensure_eq!(letters.len(), 1, "dead letters");
     compare(&letters[0].message, &put)?;
     ensure_eq!(letters[0].message.id(), &id, "the id of the dead letter");
+    if env.record.redrive.is_given() {
+        let redriving = env.bounded("redrive", async {
+            let letters = stage.client.bus.dead_letters(env.destination("d"), env.group("g"))?;
+            letters.redrive(&RedriveOptions::default()).await
+        });
+        ensure_eq!(redriving.await??.moved, 1, "letters that were put back");
+        let again = stage.receive(1).await?.remove(0);
+        compare(again.message(), &put)?;
+        ensure_eq!((again.attempt(), again.message().id()), (1, &id), "attempt and id after a redrive");
+        again.ack().await?;
+    }
     stage.end().await
 }
 

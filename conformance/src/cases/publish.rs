@@ -69,6 +69,12 @@ pub(super) const CASES: &[Case] = &[
         not_found
     ),
     case!(
+        "publish/what-has-no-destination-does-not-spoil-its-batch",
+        [need::UNROUTABLE, need::DECLARE],
+        "One bad entry does not spoil a batch, also when it is the broker that refuses it; each entry has its outcome.",
+        half_missing
+    ),
+    case!(
         "publish/a-batch-of-thousands-is-stored-whole",
         [],
         "Larger batches than one request carries are split; each entry has its outcome.",
@@ -144,7 +150,7 @@ async fn not_held_back(env: &Env) -> Proof {
 async fn empty_batch(env: &Env) -> Proof {
     let client = env.client().await?;
     ensure_eq!(client.publish(Vec::new()).await?.len(), 0, "outcomes of an empty batch");
-    ensure_eq!(crate::consumer::settle(Vec::new()).await?.len(), 0, "outcomes of settling nothing");
+    ensure_eq!(anybroker_core::settle(Vec::new()).await.len(), 0, "outcomes of settling nothing");
     Ok(())
 }
 
@@ -276,6 +282,55 @@ async fn not_found(env: &Env) -> Proof {
         client.bus.delete(&destination, None).await?;
     }
     Ok(())
+}
+
+async fn half_missing(env: &Env) -> Proof {
+    let (there, missing, group) = (env.destination("there"), env.destination("missing"), env.group("g"));
+    let client = env.strict_client().await?;
+    client.declare(&TopologySpec::group(&there, &group)).await?;
+    let mut consumer = client.subscribe(env.spec(&there, &group)).await?;
+    // Alone, and then many on their way at once.
+    for (batches, order) in [(1, PublishOrder::Key), (1, PublishOrder::None), (20, PublishOrder::Key)] {
+        let options = PublishOptions::default().with_order(order);
+        let made: Vec<Vec<_>> = (0..batches)
+            .map(|batch| {
+                let to = |index: usize| if index % 3 == 1 { &missing } else { &there };
+                let key = |index: usize| format!("{batch}/{}", index % 2);
+                (0..9).map(|index| client.message(to(index), key(index).as_str())).collect()
+            })
+            .collect();
+        let calls = made.iter().map(|batch| client.publish_with(batch.clone(), &options));
+        let mut expected = BTreeSet::new();
+        for (outcomes, batch) in futures_util::future::join_all(calls).await.into_iter().zip(&made) {
+            for (outcome, message) in outcomes?.into_iter().zip(batch) {
+                match outcome {
+                    Ok(_) if *message.destination() == missing => {
+                        fail!("a publish to a destination that does not exist answers Ok")
+                    }
+                    Ok(_) => drop(expected.insert(message.id().to_string())),
+                    Err(error) if *message.destination() == missing => {
+                        ensure_eq!(error.effect(), Effect::NotDone, "the effect of a missing destination ({error})");
+                        // Later ones of its key are not tried.
+                        let is_told = error.kind() == ErrorKind::NotFound || order == PublishOrder::Key;
+                        ensure!(is_told, "publishing to a missing destination: {error:?}");
+                    }
+                    Err(error) => fail!("a good entry of a batch with bad ones: {error:?}"),
+                }
+            }
+        }
+        let mut found = BTreeSet::new();
+        while found.len() < expected.len() {
+            let came = consumer.take(env.at_once(6).min(expected.len() - found.len())).await?;
+            found.extend(held_ids(&came));
+            ack_all(came).await?;
+        }
+        ensure_eq!(found, expected, "what is stored of {batches} batches");
+    }
+    consumer.silence_then_canary(&client, "all were acked").await?;
+    match env.record.delete.is_given() {
+        true => Ok(client.bus.delete(&there, None).await?),
+        false => Ok(()),
+    }
 }
 
 async fn large_batch(env: &Env) -> Proof {

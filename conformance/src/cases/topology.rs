@@ -3,15 +3,15 @@
 use std::time::{Duration, Instant};
 
 use anybroker_core::{
-    Declared, Destination, ErrorKind, Figure, Group, Lag, OnFailure, Precision, SubscribeSpec, TopologyMode,
-    TopologySpec,
+    AckLevel, Declared, Destination, Effect, ErrorKind, Figure, Group, Lag, OnFailure, Precision, SubscribeSpec,
+    TopologyMode, TopologySpec,
 };
 
 use super::case;
 use crate::Case;
 use crate::case::{Breach, Proof, ensure, ensure_eq, fail};
 use crate::client::Client;
-use crate::consumer::{Held, ack_all, ids, sorted};
+use crate::consumer::{Held, ack_all, held_ids, ids, sorted};
 use crate::env::Env;
 use crate::need;
 
@@ -51,6 +51,12 @@ pub(super) const CASES: &[Case] = &[
         [need::DELETE],
         "A destination deleted underneath ends in a typed error, never in silence.",
         delete_destination
+    ),
+    case!(
+        "topology/a-group-that-is-deleted-ends-its-subscriptions-and-no-others",
+        [need::DELETE, need::GROUPS],
+        "A consumer deleted underneath ends in a typed error, never in silence; other groups are untouched.",
+        delete_group_underneath
     ),
     case!(
         "topology/what-does-not-exist-is-not-found",
@@ -211,6 +217,60 @@ async fn delete_destination(env: &Env) -> Proof {
         );
     }
     must_be_not_found("deleting it again", other.bus.delete(&destination, None).await)
+}
+
+async fn delete_group_underneath(env: &Env) -> Proof {
+    let destination = env.destination("d");
+    let (gone, stays) = (env.group("gone"), env.group("stays"));
+    let (client, other) = (env.client().await?, env.client().await?);
+    let mut consumer = client.subscribe(env.spec(&destination, &gone)).await?;
+    let mut neighbour = client.subscribe(env.spec(&destination, &stays)).await?;
+    client.fill(&destination, "k", 1).await?;
+    let held = consumer.one().await?;
+    neighbour.one().await?.ack().await?;
+    match other.bus.delete(&destination, Some(&gone)).await {
+        Ok(()) => {}
+        // Groups of a log have members, and are not deleted under them.
+        Err(error) if error.effect() == Effect::NotDone && error.kind() == ErrorKind::Unavailable => {
+            held.ack().await?;
+            client.fill(&destination, "k", 1).await?;
+            consumer.one().await?.ack().await?;
+            neighbour.one().await?.ack().await?;
+            consumer.close().await?;
+            neighbour.close().await?;
+            other.bus.delete(&destination, Some(&gone)).await?;
+            let of_group = TopologySpec::group(&destination, &gone);
+            return must_be_not_found("verifying it", client.bus.verify(&of_group).await);
+        }
+        Err(error) => return Err(error.into()),
+    }
+    let deadline = Instant::now() + env.patience();
+    loop {
+        ensure!(Instant::now() < deadline, "a subscription of a deleted group goes on in silence");
+        match consumer.try_receive(10, Duration::from_millis(200)).await? {
+            Ok(came) => ensure!(came.is_empty(), "{} deliveries of a deleted group", came.len()),
+            Err(error) => {
+                ensure_eq!(error.kind(), ErrorKind::NotFound, "receiving from a deleted group ({error})");
+                break;
+            }
+        }
+    }
+    // What was out has no group any more in which it could be done.
+    match held.settle(anybroker_core::Settlement::Ack).await? {
+        Ok(level) => {
+            ensure!(level != AckLevel::Confirmed, "an ack after the deletion of its group answers Ok, confirmed");
+        }
+        Err((_, error)) => ensure!(
+            matches!(error.kind(), ErrorKind::StaleDelivery | ErrorKind::NotFound),
+            "an ack after the deletion: {error:?}"
+        ),
+    }
+    let sent = client.fill(&destination, "k", 3).await?;
+    let came = neighbour.take(3).await?;
+    ensure_eq!(sorted(held_ids(&came)), sorted(ids(&sent)), "what the other group reads");
+    ack_all(came).await?;
+    neighbour.silence_then_canary(&client, "all were acked").await?;
+    must_be_not_found("verifying it", client.bus.verify(&TopologySpec::group(&destination, &gone)).await)
 }
 
 async fn not_found(env: &Env) -> Proof {

@@ -15,6 +15,7 @@ mod dead_letter;
 mod dead_letters;
 mod delivery;
 mod error;
+pub mod gate;
 pub mod headers;
 mod lag;
 pub mod lineage;
