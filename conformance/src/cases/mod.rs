@@ -3,6 +3,7 @@
 pub(crate) mod refusals;
 
 mod answers;
+mod connections;
 mod dead_letter;
 mod delivery;
 mod faults;
@@ -49,6 +50,7 @@ const THEMES: &[&[Case]] = &[
     random::CASES,
     faults::CASES,
     answers::CASES,
+    connections::CASES,
     server::CASES,
     processes::CASES,
 ];
