@@ -3,6 +3,7 @@
 pub(crate) mod refusals;
 
 mod answers;
+mod at_rest;
 mod connections;
 mod dead_letter;
 mod delivery;
@@ -52,6 +53,7 @@ const THEMES: &[&[Case]] = &[
     answers::CASES,
     connections::CASES,
     server::CASES,
+    at_rest::CASES,
     processes::CASES,
 ];
 
