@@ -72,8 +72,8 @@ pub(crate) enum Point {
     Hole,
 }
 
-/// The delay of a nack that is answered before its process ends: longer than that waits ([`TAKEN_IN`]).
-pub(crate) const LATER: Duration = Duration::from_secs(5);
+/// The delay of a nack that is answered before its process ends: longer than the lease, so that one that has lost its delay is back before.
+pub(crate) const LATER: Duration = Duration::from_secs(8);
 /// How long a process waits before it ends, where acks are sent or recorded only: until the broker has been told of them.
 const TAKEN_IN: Duration = Duration::from_millis(2_500);
 /// How many messages of one key are out together, where all of them but one are acked.
