@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anybroker_core::{
-    Bus, Destination, Error, ErrorKind, Group, Nack, PublishOptions, Reason, Result, Settlement, SubscribeSpec, Verdict,
+    AckLevel, Bus, Destination, Error, ErrorKind, Group, Nack, PublishOptions, Reason, Result, Settlement,
+    SubscribeSpec, Verdict,
 };
 use futures_util::future::{BoxFuture, join};
 use rand::RngExt;
@@ -19,7 +20,7 @@ use tokio::process::Command;
 use crate::UrlHarness;
 use crate::case::{Breach, Proof, fail};
 use crate::client::Client;
-use crate::consumer::{Held, ack_all};
+use crate::consumer::{Held, ack_all, settle};
 use crate::env::Env;
 use crate::history::{Event, History, Verb, What, micros};
 
@@ -61,7 +62,24 @@ pub(crate) enum Point {
     Burying,
     /// Asked to close, with deliveries in its hands.
     Closing,
+    /// Nacks with a delay of [`LATER`] were answered.
+    Nacked,
+    /// Releases were answered.
+    Released,
+    /// Dead letters were answered.
+    Buried,
+    /// Of [`BESIDE_HOLE`] messages of one key all acks but that of the one at [`HOLE`] were answered.
+    Hole,
 }
+
+/// The delay of a nack that is answered before its process ends: longer than the lease, so that one that has lost its delay is back before.
+pub(crate) const LATER: Duration = Duration::from_secs(8);
+/// How long a process waits before it ends, where acks are sent or recorded only: until the broker has been told of them.
+const TAKEN_IN: Duration = Duration::from_millis(2_500);
+/// How many messages of one key are out together, where all of them but one are acked.
+const BESIDE_HOLE: usize = 10;
+/// The place of that one.
+pub(crate) const HOLE: usize = 4;
 
 impl Point {
     /// A word for names.
@@ -91,8 +109,9 @@ struct Job {
     patience: Duration,
 }
 
-/// Starts a process that works on the destination until it ends at that point, and takes in what it tells.
-pub(crate) async fn end_at(env: &Env, point: Point, spec: &SubscribeSpec) -> Proof {
+/// Starts a process that works on the destination until it ends at that point, and takes in what it tells. Answers which client
+/// it was.
+pub(crate) async fn end_at(env: &Env, point: Point, spec: &SubscribeSpec) -> Proof<u32> {
     let command = env.harness.child().map_err(Breach::NotRun)?;
     let client = env.next_client();
     let job = Job {
@@ -123,7 +142,7 @@ pub(crate) async fn end_at(env: &Env, point: Point, spec: &SubscribeSpec) -> Pro
         fail!("a process ended before it was {}: {status:?}; it said: {}", point.label(), told.trim());
     };
     env.history.record(client, What::FaultEnd { fault, connections: 0, bytes: 0 });
-    Ok(())
+    Ok(client)
 }
 
 /// Takes in the events of a process; the fault that it noted, which is its own end.
@@ -234,9 +253,30 @@ async fn consume(env: &Env, client: &Client<'_>, job: &Job) -> Proof {
     let spec = env.spec(&job.destination, &job.group).with_max_in_flight(BATCH).with_lease(job.lease);
     let mut consumer = client.subscribe(spec).await?;
     let subscription = consumer.subscription;
-    ack_all(consumer.take(env.at_once(HELD)).await?).await?;
-    let held = consumer.take(env.at_once(HELD)).await?;
+    let before = if job.point == Point::Hole { env.of_one_key(HELD) } else { env.at_once(HELD) };
+    ack_all(consumer.take(before).await?).await?;
+    let count = if job.point == Point::Hole { env.of_one_key(BESIDE_HOLE) } else { env.at_once(HELD) };
+    let mut held = consumer.take(count).await?;
     let settled_with: fn() -> Settlement = match job.point {
+        Point::Nacked | Point::Released | Point::Buried | Point::Hole => {
+            let hole = (job.point == Point::Hole).then(|| held.remove(HOLE));
+            let settlement = match job.point {
+                Point::Nacked => Settlement::Nack(Nack { delay: LATER, error_type: None }),
+                Point::Released => Settlement::Release,
+                Point::Buried => Settlement::DeadLetter(Box::new(Verdict::new(Reason::Rejected))),
+                _ => Settlement::Ack,
+            };
+            let entries = held.into_iter().map(|held| (held, settlement.clone())).collect();
+            for outcome in settle(entries).await? {
+                outcome.map_err(|(_, error)| Breach::from(error))?;
+            }
+            if env.record.ack_level != AckLevel::Confirmed {
+                // As long as it takes the broker to be told.
+                tokio::time::sleep(TAKEN_IN).await;
+            }
+            drop_never(hole.into_iter().collect());
+            end(env, client, Some(subscription))
+        }
         Point::Acked => {
             ack_all(held).await?;
             end(env, client, Some(subscription))

@@ -80,6 +80,14 @@ pub(crate) const FIELDS: &[Field] = &[
 /// Room on the group's own topics for a note beside a message of any destination.
 const NOTE_ROOM: u64 = 65_536;
 
+/// How long a request may be without an answer before its connection is taken for dead (`socket.timeout.ms`, by default a minute). As long
+/// as that a client whose connection ended in silence stands still: a publisher does not find its topic, and a member does not get into
+/// its group.
+const ANSWERED: Duration = Duration::from_secs(10);
+
+/// How much less that is than the time of a transaction, which is 1 s at least.
+const TOLD: Duration = Duration::from_millis(100);
+
 /// How the cluster is spoken to. `Debug` shows no secret.
 #[derive(Debug, Clone)]
 struct Security {
@@ -245,7 +253,8 @@ impl Settings {
             // Destinations are created on purpose or not at all.
             .set("allow.auto.create.topics", "false")
             .set("reconnect.backoff.max.ms", "1000")
-            .set("socket.keepalive.enable", "true");
+            .set("socket.keepalive.enable", "true")
+            .set("socket.timeout.ms", ANSWERED.as_millis().to_string());
         self.security.apply(&mut config);
         config
     }
@@ -295,6 +304,8 @@ impl Settings {
         config
             .set("transactional.id", id)
             .set("transaction.timeout.ms", self.transaction_timeout.as_millis().to_string())
+            // As librdkafka does by itself: one request at least can be sent before the transaction's time is over.
+            .set("socket.timeout.ms", ANSWERED.min(self.transaction_timeout - TOLD).as_millis().to_string())
             // What the broker has taken back must not be tried any longer.
             .set("message.timeout.ms", self.delivery_timeout.min(self.transaction_timeout).as_millis().to_string());
         config
@@ -324,8 +335,6 @@ impl Settings {
             .set("auto.offset.reset", "earliest")
             .set("isolation.level", "read_committed")
             .set("partition.assignment.strategy", "cooperative-sticky")
-            // A request for the coordinator that nobody answers keeps a member out of its group for that long: by default a minute.
-            .set("socket.timeout.ms", "10000")
             .set("session.timeout.ms", self.session_timeout.as_millis().to_string())
             // Members learn of a rebalance by their heartbeats: it takes as long as the slowest of them.
             .set("heartbeat.interval.ms", (self.session_timeout.as_millis() / 20).clamp(50, 1_000).to_string())

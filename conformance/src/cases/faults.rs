@@ -304,7 +304,7 @@ async fn alone(env: &Env) -> Proof {
 
 /// Some messages go from one to the other, however many tries that takes: no fault lasts, and patience is the limit. One of them
 /// stays unsettled.
-async fn exchange<'e>(
+pub(super) async fn exchange<'e>(
     env: &'e Env,
     publisher: &Client<'e>,
     consumer: &mut Consumer<'e>,
@@ -352,7 +352,7 @@ async fn exchange<'e>(
 }
 
 /// Acks them, as far as they are still this member's.
-async fn acked(batch: Vec<Held<'_>>) -> Proof {
+pub(super) async fn acked(batch: Vec<Held<'_>>) -> Proof {
     for outcome in settle(batch.into_iter().map(|held| (held, Settlement::Ack)).collect()).await? {
         if let Err((_, error)) = outcome {
             is_settling_in_a_fault(&error)?;

@@ -3,6 +3,8 @@
 pub(crate) mod refusals;
 
 mod answers;
+mod at_rest;
+mod connections;
 mod dead_letter;
 mod delivery;
 mod faults;
@@ -51,7 +53,9 @@ const THEMES: &[&[Case]] = &[
     random::CASES,
     faults::CASES,
     answers::CASES,
+    connections::CASES,
     server::CASES,
+    at_rest::CASES,
     processes::CASES,
 ];
 

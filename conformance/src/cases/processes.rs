@@ -1,16 +1,21 @@
 //! Publishers and members whose process is killed at a named point.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
+use anybroker_core::{AckGranularity, AckLevel, AttemptCount};
 use futures_util::future::try_join_all;
 
-use crate::case::Proof;
+use crate::case::{Proof, ensure, ensure_eq, fail};
+use crate::consumer::ids;
 use crate::env::Env;
-use crate::process::{Point, end_at};
+use crate::history::{Event, Seen, Verb, What};
+use crate::process::{LATER, Point, end_at};
 use crate::{Case, Level};
 
 /// What is published for a member that ends.
 const MESSAGES: usize = 40;
+const KEYS: usize = 8;
 /// The least lease: time enough for whoever reads what is left, and no longer than has to be waited for.
 const LEASE: Duration = Duration::from_secs(5);
 
@@ -31,6 +36,14 @@ pub(super) const CASES: &[Case] = &[
         alone: true,
         run: |env| Box::pin(members(env)),
     },
+    Case {
+        name: "faults/what-a-member-was-told-holds-when-its-process-is-killed-right-after",
+        level: Level::Reliability,
+        proves: "A delay and its count, a release, a dead letter and acks in any order outlive the process that was told of them.",
+        needs: &[],
+        alone: true,
+        run: |env| Box::pin(told(env)),
+    },
 ];
 
 async fn publishers(env: &Env) -> Proof {
@@ -44,9 +57,34 @@ async fn members(env: &Env) -> Proof {
     try_join_all(points.into_iter().map(|point| one(env, point, MESSAGES))).await.map(drop)
 }
 
+async fn told(env: &Env) -> Proof {
+    let mut points = vec![Point::Hole];
+    points.extend((env.record.nack.is_given() && env.record.nack_delay.is_given()).then_some(Point::Nacked));
+    points.extend(env.record.release.is_given().then_some(Point::Released));
+    points.extend(env.record.dead_letter.is_given().then_some(Point::Buried));
+    let one = async |point| {
+        let ended = one(env, point, MESSAGES).await?;
+        match point {
+            Point::Hole => hole(env, &ended),
+            _ => once(env, point, &ended),
+        }
+    };
+    try_join_all(points.into_iter().map(one)).await.map(drop)
+}
+
+/// A process that has ended, and what it left.
+struct Ended {
+    /// It in the history.
+    client: u32,
+    /// Every message that was there, in the order in which they were published.
+    sent: Vec<String>,
+    /// The dead letters.
+    letters: Vec<String>,
+}
+
 /// A process that ends at that point, and a fresh client that reads what is left. Each has a destination of its own: members
 /// that are gone keep lanes on some brokers until they are missed.
-async fn one(env: &Env, point: Point, messages: usize) -> Proof {
+async fn one(env: &Env, point: Point, messages: usize) -> Proof<Ended> {
     let (destination, group) = (env.destination(&point.label()), env.group(&point.label()));
     let longest = env.record.limits.lease_max_ms.map_or(Duration::MAX, Duration::from_millis);
     let lease = env.lease().max(LEASE).min(longest);
@@ -54,9 +92,115 @@ async fn one(env: &Env, point: Point, messages: usize) -> Proof {
     let client = env.client().await?;
     // The group is there before anything is published.
     client.subscribe(spec.clone()).await?.close().await?;
-    let message = |number| client.message(&destination, format!("key {}", number % 8).as_str());
-    client.publish_ok((0..messages).map(message).collect()).await?;
-    end_at(env, point, &spec).await?;
-    env.client().await?.drain(spec).await?;
-    client.close().await
+    let keys = if point == Point::Hole { 1 } else { KEYS };
+    let message = |number| client.message(&destination, format!("key {}", number % keys).as_str());
+    let sent: Vec<_> = (0..messages).map(message).collect();
+    client.publish_ok(sent.clone()).await?;
+    let ended = end_at(env, point, &spec).await?;
+    let fresh = env.client().await?;
+    fresh.drain(spec).await?;
+    let letters = match point {
+        Point::Buried => fresh.letters(&destination, &group).await?,
+        _ => Vec::new(),
+    };
+    client.close().await?;
+    Ok(Ended { client: ended, sent: ids(&sent), letters: ids(letters.iter().map(|letter| &letter.message)) })
+}
+
+/// What the process settled in a way that was answered, and was to come again or to become a letter, did so once.
+fn once(env: &Env, point: Point, ended: &Ended) -> Proof {
+    let events = env.history.events();
+    let verb = match point {
+        Point::Nacked => Verb::Nack,
+        Point::Released => Verb::Release,
+        _ => Verb::DeadLetter,
+    };
+    let mut count = 0;
+    for event in events.iter().filter(|event| event.client == ended.client) {
+        let What::SettleInvoke { delivery, verb: asked } = &event.what else { continue };
+        if *asked != verb {
+            continue;
+        }
+        count += 1;
+        let Some(before) = delivery_of(&events, *delivery) else { fail!("the history has no delivery {delivery}") };
+        let again: Vec<_> = came_after(&events, ended).filter(|(_, seen)| seen.id == before.id).collect();
+        let (id, letters) =
+            (before.id.to_string(), ended.letters.iter().filter(|id| **id == before.id.to_string()).count());
+        if point == Point::Buried {
+            ensure_eq!(letters, 1, "the letters of {id}, which was buried before the process ended");
+            ensure_eq!(again.len(), 0, "deliveries of {id}, which was buried before the process ended");
+            continue;
+        }
+        ensure_eq!(again.len(), 1, "deliveries of {id} after the process ended");
+        let (at, seen) = &again[0];
+        let waited = Duration::from_micros(at.saturating_sub(event.at));
+        ensure!(
+            point != Point::Nacked || waited >= LATER,
+            "{id} was nacked with {LATER:?}, and is back after {waited:?}"
+        );
+        let expected = if point == Point::Nacked { before.attempt + 1 } else { before.attempt };
+        match env.record.attempt_count {
+            AttemptCount::Exact => ensure_eq!(seen.attempt, expected, "the attempt of {id} after the process ended"),
+            AttemptCount::Approximate => {
+                ensure!(seen.attempt >= expected, "attempt {} of {id}, expected {expected} or more", seen.attempt);
+            }
+            // The record says that a count may start anew; no release raises it.
+            AttemptCount::Volatile => {
+                ensure!(seen.attempt <= expected, "attempt {} of {id}, expected at most {expected}", seen.attempt);
+            }
+        }
+    }
+    ensure!(count > 0, "the process has settled nothing as {verb:?}");
+    Ok(())
+}
+
+/// Of messages of one key all but one were acked: that one comes. Where acks are individual nothing else does, once the broker
+/// has been told; where they are prefixes, nothing before it.
+fn hole(env: &Env, ended: &Ended) -> Proof {
+    let events = env.history.events();
+    let acked: BTreeSet<String> = events
+        .iter()
+        .filter(|event| event.client == ended.client)
+        .filter_map(|event| match &event.what {
+            What::SettleOk { delivery, .. } => delivery_of(&events, *delivery).map(|seen| seen.id.to_string()),
+            _ => None,
+        })
+        .collect();
+    let seen = events.iter().filter(|event| event.client == ended.client);
+    let held: Vec<String> = seen
+        .filter_map(|event| match &event.what {
+            What::Deliver(seen) => Some(seen.id.to_string()),
+            _ => None,
+        })
+        .collect();
+    let holes: Vec<&String> = held.iter().filter(|id| !acked.contains(*id)).collect();
+    let [hole] = holes[..] else { fail!("one delivery of {held:?} is to stay out, and {holes:?} did") };
+    let after: BTreeSet<String> = came_after(&events, ended).map(|(_, seen)| seen.id.to_string()).collect();
+    ensure!(after.contains(hole), "{hole} was not settled when the process ended, and it does not come again");
+    let place = ended.sent.iter().position(|id| id == hole);
+    let below: Vec<&String> =
+        ended.sent.iter().take(place.unwrap_or_default()).filter(|id| after.contains(*id)).collect();
+    // A stream that nobody has told of an ack yet hands it out again, wherever it stands.
+    let is_told = env.record.ack_granularity == AckGranularity::Prefix || env.record.ack_level != AckLevel::Recorded;
+    ensure!(below.is_empty() || !is_told, "{below:?} was acked before {hole}, which was not, and it comes again");
+    if env.record.ack_granularity == AckGranularity::Individual && is_told {
+        let again: Vec<&String> = acked.intersection(&after).collect();
+        ensure!(again.is_empty(), "{again:?} was acked, each for itself, and comes again");
+    }
+    Ok(())
+}
+
+fn delivery_of(events: &[Event], number: u64) -> Option<&Seen> {
+    events.iter().find_map(|event| match &event.what {
+        What::Deliver(seen) if seen.delivery == number => Some(seen),
+        _ => None,
+    })
+}
+
+/// What of these messages came to others than the process, and when.
+fn came_after<'e>(events: &'e [Event], ended: &'e Ended) -> impl Iterator<Item = (u64, &'e Seen)> {
+    events.iter().filter(|event| event.client != ended.client).filter_map(|event| match &event.what {
+        What::Deliver(seen) if ended.sent.iter().any(|id| *id == seen.id.to_string()) => Some((event.at, seen)),
+        _ => None,
+    })
 }

@@ -243,7 +243,7 @@ async fn settle_one_by_one<'e>(env: &'e Env, consumer: &mut Consumer<'e>, held: 
 }
 
 /// One that is worth waiting for: what cannot be given back comes again when its lease ends.
-fn short_lease(env: &Env) -> Duration {
+pub(super) fn short_lease(env: &Env) -> Duration {
     let longest = env.record.limits.lease_max_ms.map_or(Duration::MAX, Duration::from_millis);
     env.lease().max(Duration::from_secs(5)).min(longest)
 }

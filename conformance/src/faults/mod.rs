@@ -173,19 +173,24 @@ impl Line {
 
     /// Everything that goes through it meets this fault, from now until it is over.
     pub(crate) async fn suffer(&self, env: &Env, planned: &Planned) {
+        // The fault is that time goes by.
+        self.suffer_during(env, planned.kind, tokio::time::sleep(planned.lasts)).await;
+    }
+
+    /// The same for as long as that goes on.
+    pub(crate) async fn suffer_during<T>(&self, env: &Env, kind: Kind, meanwhile: impl Future<Output = T>) -> T {
         let clients = self.clients.lock().clone();
         let open = self.proxies.iter().map(Proxy::open).sum::<usize>() as u64;
         let (accepted, bytes) = (self.sum(Proxy::accepted), self.sum(Proxy::bytes));
         let fault = env.history.number();
-        let kind = planned.kind.to_string();
-        env.history.record(0, What::FaultBegin { fault, kind, clients, connections: open });
-        self.begin(planned.kind);
-        // The fault is that time goes by.
-        tokio::time::sleep(planned.lasts).await;
-        self.over(planned.kind);
+        env.history.record(0, What::FaultBegin { fault, kind: kind.to_string(), clients, connections: open });
+        self.begin(kind);
+        let seen = meanwhile.await;
+        self.over(kind);
         let connections = open + self.sum(Proxy::accepted) - accepted;
         let bytes = self.sum(Proxy::bytes) - bytes;
         env.history.record(0, What::FaultEnd { fault, connections, bytes });
+        seen
     }
 
     fn begin(&self, kind: Kind) {

@@ -134,9 +134,9 @@ fn faults_that_cannot_be_brought_about_are_refused_before_anything_is_run() {
         assert_eq!(ran.code, Some(1), "{ran:?}");
         let mut cases = ran.objects();
         cases.pop();
-        let is_of_processes = |case: &serde_json::Value| case["name"].to_string().contains("-whose-process-is-killed-");
+        let is_of_processes = |case: &serde_json::Value| case["name"].to_string().contains("-process-is-killed-");
         let (processes, others): (Vec<_>, Vec<_>) = cases.into_iter().partition(is_of_processes);
-        assert!(processes.len() == 2 && processes.iter().all(|case| case["outcome"] == killed), "{ran:?}");
+        assert!(processes.len() == 3 && processes.iter().all(|case| case["outcome"] == killed), "{ran:?}");
         assert!(others.len() > 1 && others.iter().all(|case| case["outcome"] == "not_run"), "{ran:?}");
     }
 }
@@ -170,6 +170,7 @@ fn a_broker_in_this_process_is_said_to_have_neither_a_server_nor_other_processes
             ("faults/a-server-that-is-frozen-*", "names no server"),
             ("faults/a-publisher-whose-process-is-killed-*", "in this process's memory"),
             ("faults/a-member-whose-process-is-killed-*", "in this process's memory"),
+            ("faults/what-a-member-was-told-*", "in this process's memory"),
         ] {
             let ran = bare(&["conform", "--url", url, "--level", "reliability", "--case", case, "--json"]);
             let case = &ran.objects()[0];
