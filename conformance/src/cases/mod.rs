@@ -3,6 +3,7 @@
 pub(crate) mod refusals;
 
 mod answers;
+mod burials;
 mod dead_letter;
 mod delivery;
 mod faults;
@@ -48,6 +49,7 @@ const THEMES: &[&[Case]] = &[
     transactions::CASES,
     random::CASES,
     faults::CASES,
+    burials::CASES,
     answers::CASES,
     server::CASES,
     processes::CASES,

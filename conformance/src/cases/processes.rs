@@ -5,6 +5,7 @@ use std::time::Duration;
 use futures_util::future::try_join_all;
 
 use crate::case::Proof;
+use crate::checker::may_be_under_way;
 use crate::env::Env;
 use crate::process::{Point, end_at};
 use crate::{Case, Level};
@@ -49,7 +50,10 @@ async fn members(env: &Env) -> Proof {
 async fn one(env: &Env, point: Point, messages: usize) -> Proof {
     let (destination, group) = (env.destination(&point.label()), env.group(&point.label()));
     let longest = env.record.limits.lease_max_ms.map_or(Duration::MAX, Duration::from_millis);
-    let lease = env.lease().max(LEASE).min(longest);
+    // Whoever waits until nothing that it has settled is under way holds the rest for as long.
+    let waits =
+        if point == Point::Holding { may_be_under_way(env.record.ack_level) + env.quiet() } else { Duration::ZERO };
+    let lease = env.lease().max(LEASE + waits).min(longest);
     let spec = env.spec(&destination, &group).with_lease(lease);
     let client = env.client().await?;
     // The group is there before anything is published.
