@@ -97,6 +97,7 @@ impl Checker {
             lane: seen.lane,
             position: seen.position,
             attempt: seen.attempt,
+            is_stale,
             order: number,
         });
         self.deliveries.insert(seen.delivery, (place.clone(), seen.id.clone(), seen.subscription));

@@ -24,6 +24,8 @@ pub(super) struct Held {
     pub(super) lane: u32,
     pub(super) position: Option<Position>,
     pub(super) attempt: u32,
+    /// It was handed out of a connection that is gone, when it had come to another member already.
+    pub(super) is_stale: bool,
     /// Its place among all deliveries of the history.
     pub(super) order: u64,
 }
@@ -408,8 +410,8 @@ impl Story {
             settling.above_hole = is_above_hole.then_some(at);
         }
         if settling.verb == Verb::Ack {
-            // Should it have come to somebody else meanwhile, that one says what becomes of it.
-            self.acked += u32::from(!settling.has_come);
+            // Should it be somebody else's, that one says what becomes of it.
+            self.acked += u32::from(!settling.has_come && !settling.held.is_stale);
             self.was_acked = true;
         }
         Some(settling.verb)

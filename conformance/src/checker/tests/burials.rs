@@ -94,6 +94,24 @@ fn an_ack_that_was_sent_on_a_connection_that_is_gone_does_not_contradict_who_bur
 }
 
 #[test]
+fn an_ack_of_what_was_another_members_already_does_not_contradict_its_burial() {
+    let client = |script: &mut Script, client: u32| {
+        if let Some(event) = script.events.last_mut() {
+            event.client = client;
+        }
+    };
+    // The first one belongs to a client of its own, which the fault hits; its connection is gone, and it is not told yet.
+    let mut script = Script::new();
+    (script.lease, script.rules.level) = (1_000_000_000, AckLevel::Sent);
+    script.member();
+    client(&mut script, 5);
+    script.subscribed(2, Order::None, OnFailure::GoPast).published("a", "k", 1).fault(&[5]);
+    script.delivered_to(2, 1, "a", 1).settled(1, Verb::DeadLetter);
+    script.delivered_to(1, 2, "a", 1).settled(2, Verb::Ack).lost().letter(9, "a").drained();
+    assert_eq!(script.names(), [""; 0]);
+}
+
+#[test]
 fn of_a_copy_and_the_source_that_a_fault_left_behind_one_may_be_acked_and_the_other_one_buried() {
     let mut script = held(AckLevel::Sent);
     script.asked(1, Verb::Nack).fault(&[0]).lost().delivered(2, "a", 2).delivered(3, "a", 1).answered(1);
