@@ -112,6 +112,20 @@ fn an_ack_of_what_was_another_members_already_does_not_contradict_its_burial() {
 }
 
 #[test]
+fn a_burial_above_a_hole_may_come_again_where_prefixes_are_kept() {
+    let after_a_close = |granularity| {
+        let mut script = Script::new();
+        script.rules.granularity = granularity;
+        script.member().published("a", "k", 1).published("b", "k", 2).delivered(1, "a", 1).delivered(2, "b", 1);
+        script.settled(2, Verb::DeadLetter).push(What::CloseInvoke { subscription: 1 });
+        script.subscribed(2, Order::None, OnFailure::GoPast).delivered_to(2, 3, "a", 1).settled(3, Verb::Ack);
+        script.delivered_to(2, 4, "b", 1).settled(4, Verb::Ack).letter(9, "b").drained().names()
+    };
+    assert_eq!(after_a_close(AckGranularity::Prefix), [""; 0]);
+    assert_eq!(after_a_close(AckGranularity::Individual), ["unjustified-duplicate"]);
+}
+
+#[test]
 fn of_a_copy_and_the_source_that_a_fault_left_behind_one_may_be_acked_and_the_other_one_buried() {
     let mut script = held(AckLevel::Sent);
     script.asked(1, Verb::Nack).fault(&[0]).lost().delivered(2, "a", 2).delivered(3, "a", 1).answered(1);
