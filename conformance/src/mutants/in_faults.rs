@@ -1,10 +1,10 @@
-//! Mutants that are as they should be until a connection is lost.
+//! Mutants that only cases about faults can tell from the real one: as they should be until a connection is lost, or until many things
+//! happen at once.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use anybroker_core::{
-    Broker, Confirms, Effect, Message, PublishTerms, Receipt, SettleError, SettleOutcome, Settlement, Settling,
-};
+use anybroker_core::{Broker, Confirms, Effect, Message, PublishTerms, Receipt, Settlement, Settling};
 use async_trait::async_trait;
 
 use super::Mutant;
@@ -24,10 +24,10 @@ pub(super) const MUTANTS: &[Mutant] = &[
         make: || Arc::new(UnknownIs(false)),
     },
     Mutant {
-        name: "unknown-burial-is-not-done",
-        fault: "a burial whose answer was lost is told as one that certainly made no letter",
+        name: "delays-are-lost-in-batches",
+        fault: "of several failures that are told at once only the first is held back",
         killed_by: "faults/a-mixed-schedule-buries-what-is-to-be-buried-and-loses-nothing",
-        make: || Arc::new(UnknownBurial),
+        make: || Arc::new(OnlyTheFirstIsHeldBack),
     },
 ];
 
@@ -49,22 +49,15 @@ impl Fault for UnknownIs {
     }
 }
 
-struct UnknownBurial;
+struct OnlyTheFirstIsHeldBack;
 
-impl Fault for UnknownBurial {
-    fn settle(&self, inner: &Inner, batch: Entries) -> Settling {
-        let is_burial: Vec<bool> =
-            batch.iter().map(|(_, settlement)| matches!(settlement, Settlement::DeadLetter(_))).collect();
-        let settling = inner.settler.settle(batch);
-        Settling::waiting(async move {
-            let told = |(outcome, is_burial): (SettleOutcome, bool)| match outcome {
-                Err(failed) if is_burial && failed.error().effect() == Effect::Unknown => {
-                    let (delivery, error) = failed.into_parts();
-                    Err(SettleError::new(delivery, error.with_effect(Effect::NotDone)))
-                }
-                outcome => outcome,
-            };
-            settling.await.into_iter().zip(is_burial).map(told).collect()
-        })
+impl Fault for OnlyTheFirstIsHeldBack {
+    fn settle(&self, inner: &Inner, mut batch: Entries) -> Settling {
+        let nacks = batch.iter_mut().filter_map(|(_, settlement)| match settlement {
+            Settlement::Nack(nack) => Some(nack),
+            _ => None,
+        });
+        nacks.skip(1).for_each(|nack| nack.delay = Duration::ZERO);
+        inner.settler.settle(batch)
     }
 }
