@@ -145,6 +145,7 @@ impl<'e> Client<'e> {
                 sequence: *sequence,
                 digest: digest(message),
                 instructed: message.delay().is_some() || message.ttl().is_some(),
+                expires: message.ttl().is_some(),
             });
             call
         };
@@ -194,6 +195,7 @@ impl<'e> Client<'e> {
                     earliest: is_earliest(spec.start),
                     lease_micros: micros(spec.lease),
                     max_attempts: spec.max_attempts,
+                    crash_limit: spec.crash_limit,
                 });
                 Ok(Ok(Consumer::new(self.env, self.number, subscription, subscriber)))
             }

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use crate::case::{Breach, Proof, ensure};
 use crate::client::Client;
 use crate::env::Env;
-use crate::history::{Seen, Verb, What, digest, micros};
+use crate::history::{Seen, What, digest, micros};
 
 /// A subscription that records.
 pub(crate) struct Consumer<'e> {
@@ -225,7 +225,7 @@ impl<'e> Held<'e> {
 
     /// Settles past the check layer, at the adapter itself, which must refuse what its record refuses; whether it did.
     pub(crate) async fn refused_by_adapter(mut self, settlement: Settlement) -> Proof<bool> {
-        self.record(What::SettleInvoke { delivery: self.number, verb: Verb::of(&settlement) });
+        self.record(What::settle_invoke(self.number, &settlement));
         let delivery = *self.delivery.take().expect("held until settled");
         let outcome = self.env.bounded("settle", anybroker_core::settle_unchecked(delivery, settlement)).await?;
         match outcome {
@@ -247,7 +247,7 @@ impl<'e> Held<'e> {
     /// Hands an ack over and drops the answer, unpolled or polled once. Its effect is unknown to this client.
     pub(crate) async fn settle_and_forget(mut self, is_polled: bool) {
         let delivery = *self.delivery.take().expect("held until settled");
-        self.record(What::SettleInvoke { delivery: self.number, verb: Verb::Ack });
+        self.record(What::settle_invoke(self.number, &Settlement::Ack));
         let settling = anybroker_core::settle(vec![(delivery, Settlement::Ack)]);
         if is_polled {
             drop(settling.now_or_never());
@@ -278,7 +278,7 @@ impl<'e> Held<'e> {
         mut self,
         settle: impl FnOnce((Delivery, Settlement)) -> anybroker_core::Settling,
     ) -> Proof<(Self, Error)> {
-        self.record(What::SettleInvoke { delivery: self.number, verb: Verb::Ack });
+        self.record(What::settle_invoke(self.number, &Settlement::Ack));
         let delivery = *self.delivery.take().expect("held until settled");
         let settling = settle((delivery, Settlement::Ack));
         match self.env.bounded("settle", settling).await?.pop().expect("one outcome per entry") {
@@ -326,7 +326,7 @@ pub(crate) async fn settle<'e>(batch: Vec<(Held<'e>, Settlement)>) -> Proof<Vec<
     let mut handles = Vec::with_capacity(batch.len());
     let mut entries = Vec::with_capacity(batch.len());
     for (mut held, settlement) in batch {
-        held.record(What::SettleInvoke { delivery: held.number, verb: Verb::of(&settlement) });
+        held.record(What::settle_invoke(held.number, &settlement));
         handles.push((held.client, held.number));
         entries.push((*held.delivery.take().expect("held until settled"), settlement));
     }

@@ -56,6 +56,8 @@ pub(crate) enum What {
         digest: u64,
         /// Held back, or with a time to live: its first delivery has no place in the order.
         instructed: bool,
+        /// It has a time to live.
+        expires: bool,
     },
     PublishOk {
         call: u64,
@@ -89,11 +91,14 @@ pub(crate) enum What {
         earliest: bool,
         lease_micros: u64,
         max_attempts: Option<u32>,
+        crash_limit: Option<u32>,
     },
     Deliver(Seen),
     SettleInvoke {
         delivery: u64,
         verb: Verb,
+        /// How long a nack is to be held back, in microseconds.
+        delay: u64,
     },
     SettleOk {
         delivery: u64,
@@ -226,8 +231,19 @@ pub(crate) enum Verb {
     DeadLetter,
 }
 
+impl What {
+    /// That a delivery is to be settled so.
+    pub(crate) fn settle_invoke(delivery: u64, settlement: &anybroker_core::Settlement) -> Self {
+        let delay = match settlement {
+            anybroker_core::Settlement::Nack(nack) => micros(nack.delay),
+            _ => 0,
+        };
+        Self::SettleInvoke { delivery, verb: Verb::of(settlement), delay }
+    }
+}
+
 impl Verb {
-    pub(crate) fn of(settlement: &anybroker_core::Settlement) -> Self {
+    fn of(settlement: &anybroker_core::Settlement) -> Self {
         match settlement {
             anybroker_core::Settlement::Ack => Self::Ack,
             anybroker_core::Settlement::Nack(_) => Self::Nack,

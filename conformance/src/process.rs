@@ -19,10 +19,11 @@ use tokio::process::Command;
 
 use crate::UrlHarness;
 use crate::case::{Breach, Proof, fail};
+use crate::checker::may_be_under_way;
 use crate::client::Client;
 use crate::consumer::{Held, ack_all, settle};
 use crate::env::Env;
-use crate::history::{Event, History, Verb, What, micros};
+use crate::history::{Event, History, What, micros};
 
 /// The environment variable that tells a process of [`Harness::child`](crate::Harness::child) what to do.
 pub const CHILD_JOB: &str = "CONFORMANCE_CHILD_JOB";
@@ -292,8 +293,9 @@ async fn consume(env: &Env, client: &Client<'_>, job: &Job) -> Proof {
         Point::Nacking => || Settlement::Nack(Nack { delay: Duration::ZERO, error_type: None }),
         Point::Burying => || Settlement::DeadLetter(Box::new(Verdict::new(Reason::Rejected))),
         Point::Holding | Point::Publishing | Point::Confirmed => {
-            // As long as it takes a client to do what it does by the clock: commit, renew, note its progress.
-            tokio::time::sleep(env.quiet()).await;
+            // As long as it takes a client to do what it does by the clock: commit, renew, note its progress. No ack of the
+            // first ones may be forgotten any more then, whatever its level says.
+            tokio::time::sleep(may_be_under_way(env.record.ack_level) + env.quiet()).await;
             drop_never(held);
             end(env, client, Some(subscription))
         }
@@ -301,7 +303,7 @@ async fn consume(env: &Env, client: &Client<'_>, job: &Job) -> Proof {
     let entries = held.into_iter().map(|held| {
         let (_, delivery_number, delivery) = held.take();
         let settlement = settled_with();
-        client.record(What::SettleInvoke { delivery: delivery_number, verb: Verb::of(&settlement) });
+        client.record(What::settle_invoke(delivery_number, &settlement));
         (delivery, settlement)
     });
     for_a_moment(&mut random, anybroker_core::settle(entries.collect())).await;

@@ -7,7 +7,7 @@ use anybroker_core::{AckLevel, Effect, ErrorKind, Message, PublishOptions, Settl
 use crate::case::Proof;
 use crate::client::Client;
 use crate::consumer::Held;
-use crate::history::{Verb, What};
+use crate::history::What;
 
 /// A transaction of a client.
 pub(crate) struct Unit<'c, 'e> {
@@ -40,7 +40,7 @@ impl<'c, 'e> Unit<'c, 'e> {
         let mut entries = Vec::with_capacity(batch.len());
         for (held, settlement) in batch {
             let (client, delivery, entry) = held.take();
-            self.client.env.history.record(client, What::SettleInvoke { delivery, verb: Verb::of(&settlement) });
+            self.client.env.history.record(client, What::settle_invoke(delivery, &settlement));
             self.settled.push((client, delivery));
             entries.push((entry, settlement));
         }

@@ -224,6 +224,17 @@ pub(super) async fn disturbed_on(
     network: &Network<'_>,
     shape: impl FnOnce(SubscribeSpec) -> SubscribeSpec,
     count: usize,
+    draw: impl FnMut(&mut StdRng, usize) -> (Kind, Duration, bool),
+) -> Proof {
+    disturb(env, network, &Trial::new(env, shape), count, draw).await
+}
+
+/// That trial, on that network.
+pub(super) async fn disturb<'e>(
+    env: &'e Env,
+    network: &Network<'_>,
+    trial: &Trial<'e>,
+    count: usize,
     mut draw: impl FnMut(&mut StdRng, usize) -> (Kind, Duration, bool),
 ) -> Proof {
     let (publishers, members) = Trial::CLIENTS;
@@ -246,7 +257,7 @@ pub(super) async fn disturbed_on(
             Box::new(Hit { lines: of.to_vec(), planned }) as Box<dyn Disturbance>
         })
         .collect();
-    Trial::new(env, shape).run(clients, members, &hits).await
+    trial.run(clients, members, &hits).await
 }
 
 /// A fault of one line, of the publishers' or of the members'.

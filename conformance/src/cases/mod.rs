@@ -4,6 +4,7 @@ pub(crate) mod refusals;
 
 mod answers;
 mod at_rest;
+mod burials;
 mod connections;
 mod dead_letter;
 mod delivery;
@@ -52,6 +53,7 @@ const THEMES: &[&[Case]] = &[
     transactions::CASES,
     random::CASES,
     faults::CASES,
+    burials::CASES,
     answers::CASES,
     connections::CASES,
     server::CASES,

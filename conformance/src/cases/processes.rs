@@ -7,6 +7,7 @@ use anybroker_core::{AckGranularity, AckLevel, AttemptCount};
 use futures_util::future::try_join_all;
 
 use crate::case::{Proof, ensure, ensure_eq, fail};
+use crate::checker::may_be_under_way;
 use crate::consumer::ids;
 use crate::env::Env;
 use crate::history::{Event, Seen, Verb, What};
@@ -87,7 +88,10 @@ struct Ended {
 async fn one(env: &Env, point: Point, messages: usize) -> Proof<Ended> {
     let (destination, group) = (env.destination(&point.label()), env.group(&point.label()));
     let longest = env.record.limits.lease_max_ms.map_or(Duration::MAX, Duration::from_millis);
-    let lease = env.lease().max(LEASE).min(longest);
+    // Whoever waits until nothing that it has settled is under way holds the rest for as long.
+    let waits =
+        if point == Point::Holding { may_be_under_way(env.record.ack_level) + env.quiet() } else { Duration::ZERO };
+    let lease = env.lease().max(LEASE + waits).min(longest);
     let spec = env.spec(&destination, &group).with_lease(lease);
     let client = env.client().await?;
     // The group is there before anything is published.
@@ -117,7 +121,7 @@ fn once(env: &Env, point: Point, ended: &Ended) -> Proof {
     };
     let mut count = 0;
     for event in events.iter().filter(|event| event.client == ended.client) {
-        let What::SettleInvoke { delivery, verb: asked } = &event.what else { continue };
+        let What::SettleInvoke { delivery, verb: asked, .. } = &event.what else { continue };
         if *asked != verb {
             continue;
         }

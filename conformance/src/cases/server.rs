@@ -55,7 +55,12 @@ pub(super) const CASES: &[Case] = &[
 ];
 
 async fn killed(env: &Env) -> Proof {
-    disturbed(env, Process::Killed(vec![Kill { serves: Duration::ZERO, away: Duration::ZERO }])).await
+    disturbed(env, Process::killed_once()).await
+}
+
+/// That trial, while the server is killed.
+pub(super) async fn killed_in<'e>(env: &'e Env, trial: &Trial<'e>) -> Proof {
+    disturb(env, trial, Process::killed_once()).await
 }
 
 /// How long the server is away each time. A client that waits longer between two tries finds it there between the two at times,
@@ -82,6 +87,10 @@ async fn full(env: &Env) -> Proof {
 }
 
 async fn disturbed(env: &Env, process: Process) -> Proof {
+    disturb(env, &Trial::new(env, |spec: SubscribeSpec| spec), process).await
+}
+
+async fn disturb<'e>(env: &'e Env, trial: &Trial<'e>, process: Process) -> Proof {
     let server = env.server()?;
     let (publishers, members) = Trial::CLIENTS;
     let mut clients = Vec::new();
@@ -90,7 +99,7 @@ async fn disturbed(env: &Env, process: Process) -> Proof {
     }
     let members = clients.split_off(publishers);
     let hits: [Box<dyn Disturbance>; 1] = [Box::new(OfServer { server, process })];
-    Trial::new(env, |spec: SubscribeSpec| spec).run(clients, members, &hits).await
+    trial.run(clients, members, &hits).await
 }
 
 /// The fault is that time goes by.
@@ -112,6 +121,12 @@ enum Process {
     Frozen,
     /// It has no room for new messages.
     Full,
+}
+
+impl Process {
+    fn killed_once() -> Self {
+        Self::Killed(vec![Kill { serves: Duration::ZERO, away: Duration::ZERO }])
+    }
 }
 
 /// One time of several.

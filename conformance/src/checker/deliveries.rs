@@ -1,10 +1,12 @@
 //! Deliveries and what becomes of them: each has a cause, its attempt number, its place.
 
+use std::time::Duration;
+
 use anybroker_core::{AckLevel, AttemptCount, OnFailure, Order};
 
 use super::Checker;
 use super::members::Member;
-use super::story::Held;
+use super::story::{Asked, Held};
 use crate::history::{Seen, Verb};
 
 /// Leases are told in whole milliseconds: one may end that much early.
@@ -79,6 +81,8 @@ impl Checker {
         // It cannot have been leased before it was there, and neither can it have been before the member was.
         let leased = story.back_at().max(published_at).max(since);
         let lease_end = leased.saturating_add(lease).saturating_sub(PRECISION);
+        // An attempt is due when a failure of the one before has been held back for as long as was asked.
+        let due = (rules.attempts != AttemptCount::Approximate).then(|| story.due(seen.attempt)).flatten();
         let mut attempts = story.attempts(at, rules.attempts);
         if rules.attempts == AttemptCount::Approximate && (had_others || at >= lease_end) {
             attempts = *attempts.start()..=u32::MAX;
@@ -93,6 +97,7 @@ impl Checker {
             lane: seen.lane,
             position: seen.position,
             attempt: seen.attempt,
+            is_stale,
             order: number,
         });
         self.deliveries.insert(seen.delivery, (place.clone(), seen.id.clone(), seen.subscription));
@@ -108,6 +113,11 @@ impl Checker {
         if with_resent == 1 && has_cause && !attempts.contains(&seen.attempt) {
             let detail = format!("attempt {}, expected {attempts:?} ({:?})", seen.attempt, rules.attempts);
             self.anomaly("attempt-mismatch", &group, &seen.id, detail);
+        }
+        if let Some(due) = due.filter(|due| at.saturating_add(PRECISION) < *due) {
+            let early = Duration::from_micros(due - at);
+            let detail = format!("attempt {} comes {early:?} before the delay of the nack has passed", seen.attempt);
+            self.anomaly("early-redelivery", &group, &seen.id, detail);
         }
         // Where hand-overs count too, the number may pass the limit: a message that nobody failed is not buried for it.
         let counts_failures = rules.attempts != AttemptCount::Approximate;
@@ -134,11 +144,14 @@ impl Checker {
         }
     }
 
-    pub(super) fn settle(&mut self, at: u64, delivery: u64, verb: Verb) {
-        let Some((_, _, member)) = self.deliveries.get(&delivery) else { return };
-        let max = self.members.get(member).and_then(|member| member.max_attempts);
+    pub(super) fn settle(&mut self, at: u64, delivery: u64, verb: Verb, delay: u64) {
+        let Some(member) = self.deliveries.get(&delivery).and_then(|(_, _, member)| self.members.get(member)) else {
+            return;
+        };
+        let (max, client) = (member.max_attempts, member.client);
+        let hits = if self.rules.atomic_burials { 0 } else { self.faults.hits(client) };
         if let Some(story) = self.story(delivery) {
-            story.settle(at, delivery, verb, max);
+            story.settle(at, Asked { delivery, verb, delay, hits }, max);
         }
     }
 

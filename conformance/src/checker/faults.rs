@@ -1,20 +1,31 @@
 //! What a fault justifies: that comes twice what was in flight on a connection that it hit, and nothing else.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::time::Duration;
 
 use anybroker_core::AckLevel;
 
 use super::Checker;
 use super::story::Forgetting;
+use crate::history::micros;
 
 /// How long after a fault a member may hand out what it had from the connection that is gone, because it has not been told.
 const EXPOSED: u64 = 5_000_000;
 
 /// Where an ack is sent without an answer: how long before a loss it may have been told of and still be on its way.
-const SENT: u64 = 2_000_000;
+const SENT: Duration = Duration::from_secs(2);
 
 /// Where it is only recorded, it may also wait until the client tells the broker of many at once.
-const RECORDED: u64 = 15_000_000;
+const RECORDED: Duration = Duration::from_secs(15);
+
+/// How long after it was told as done an ack of that level may still be forgotten with whoever made it.
+pub(crate) fn may_be_under_way(level: AckLevel) -> Duration {
+    match level {
+        AckLevel::Confirmed => Duration::ZERO,
+        AckLevel::Sent => SENT,
+        _ => RECORDED,
+    }
+}
 
 /// Where a killed server may forget acks: how long before its end it may have confirmed them. JetStream writes a consumer's
 /// state behind the answers (nats-server, filestore.go, `consumerFileStore.flushLoop`), and Pulsar answers before the cursor is stored
@@ -49,6 +60,12 @@ impl Faults {
         hits
     }
 
+    /// How many that last hit this client.
+    pub(super) fn hits(&self, client: u32) -> u32 {
+        let hits = self.active.values().filter(|(clients, _)| clients.contains(&client)).count();
+        u32::try_from(hits).unwrap_or(u32::MAX)
+    }
+
     /// Whether what members have may be forgotten by the server.
     pub(super) fn is_forgotten(&self, at: u64) -> bool {
         self.forgetful.is_some_and(|(_, over)| at <= over.saturating_add(EXPOSED))
@@ -61,7 +78,7 @@ impl Faults {
 
     /// Whether a fault that lasts hits this client.
     pub(super) fn is_hit(&self, client: u32) -> bool {
-        self.active.values().any(|(clients, _)| clients.contains(&client))
+        self.hits(client) > 0
     }
 }
 
@@ -82,6 +99,9 @@ impl Checker {
                 let exposed = member.exposed.filter(|(_, until)| at <= *until);
                 member.exposed = Some((exposed.map_or(at, |(since, _)| since), u64::MAX));
                 member.untold = Some(member.untold.filter(|_| exposed.is_some()).unwrap_or(at));
+            }
+            if !self.rules.atomic_burials {
+                self.each_story(subscription, |story| story.burials_are_met(subscription));
             }
             // Nobody was told of a loss yet; where the broker's own lease gives deliveries to others, none ends.
             let ends = !self.rules.by_lease || self.faults.is_forgotten(at);
@@ -137,15 +157,14 @@ impl Checker {
 
     /// What a member has settled and may be forgotten with its connection; `None` where the level says that it has arrived.
     pub(super) fn forgetting(&self, at: u64, subscription: u64) -> Option<Forgetting> {
-        let on_its_way = match self.rules.level {
-            AckLevel::Confirmed => return None,
-            AckLevel::Sent => SENT,
-            _ => RECORDED,
-        };
+        if self.rules.level == AckLevel::Confirmed {
+            return None;
+        }
+        let on_its_way = micros(may_be_under_way(self.rules.level));
         let exposed = self.members.get(&subscription).and_then(|member| member.exposed);
         let exposed = exposed.filter(|(_, until)| at <= *until);
         let since = exposed.map_or(at, |(since, _)| since).saturating_sub(on_its_way);
-        Some(Forgetting { since, in_a_fault: exposed.is_some() })
+        Some(Forgetting { since, in_a_fault: exposed.is_some(), is_gone: false })
     }
 
     fn members_of(&self, clients: &[u32]) -> Vec<u64> {

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use anybroker_core::{AckGranularity, AckLevel, Destination, Group, OnFailure, Order};
+use anybroker_core::{AckGranularity, Destination, Group, OnFailure, Order};
 
 use super::Checker;
 use super::publishes::Publish;
@@ -21,6 +21,7 @@ pub(super) struct Member {
     pub(super) since: u64,
     pub(super) lease: u64,
     pub(super) max_attempts: Option<u32>,
+    pub(super) crash_limit: Option<u32>,
     /// Closed, or gone: it holds nothing any more.
     pub(super) gone: bool,
     /// Since when, and until when, what it holds may be lost with a connection that a fault has hit.
@@ -45,8 +46,10 @@ impl Checker {
         let Some(member) = self.members.get_mut(&subscription) else { return };
         member.gone = true;
         member.losses.push(at);
-        let forgetful = crash && self.rules.level != AckLevel::Confirmed;
-        self.forget_acks(subscription, None, forgetful.then_some(Forgetting { since: 0, in_a_fault: false }));
+        // Whoever ends without a word forgets no more than whoever loses a connection: what was on its way, and what waited to be.
+        let forgetting = self.forgetting(at, subscription).filter(|_| crash);
+        let forgetting = forgetting.map(|lost| Forgetting { in_a_fault: false, is_gone: true, ..lost });
+        self.forget_acks(subscription, None, forgetting);
         self.each_story(subscription, |story| story.leave(at, subscription, crash));
     }
 

@@ -3,6 +3,7 @@
 mod deliveries;
 mod ends;
 mod faults;
+mod letters;
 mod members;
 mod order;
 mod publishes;
@@ -13,7 +14,8 @@ mod tests;
 use std::collections::{BTreeMap, HashMap};
 
 use anybroker_core::{
-    AckGranularity, AckLevel, AttemptCount, Capabilities, Destination, Group, MessageId, Parallelism, Support,
+    AckGranularity, AckLevel, AttemptCount, Capabilities, DeadLetterAtomicity, Destination, Group, MessageId,
+    Parallelism, Support,
 };
 use serde::{Deserialize, Serialize};
 
@@ -21,6 +23,8 @@ use crate::faults::KILLED;
 use crate::history::{Event, What};
 use crate::report::interned;
 use faults::Faults;
+pub(crate) use faults::may_be_under_way;
+use letters::Letter;
 use members::Member;
 use publishes::Publish;
 use story::{Returned, Story};
@@ -80,6 +84,10 @@ pub(crate) struct Rules {
     pub(crate) lanes: bool,
     /// What a member has is given to another when the broker's own lease ends, and not with a connection.
     pub(crate) by_lease: bool,
+    /// Hand-overs without an outcome are counted as the history shows them, and not what was only fetched as well.
+    pub(crate) hand_overs: bool,
+    /// A dead letter and the end of its source are one step: no fault doubles the letter.
+    pub(crate) atomic_burials: bool,
     /// A server that is killed may forget acks that it has just confirmed, and what it has just delivered.
     pub(crate) forgets: bool,
     /// How long the broker remembers ids and stores none of them twice, in microseconds.
@@ -95,6 +103,8 @@ impl Rules {
             kept_before_group: record.kept_before_group.is_given(),
             lanes: matches!(record.parallelism, Parallelism::Lanes(_)),
             by_lease: matches!(record.lease, Support::Native),
+            hand_overs: matches!(record.crash_count, Support::Native),
+            atomic_burials: record.dead_letter_atomicity == DeadLetterAtomicity::Atomic,
             forgets: matches!(record.survives_process_kill, Support::Emulated(_)),
             dedup: record.limits.dedup_window_ms.map(|millis| millis.saturating_mul(1_000)),
         }
@@ -141,6 +151,8 @@ impl Default for Rules {
             kept_before_group: true,
             lanes: false,
             by_lease: false,
+            hand_overs: true,
+            atomic_burials: false,
             forgets: false,
             dedup: None,
         }
@@ -192,6 +204,7 @@ impl Checker {
                 earliest,
                 lease_micros,
                 max_attempts,
+                crash_limit,
             } => {
                 self.change(event.at, *subscription, group.clone());
                 for destination in destinations {
@@ -210,6 +223,7 @@ impl Checker {
                         since: event.at,
                         lease: *lease_micros,
                         max_attempts: *max_attempts,
+                        crash_limit: *crash_limit,
                         gone: false,
                         exposed,
                         untold: exposed.map(|(since, _)| since),
@@ -218,7 +232,7 @@ impl Checker {
                 );
             }
             What::Deliver(seen) => self.deliver(event.at, seen),
-            What::SettleInvoke { delivery, verb } => self.settle(event.at, *delivery, *verb),
+            What::SettleInvoke { delivery, verb, delay } => self.settle(event.at, *delivery, *verb, *delay),
             What::SettleOk { delivery, level } => {
                 self.settled(event.at, *delivery, *level);
                 self.settled_in_a_fault(event.at, *delivery);
@@ -243,9 +257,10 @@ impl Checker {
             What::Degraded { subscription } => self.has_lost(event.at, *subscription, None),
             What::CloseInvoke { subscription } => self.leave(event.at, *subscription, false),
             What::Vanished { subscription } => self.leave(event.at, *subscription, true),
-            What::Letter { scan, destination, group, id, digest, reason, .. } => {
+            What::Letter { scan, destination, group, id, digest, reason, attempts } => {
                 self.counts.letters_read += 1;
-                self.letter(*scan, &(group.clone(), destination.clone()), id, *digest, reason);
+                let letter = Letter { at: event.at, id, digest: *digest, reason, attempts: *attempts };
+                self.letter(*scan, &(group.clone(), destination.clone()), &letter);
             }
             What::RedriveInvoke { destination, group, ids } => {
                 for id in ids {

@@ -14,6 +14,7 @@ pub(super) struct Publish {
     pub(super) sequence: u64,
     pub(super) digest: u64,
     pub(super) instructed: bool,
+    pub(super) expires: bool,
     pub(super) at: u64,
     pub(super) index: usize,
     pub(super) outcome: Option<bool>,
@@ -27,7 +28,7 @@ pub(super) struct Publish {
 impl Checker {
     pub(super) fn published(&mut self, index: usize, event: &Event) {
         match &event.what {
-            What::PublishInvoke { call, id, destination, key, sequence, digest, instructed } => {
+            What::PublishInvoke { call, id, destination, key, sequence, digest, instructed, expires } => {
                 self.calls.insert(*call, self.publishes.len());
                 let known = self.by_id.entry((destination.clone(), id.clone())).or_default();
                 known.push(self.publishes.len());
@@ -40,6 +41,7 @@ impl Checker {
                     sequence: *sequence,
                     digest: *digest,
                     instructed: *instructed,
+                    expires: *expires,
                     at: event.at,
                     index,
                     outcome: None,

@@ -1,11 +1,12 @@
 //! What happened to one message in one group.
 
 mod loss;
+mod settling;
 mod verdict;
 
 use std::ops::RangeInclusive;
 
-use anybroker_core::{AckLevel, AttemptCount, Effect, ErrorKind, Position};
+use anybroker_core::{AttemptCount, Position};
 
 use crate::history::Verb;
 pub(super) use loss::{Claim, Forgetting};
@@ -24,6 +25,8 @@ pub(super) struct Held {
     pub(super) lane: u32,
     pub(super) position: Option<Position>,
     pub(super) attempt: u32,
+    /// It was handed out of a connection that is gone, when it had come to another member already.
+    pub(super) is_stale: bool,
     /// Its place among all deliveries of the history.
     pub(super) order: u64,
 }
@@ -48,6 +51,8 @@ struct Settling {
     verb: Verb,
     /// A nack of the last attempt: a dead letter.
     buries: bool,
+    /// As a burial it counts in `maybe_buried`.
+    is_doubted: bool,
     /// It was asked for after the lease had ended.
     late: bool,
     /// Its connection was lost, or may have been, before there was an answer.
@@ -66,12 +71,36 @@ struct Settling {
     above_hole: Option<u64>,
 }
 
+/// What a member asks for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Asked {
+    pub(super) delivery: u64,
+    pub(super) verb: Verb,
+    /// How long a nack is to be held back, in microseconds.
+    pub(super) delay: u64,
+    /// Faults that hit it at once.
+    pub(super) hits: u32,
+}
+
+impl Settling {
+    /// It is the end of the message in its group, if it arrives: an ack, or a burial.
+    fn ends(&self) -> bool {
+        self.verb == Verb::Ack || self.buries
+    }
+
+    /// The message comes again all the same, beside the letter that there may be; how many burials that puts in doubt.
+    fn doubts(&mut self) -> u32 {
+        u32::from(self.buries && !std::mem::replace(&mut self.is_doubted, true))
+    }
+}
+
 /// A settling of a delivery that had come to somebody else already. It may have an effect all the same, where the member
 /// could not know: an ack settles it, a nack stores a copy of it, or its count.
 #[derive(Debug, Clone)]
 struct TooLate {
     delivery: u64,
     verb: Verb,
+    buries: bool,
     has_come: bool,
 }
 
@@ -94,6 +123,8 @@ pub(super) struct Story {
     /// Of such nacks their delivery, and its attempt: what they may have left behind comes with that number, however often the
     /// copy beside it fails meanwhile.
     sources: Vec<(u64, u32)>,
+    /// Such a nack left its source behind, or a copy: they are two, and one may be acked and the other one buried.
+    doubled: bool,
     held: Vec<Held>,
     /// What was given back without being settled and has not come again: where it stood, nothing is settled.
     left: Vec<Held>,
@@ -102,6 +133,17 @@ pub(super) struct Story {
     /// Some ack of it was told as done: it need not come again, whatever becomes of others that were under way.
     was_acked: bool,
     pub(super) buried: u32,
+    /// At which attempts it was, or may have been, since it was redriven last.
+    burials: Vec<u32>,
+    was_buried: bool,
+    /// How often a fault met one of them that had no answer: each time there may be a letter more.
+    pub(super) burial_hits: u32,
+    /// Attempts that failed, and from when on the next one is due.
+    failures: Vec<(u32, u64)>,
+    /// How many deliveries had an outcome that was told as done, or were before the last redrive.
+    concluded: u32,
+    /// Each delivery with its attempt.
+    handed_out: Vec<(u64, u32)>,
     /// Burials whose effect is unknown: there may be a letter, or the message may come again.
     pub(super) maybe_buried: u32,
     pub(super) redriven: bool,
@@ -160,6 +202,7 @@ impl Story {
         let is_copied = |late: &&mut TooLate| late.verb == Verb::Nack && !late.has_come;
         if let Some(late) = self.too_late.iter_mut().find(is_copied) {
             late.has_come = true;
+            self.doubled = true;
             self.returns += 1;
             return true;
         }
@@ -171,7 +214,8 @@ impl Story {
         let forgotten =
             |settling: &Settling| settling.above_hole.zip(moved).is_some_and(|(acked, moved)| acked <= moved);
         if let Some(place) = self.settling.iter().position(forgotten) {
-            self.settling.remove(place);
+            let doubted = self.settling.remove(place).doubts();
+            self.doubt_burials(doubted);
             self.returns += 1;
             self.uncounted += 1;
             return true;
@@ -211,10 +255,30 @@ impl Story {
 
     pub(super) fn deliver(&mut self, held: Held) {
         self.deliveries += 1;
+        self.handed_out.push((held.delivery, held.attempt));
         if self.owed.is_empty() {
             self.left.clear();
         }
         self.held.push(held);
+    }
+
+    /// From when on that attempt may come: the earliest, where several copies failed.
+    pub(super) fn due(&self, attempt: u32) -> Option<u64> {
+        self.failures.iter().filter(|(failed, _)| failed.saturating_add(1) == attempt).map(|(_, due)| *due).min()
+    }
+
+    /// How many hand-overs had no outcome that is known, since it was redriven last.
+    pub(super) fn hand_overs(&self) -> u32 {
+        self.deliveries.saturating_sub(self.concluded)
+    }
+
+    /// At which attempts it was buried, or may have been.
+    pub(super) fn burials(&self) -> &[u32] {
+        &self.burials
+    }
+
+    pub(super) fn was_buried(&self) -> bool {
+        self.was_buried
     }
 
     pub(super) fn held(&self) -> impl Iterator<Item = &Held> {
@@ -255,137 +319,6 @@ impl Story {
                 self.sources.clear();
             }
             _ => self.uncounted += 1,
-        }
-    }
-
-    pub(super) fn settle(&mut self, at: u64, delivery: u64, verb: Verb, max_attempts: Option<u32>) {
-        let Some(held) = self.take(delivery) else {
-            self.maybe_buried += u32::from(verb == Verb::DeadLetter);
-            return self.too_late.push(TooLate { delivery, verb, has_come: false });
-        };
-        let late = held.lease_end <= at;
-        // The source of a nack may be somebody else's by now, with the count that it had.
-        let is_elsewhere = held.until <= at;
-        let buries =
-            verb == Verb::DeadLetter || (verb == Verb::Nack && max_attempts.is_some_and(|max| held.attempt >= max));
-        match verb {
-            _ if buries => self.buried += 1,
-            Verb::Nack => {
-                self.returned(at, Returned::Nacked);
-                if is_elsewhere {
-                    self.uncertain += 1;
-                    self.sources.push((delivery, held.attempt));
-                }
-            }
-            Verb::Release => self.returned(at, Returned::Released),
-            Verb::Ack | Verb::DeadLetter => {}
-        }
-        self.settling.push(Settling {
-            held,
-            verb,
-            buries,
-            late,
-            in_doubt: is_elsewhere && !late,
-            doubt_ends: None,
-            has_come: false,
-            is_uncertain: is_elsewhere && verb == Verb::Nack && !buries,
-            is_excused: false,
-            ok_at: None,
-            above_hole: None,
-        });
-    }
-
-    /// Told as done, at that level. `by_lease`: it is the broker's lease that gives deliveries to others, not a connection.
-    pub(super) fn settled(
-        &mut self,
-        at: u64,
-        delivery: u64,
-        is_above_hole: bool,
-        level: AckLevel,
-        by_lease: bool,
-    ) -> Option<Verb> {
-        let settling = self.settling.iter_mut().find(|settling| settling.held.delivery == delivery)?;
-        settling.ok_at = Some(at);
-        if level == AckLevel::Confirmed {
-            if by_lease && at < settling.held.lease_end {
-                // The server had it while the lease held: it has given it to nobody else before, and does not afterwards.
-                (settling.late, settling.in_doubt) = (false, false);
-                if settling.is_uncertain {
-                    self.uncertain = self.uncertain.saturating_sub(1);
-                    self.sources.retain(|(of, _)| *of != delivery);
-                }
-                settling.is_uncertain = false;
-            } else {
-                settling.doubt_ends = Some(at.saturating_add(UNDER_WAY));
-            }
-        }
-        if settling.verb == Verb::Ack {
-            self.acked += 1;
-            self.was_acked = true;
-            settling.above_hole = is_above_hole.then_some(at);
-        }
-        Some(settling.verb)
-    }
-
-    /// The delivery is the application's again; what the settling was to do is undone as far as its effect is known.
-    pub(super) fn settle_failed(&mut self, delivery: u64, kind: ErrorKind, effect: Effect) {
-        let Some(place) = self.settling.iter().position(|settling| settling.held.delivery == delivery) else {
-            if effect != Effect::Unknown
-                && let Some(place) = self.too_late.iter().position(|late| late.delivery == delivery && !late.has_come)
-            {
-                let late = self.too_late.remove(place);
-                self.maybe_buried -= u32::from(late.verb == Verb::DeadLetter);
-            }
-            return;
-        };
-        let mut settling = self.settling.remove(place);
-        if effect == Effect::Unknown {
-            return self.settled_unknown(&settling);
-        }
-        match settling.verb {
-            _ if settling.buries => self.buried -= 1,
-            Verb::Nack | Verb::Release => {
-                settling.has_come |= self.owed.pop().is_none();
-                self.returns -= u32::from(!settling.has_come);
-                match settling.verb {
-                    Verb::Nack => {
-                        self.nacks -= 1;
-                        self.uncertain = self.uncertain.saturating_sub(u32::from(settling.is_uncertain));
-                        self.sources.retain(|(of, _)| *of != delivery);
-                    }
-                    _ => self.uncounted = self.uncounted.saturating_sub(1),
-                }
-            }
-            Verb::Ack | Verb::DeadLetter => {}
-        }
-        let stale = matches!(kind, ErrorKind::StaleDelivery | ErrorKind::Closed);
-        if stale {
-            self.uncounted += 1;
-            self.forgotten = true;
-        }
-        match (settling.has_come, stale) {
-            (true, _) => {}
-            // It was not this member's any more: it comes to somebody.
-            (false, true) => self.excused.push(None),
-            (false, false) => self.held.push(settling.held),
-        }
-    }
-
-    /// Nobody knows what became of it.
-    fn settled_unknown(&mut self, settling: &Settling) {
-        if settling.buries {
-            self.buried -= 1;
-            self.maybe_buried += 1;
-        } else if settling.verb == Verb::Nack {
-            self.uncertain += u32::from(!settling.is_uncertain);
-            self.sources.push((settling.held.delivery, settling.held.attempt));
-        }
-        if settling.verb == Verb::Ack {
-            self.maybe_acked = true;
-        }
-        // It may come again; where a nack is a copy, source and copy may both. Should it have come, that was it.
-        if !settling.has_come {
-            self.excused.push(None);
         }
     }
 
@@ -433,11 +366,12 @@ impl Story {
         let unanswered = |settling: &&mut Settling| {
             crash && settling.held.member == member && settling.buries && settling.ok_at.is_none()
         };
+        let mut doubted = 0;
         for settling in self.settling.iter_mut().filter(unanswered) {
-            (settling.buries, settling.in_doubt) = (false, true);
-            self.buried -= 1;
-            self.maybe_buried += 1;
+            settling.in_doubt = true;
+            doubted += settling.doubts();
         }
+        self.doubt_burials(doubted);
         let gone: Vec<u64> = self.held.iter().filter(|held| held.member == member).map(|held| held.delivery).collect();
         for delivery in gone {
             self.give_back(at, delivery, Returned::MemberGone);
@@ -446,7 +380,10 @@ impl Story {
 
     pub(super) fn redrive(&mut self, at: u64) {
         self.buried = self.buried.saturating_sub(1);
-        (self.redriven, self.was_acked) = (true, false);
+        (self.redriven, self.was_acked, self.concluded) = (true, false, self.deliveries);
+        if self.buried + self.maybe_buried == 0 {
+            self.burials.clear();
+        }
         // A letter that no handler ever saw (expired, parked) was never delivered: its first delivery is still due.
         if self.deliveries > 0 {
             self.returned(at, Returned::Redriven);

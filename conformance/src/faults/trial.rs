@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anybroker_core::{
-    Destination, Effect, Error, ErrorKind, Group, Message, MessageId, Nack, Retry, Settlement, SubscribeSpec,
+    Destination, Effect, Error, ErrorKind, Group, Message, MessageId, Nack, Reason, Settlement, SubscribeSpec, Verdict,
 };
 use futures_util::future::{BoxFuture, try_join_all};
 use parking_lot::Mutex;
@@ -40,6 +40,11 @@ pub(crate) const HEALED_TIMEOUT: Duration = Duration::from_secs(10);
 const ABANDONED: usize = 4;
 /// One in so many deliveries is nacked, where that is possible.
 const NACKED: usize = 25;
+/// How often a message may fail where some are to be buried, and the key whose messages always do.
+const ATTEMPTS: u32 = 3;
+const FAILING: &[u8] = b"key 7";
+/// For how long a failed one is held back there, at most, in milliseconds.
+const HELD_BACK: u64 = 300;
 
 /// Something that happens to the trial, begun when the trial says that it will be met.
 pub(crate) trait Disturbance: Send + Sync {
@@ -68,6 +73,8 @@ pub(crate) struct Trial<'e> {
     env: &'e Env,
     destination: Destination,
     spec: SubscribeSpec,
+    /// Whether members settle in every way that there is, and not only ack and nack.
+    buries: bool,
     progress: Progress,
 }
 
@@ -86,7 +93,7 @@ struct Progress {
     stored: Mutex<HashSet<MessageId>>,
     /// A disturbance makes the server forget.
     forgets: AtomicBool,
-    /// Acked, or asked for with an unknown effect.
+    /// Acked or buried, or asked for with an unknown effect.
     accounted: Mutex<HashSet<MessageId>>,
     /// The last fault is over.
     healed: Mutex<Option<Instant>>,
@@ -135,7 +142,19 @@ impl<'e> Trial<'e> {
         let least = env.lease().max(Duration::from_secs(5));
         let longest = env.record.limits.lease_max_ms.map_or(Duration::MAX, Duration::from_millis);
         let spec = shape(env.spec(&destination, &group).with_max_in_flight(100).with_lease(least.min(longest)));
-        Self { env, destination, spec, progress: Progress::default() }
+        Self { env, destination, spec, buries: false, progress: Progress::default() }
+    }
+
+    /// The same with members that ack, fail, give back and bury: a message that has failed three times is a dead letter, and those
+    /// of one key always fail.
+    pub(crate) fn burying(env: &'e Env) -> Self {
+        let trial = Self::new(env, |spec| spec.with_max_attempts(ATTEMPTS));
+        Self { buries: true, ..trial }
+    }
+
+    /// What the members subscribe with.
+    pub(crate) fn spec(&self) -> &SubscribeSpec {
+        &self.spec
     }
 
     /// How many clients [`run`](Self::run) wants: publishers, then members.
@@ -335,15 +354,18 @@ impl<'e> Trial<'e> {
     }
 
     async fn settle(&self, batch: Vec<Held<'e>>, random: &mut StdRng) -> Proof {
-        let can_nack = self.env.record.nack.is_given();
-        let (mut entries, mut acks) = (Vec::new(), Vec::new());
+        let (mut entries, mut ends) = (Vec::new(), Vec::new());
         for held in batch {
-            let nacks = can_nack && random.random_range(0..NACKED) == 0;
-            acks.push((!nacks).then(|| held.message().id().clone()));
-            let nack = Nack { delay: Duration::ZERO, error_type: None };
-            entries.push((held, if nacks { Settlement::Nack(nack) } else { Settlement::Ack }));
+            let settlement = if self.buries { self.settlement(&held, random) } else { self.ack_or_nack(random) };
+            let is_end = match settlement {
+                Settlement::Ack | Settlement::DeadLetter(_) => true,
+                Settlement::Nack(_) => self.spec.max_attempts.is_some_and(|most| held.attempt() >= most),
+                Settlement::Release => false,
+            };
+            ends.push(is_end.then(|| held.message().id().clone()));
+            entries.push((held, settlement));
         }
-        for (outcome, acked) in settle(entries).await?.into_iter().zip(acks) {
+        for (outcome, ended) in settle(entries).await?.into_iter().zip(ends) {
             let is_accounted = match &outcome {
                 Ok(_) => true,
                 // Dropped with its error it comes back, unless it is settled.
@@ -352,28 +374,54 @@ impl<'e> Trial<'e> {
                     error.effect() == Effect::Unknown
                 }
             };
-            if let Some(id) = acked.filter(|_| is_accounted) {
+            if let Some(id) = ended.filter(|_| is_accounted) {
                 self.progress.accounted.lock().insert(id);
             }
         }
         self.progress.tell();
         Ok(())
     }
+
+    fn ack_or_nack(&self, random: &mut StdRng) -> Settlement {
+        let nacks = self.env.record.nack.is_given() && random.random_range(0..NACKED) == 0;
+        if nacks { Settlement::Nack(Nack::default()) } else { Settlement::Ack }
+    }
+
+    /// Any that the endpoint has, and a failure where the message always fails.
+    fn settlement(&self, held: &Held<'e>, random: &mut StdRng) -> Settlement {
+        let record = &self.env.record;
+        let delay = random.random_range(0..=HELD_BACK);
+        let delay = if record.nack_delay.is_given() { Duration::from_millis(delay) } else { Duration::ZERO };
+        let fails = held.message().key() == Some(FAILING);
+        match random.random_range(0..100) {
+            drawn if record.nack.is_given() && (fails || drawn < 12) => {
+                Settlement::Nack(Nack { delay, error_type: None })
+            }
+            12..20 if record.release.is_given() => Settlement::Release,
+            20..26 if record.dead_letter.is_given() => Settlement::DeadLetter(Box::new(Verdict::new(Reason::Rejected))),
+            _ => Settlement::Ack,
+        }
+    }
 }
 
 /// What a settle may fail with while connections come and go.
 pub(crate) fn is_settling_in_a_fault(error: &Error) -> Proof {
-    // RateLimited: what a settle has to store finds no room.
-    let passes = matches!(error.kind(), ErrorKind::Timeout | ErrorKind::Unavailable | ErrorKind::RateLimited);
-    let is_of_faults = passes || error.kind() == ErrorKind::StaleDelivery || error.effect() == Effect::Unknown;
+    // What it was to settle may be somebody else's by now.
+    let is_of_faults = error.kind() == ErrorKind::StaleDelivery || may_pass(error);
     ensure!(is_of_faults, "settling in a fault: {error:?}");
     Ok(())
 }
 
-/// What a publish may fail with while connections come and go.
+/// What a publish may fail with while connections come and go. What was not attempted for order's sake is `Unavailable` too.
 pub(crate) fn is_publishing_in_a_fault(error: &Error) -> Proof {
-    let passes = matches!(error.retry(), Retry::Later(_)) || error.effect() == Effect::Unknown;
-    // What was not attempted for order's sake is no failure of its own.
-    ensure!(passes || error.effect() == Effect::NotDone, "publishing in a fault: {error:?}");
+    ensure!(may_pass(error), "publishing in a fault: {error:?}");
     Ok(())
+}
+
+/// A fault is over sooner or later. An error that says that nothing was done and that it will not pass has another cause, of which
+/// there is none here: the message is valid, its destination is there, and nobody has closed anything.
+fn may_pass(error: &Error) -> bool {
+    // RateLimited: what is to be stored finds no room.
+    let passes = matches!(error.kind(), ErrorKind::Timeout | ErrorKind::Unavailable | ErrorKind::RateLimited);
+    passes || error.effect() == Effect::Unknown
 }

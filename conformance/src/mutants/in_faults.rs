@@ -1,12 +1,14 @@
-//! Mutants that are as they should be until a connection is lost.
+//! Mutants that only cases about faults can tell from the real one: as they should be until a connection is lost, or until many things
+//! happen at once.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use anybroker_core::{Broker, Confirms, Effect, Message, PublishTerms, Receipt};
+use anybroker_core::{Broker, Confirms, Effect, Message, PublishTerms, Receipt, Settlement, Settling};
 use async_trait::async_trait;
 
 use super::Mutant;
-use super::tampered::Fault;
+use super::tampered::{Entries, Fault, Inner};
 
 pub(super) const MUTANTS: &[Mutant] = &[
     Mutant {
@@ -20,6 +22,12 @@ pub(super) const MUTANTS: &[Mutant] = &[
         fault: "a publish whose confirm was lost answers that it is certainly not stored",
         killed_by: "faults/answers-that-are-lost-leave-outcomes-unknown-and-lose-nothing",
         make: || Arc::new(UnknownIs(false)),
+    },
+    Mutant {
+        name: "delays-are-lost-in-batches",
+        fault: "of several failures that are told at once only the first is held back",
+        killed_by: "faults/a-mixed-schedule-buries-what-is-to-be-buried-and-loses-nothing",
+        make: || Arc::new(OnlyTheFirstIsHeldBack),
     },
 ];
 
@@ -38,5 +46,18 @@ impl Fault for UnknownIs {
             outcome => outcome,
         });
         Confirms::ready(outcomes.collect())
+    }
+}
+
+struct OnlyTheFirstIsHeldBack;
+
+impl Fault for OnlyTheFirstIsHeldBack {
+    fn settle(&self, inner: &Inner, mut batch: Entries) -> Settling {
+        let nacks = batch.iter_mut().filter_map(|(_, settlement)| match settlement {
+            Settlement::Nack(nack) => Some(nack),
+            _ => None,
+        });
+        nacks.skip(1).for_each(|nack| nack.delay = Duration::ZERO);
+        inner.settler.settle(batch)
     }
 }

@@ -20,6 +20,8 @@ pub(in crate::checker) struct Forgetting {
     pub(in crate::checker) since: u64,
     /// In a fault, or near one: nacks too, where a copy comes again beside its source.
     pub(in crate::checker) in_a_fault: bool,
+    /// The member is gone altogether: what it asked for without an answer, too.
+    pub(in crate::checker) is_gone: bool,
 }
 
 impl Story {
@@ -72,7 +74,7 @@ impl Story {
             lease_end <= at && settling.ok_at.is_none_or(|ok| ok >= lease_end)
         };
         // A nack that a fault met may leave its source behind, beside the copy that comes back.
-        let needs_loss = |settling: &Settling| settling.verb == Verb::Ack && !is_unanswered(settling);
+        let needs_loss = |settling: &Settling| settling.ends() && !is_unanswered(settling);
         let is_open = |settling: &&mut Settling| {
             settling.late
                 || !settling.has_come
@@ -85,10 +87,13 @@ impl Story {
             self.claims.push(Claim { member: settling.held.member, since: settling.held.at, at });
         }
         (settling.late, settling.in_doubt, settling.has_come) = (false, false, true);
+        let doubted = settling.doubts();
+        self.doubled |= settling.verb == Verb::Nack && !settling.buries;
         if settling.verb == Verb::Ack {
             // What is acked has no count any more.
             self.uncertain = self.uncertain.max(self.nacks);
         }
+        self.doubt_burials(doubted);
         self.returns += 1;
         self.uncounted += 1;
         true
@@ -124,29 +129,31 @@ impl Story {
         may: impl Fn(u32, u64) -> bool,
     ) {
         let concerns = |held: &Held| held.member == member && lane.is_none_or(|lane| lane == held.lane);
-        let (mut doubled, mut may_come) = (None, None);
+        let (mut doubled, mut may_come, mut doubted) = (None, None, 0);
         for settling in &mut self.settling {
             if !concerns(&settling.held) || settling.is_excused || settling.has_come {
                 continue;
             }
             // Without an answer it is in doubt, which is another thing, unless the member is gone altogether.
-            let is_forgotten = forgetting.is_some_and(|Forgetting { since, .. }| match settling.ok_at {
+            let is_forgotten = forgetting.is_some_and(|Forgetting { since, is_gone, .. }| match settling.ok_at {
                 Some(at) => at >= since && !settling.in_doubt,
-                None => since == 0,
+                None => is_gone,
             });
             let excuse = Some((member, settling.ok_at.unwrap_or(settling.held.at)));
+            let is_above = settling.above_hole.is_some() || may(settling.held.lane, super::rank(&settling.held));
             match settling.verb {
+                _ if settling.ends() && is_above => (settling.is_excused, may_come) = (true, Some(None)),
+                _ if settling.ends() && is_forgotten => (settling.is_excused, may_come) = (true, Some(excuse)),
+                _ if settling.ends() => continue,
                 Verb::Nack if is_forgotten && forgetting.is_some_and(|forgetting| forgetting.in_a_fault) => {
                     (settling.is_excused, doubled) = (true, Some(excuse));
                     self.sources.push((settling.held.delivery, settling.held.attempt));
                 }
-                Verb::Ack if settling.above_hole.is_some() || may(settling.held.lane, super::rank(&settling.held)) => {
-                    (settling.is_excused, may_come) = (true, Some(None));
-                }
-                Verb::Ack if is_forgotten => (settling.is_excused, may_come) = (true, Some(excuse)),
-                _ => {}
+                _ => continue,
             }
+            doubted += settling.doubts();
         }
+        self.doubt_burials(doubted);
         if let Some(excuse) = may_come.or(doubled) {
             self.excused.push(excuse);
             self.uncertain += u32::from(doubled.is_some());
@@ -160,15 +167,17 @@ impl Story {
             return;
         };
         let is_known = settling.is_excused || settling.in_doubt || settling.has_come;
-        if is_known || !matches!(settling.verb, Verb::Ack | Verb::Nack) {
+        if is_known || settling.verb == Verb::Release {
             return;
         }
         settling.is_excused = true;
         self.excused.push(Some((settling.held.member, at)));
-        if settling.verb == Verb::Nack {
+        if !settling.ends() {
             self.uncertain += 1;
             self.sources.push((delivery, settling.held.attempt));
         }
+        let doubted = settling.doubts();
+        self.doubt_burials(doubted);
     }
 
     /// Acks that the server has confirmed since then may be forgotten with it.
@@ -182,15 +191,18 @@ impl Story {
     }
 
     fn may_forget(&mut self, is_meant: impl Fn(&Settling) -> bool) {
+        let mut doubted = 0;
         for settling in &mut self.settling {
             let is_known = settling.is_excused || settling.has_come;
-            if !is_known && settling.verb == Verb::Ack && is_meant(settling) {
+            if !is_known && settling.ends() && is_meant(settling) {
                 settling.is_excused = true;
+                doubted += settling.doubts();
                 self.excused.push(None);
                 // What is acked has no count any more.
                 self.uncertain = self.uncertain.max(self.nacks);
             }
         }
+        self.doubt_burials(doubted);
     }
 
     /// Whether something was with this member: held, or on its way to be settled.

@@ -26,6 +26,8 @@ impl Story {
         if self.acked > 0
             && is_letter
             && self.maybe_buried == 0
+            && !self.doubled
+            && self.sources.is_empty()
             && self.deliveries - self.returns.min(self.deliveries) <= 1
         {
             return Some(("conservation", "acked, and a dead letter as well".into()));

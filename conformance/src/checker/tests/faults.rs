@@ -134,7 +134,7 @@ fn what_a_member_that_was_not_told_of_a_loss_hands_out_is_not_the_return_that_an
         if is_told {
             script.lost();
         }
-        script.delivered_to(2, 1, "a", 1).push(What::SettleInvoke { delivery: 1, verb: Verb::Nack });
+        script.delivered_to(2, 1, "a", 1).asked(1, Verb::Nack);
         script.delivered(2, "a", attempts[0]).answered(1);
         for (delivery, attempt) in (3..).zip(&attempts[1..]) {
             script.delivered_to(2, delivery, "a", *attempt);
@@ -220,7 +220,7 @@ fn an_ack_that_a_fault_met_and_that_was_confirmed_afterwards_stays() {
     let acked_in_a_fault_then = |by_lease, micros| {
         let mut script = held("a");
         script.rules.by_lease = by_lease;
-        script.push(What::SettleInvoke { delivery: 1, verb: Verb::Ack }).fault(&[0]).lost().answered(1);
+        script.asked(1, Verb::Ack).fault(&[0]).lost().answered(1);
         script.wait(micros).delivered(2, "a", 1);
         script.names()
     };
@@ -235,7 +235,7 @@ fn a_nack_that_was_confirmed_within_the_lease_counts_although_a_fault_met_it() {
     let nacked_in_a_fault_then = |by_lease, attempt| {
         let mut script = held("a");
         script.rules.by_lease = by_lease;
-        script.push(What::SettleInvoke { delivery: 1, verb: Verb::Nack }).fault(&[0]).answered(1);
+        script.asked(1, Verb::Nack).fault(&[0]).answered(1);
         script.delivered(2, "a", attempt);
         script.names()
     };
@@ -264,7 +264,7 @@ fn a_publish_that_a_fault_met_may_be_stored_once_more_and_not_twice_more() {
 fn what_was_held_on_a_lost_connection_and_never_comes_again_is_lost() {
     let mut script = held("a");
     script.fault(&[0]);
-    script.push(What::SettleInvoke { delivery: 1, verb: Verb::Ack });
+    script.asked(1, Verb::Ack);
     let (kind, effect) = (ErrorKind::StaleDelivery, Effect::NotDone);
     script.push(What::SettleFail { delivery: 1, kind, effect }).drained();
     assert_eq!(script.names(), ["lost"]);
@@ -274,7 +274,7 @@ fn what_was_held_on_a_lost_connection_and_never_comes_again_is_lost() {
 fn a_refused_settle_of_what_has_come_again_excuses_no_further_delivery() {
     let refused = |has_come: bool| {
         let mut script = held("a");
-        script.push(What::SettleInvoke { delivery: 1, verb: Verb::Ack }).fault(&[0]).lost();
+        script.asked(1, Verb::Ack).fault(&[0]).lost();
         if has_come {
             script.delivered(2, "a", 1);
         }
@@ -291,7 +291,7 @@ fn a_refused_settle_of_what_has_come_again_excuses_no_further_delivery() {
 fn a_copy_that_is_nacked_in_a_fault_counts_although_its_source_came_again_meanwhile() {
     let mut script = held("a");
     script.push(What::FaultBegin { fault: 1, kind: "cut".into(), clients: vec![0], connections: 1 });
-    script.push(What::SettleInvoke { delivery: 1, verb: Verb::Nack });
+    script.asked(1, Verb::Nack);
     let (kind, effect) = (ErrorKind::Unavailable, Effect::Unknown);
     script.push(What::SettleFail { delivery: 1, kind, effect });
     script.push(What::FaultEnd { fault: 1, connections: 1, bytes: 0 }).lost();
@@ -305,7 +305,7 @@ fn a_copy_that_is_nacked_in_a_fault_counts_although_its_source_came_again_meanwh
 fn a_source_and_a_copy_whose_acks_were_forgotten_together_are_explained_by_the_loss_that_was_told() {
     let mut script = held("a");
     script.rules.level = AckLevel::Sent;
-    script.wait(LATER).push(What::SettleInvoke { delivery: 1, verb: Verb::Nack });
+    script.wait(LATER).asked(1, Verb::Nack);
     script.push(What::FaultBegin { fault: 1, kind: "cut".into(), clients: vec![0], connections: 1 });
     script.answered(1).delivered(2, "a", 2).settled(2, Verb::Ack).lost();
     script.push(What::FaultEnd { fault: 1, connections: 1, bytes: 0 });
@@ -365,7 +365,7 @@ fn an_ack_of_what_a_killed_server_had_delivered_may_be_without_effect_and_one_of
 fn a_burial_that_a_killed_member_had_asked_for_leaves_a_letter_or_the_message_or_both_and_not_neither() {
     let after_the_kill = |has_letter: bool, comes_again: bool| {
         let mut script = held("a");
-        script.push(What::SettleInvoke { delivery: 1, verb: Verb::DeadLetter });
+        script.asked(1, Verb::DeadLetter);
         script.push(What::FaultBegin { fault: 1, kind: "process killed".into(), clients: vec![0], connections: 0 });
         script.push(What::Vanished { subscription: 1 });
         script.push(What::FaultEnd { fault: 1, connections: 0, bytes: 0 });
@@ -383,4 +383,20 @@ fn a_burial_that_a_killed_member_had_asked_for_leaves_a_letter_or_the_message_or
         assert_eq!(after_the_kill(has_letter, comes_again), [""; 0], "{has_letter} {comes_again}");
     }
     assert_eq!(after_the_kill(false, false), ["lost"]);
+}
+
+#[test]
+fn a_member_that_is_gone_has_forgotten_no_ack_that_is_older_than_its_level_allows() {
+    let again = |level, since_the_ack| {
+        let mut script = Script::new();
+        script.rules.level = level;
+        script.member().published("a", "k", 1).delivered(1, "a", 1).settled(1, Verb::Ack).wait(since_the_ack);
+        script.push(What::Vanished { subscription: 1 }).subscribed(2, Order::None, OnFailure::GoPast);
+        script.delivered_to(2, 2, "a", 1).names()
+    };
+    let second = 1_000_000;
+    assert_eq!(again(AckLevel::Sent, second), [""; 0]);
+    assert_eq!(again(AckLevel::Sent, 3 * second), ["ack-lost"]);
+    assert_eq!(again(AckLevel::Recorded, 14 * second), [""; 0]);
+    assert_eq!(again(AckLevel::Recorded, 16 * second), ["ack-lost"]);
 }

@@ -1,6 +1,8 @@
 //! Hand-written histories: each anomaly is found, and a good history passes.
 
+mod burials;
 mod faults;
+mod letters;
 mod uncertain;
 
 use anybroker_core::{Effect, ErrorKind, OnFailure, Order};
@@ -15,13 +17,14 @@ struct Script {
     next: u64,
     rules: Rules,
     lease: u64,
+    crash_limit: Option<u32>,
 }
 
 const LEASE: u64 = 100_000;
 
 impl Script {
     fn new() -> Self {
-        Self { events: Vec::new(), at: 0, next: 100, rules: Rules::default(), lease: LEASE }
+        Self { events: Vec::new(), at: 0, next: 100, rules: Rules::default(), lease: LEASE, crash_limit: None }
     }
 
     fn push(&mut self, what: What) -> &mut Self {
@@ -46,6 +49,7 @@ impl Script {
             earliest: true,
             lease_micros,
             max_attempts: Some(3),
+            crash_limit: self.crash_limit,
         })
     }
 
@@ -64,6 +68,7 @@ impl Script {
             sequence,
             digest: 7,
             instructed: false,
+            expires: false,
         });
         call
     }
@@ -93,8 +98,11 @@ impl Script {
     }
 
     fn settled(&mut self, delivery: u64, verb: Verb) -> &mut Self {
-        self.push(What::SettleInvoke { delivery, verb });
-        self.answered(delivery)
+        self.asked(delivery, verb).answered(delivery)
+    }
+
+    fn asked(&mut self, delivery: u64, verb: Verb) -> &mut Self {
+        self.push(What::SettleInvoke { delivery, verb, delay: 0 })
     }
 
     /// What was asked for is told as done.
@@ -104,14 +112,18 @@ impl Script {
     }
 
     fn letter(&mut self, scan: u64, id: &str) -> &mut Self {
+        self.letter_of(scan, id, "rejected", 1)
+    }
+
+    fn letter_of(&mut self, scan: u64, id: &str, reason: &str, attempts: u32) -> &mut Self {
         self.push(What::Letter {
             scan,
             destination: "d".into(),
             group: "g".into(),
             id: id.into(),
             digest: 7,
-            reason: "rejected".into(),
-            attempts: 1,
+            reason: reason.into(),
+            attempts,
         })
     }
 
@@ -160,6 +172,7 @@ fn a_message_published_before_a_group_that_starts_late_is_not_lost() {
         earliest: false,
         lease_micros: LEASE,
         max_attempts: None,
+        crash_limit: None,
     });
     script.drained();
     assert_eq!(script.names(), [""; 0]);
@@ -424,7 +437,7 @@ fn a_redriven_message_starts_again_at_attempt_one() {
     let redriven_then = |attempt| {
         let mut script = Script::new();
         script.member().published("a", "k", 1).delivered(1, "a", 1).settled(1, Verb::Nack);
-        script.delivered(2, "a", 2).settled(2, Verb::DeadLetter).letter(8, "a");
+        script.delivered(2, "a", 2).settled(2, Verb::DeadLetter).letter_of(8, "a", "rejected", 2);
         script.push(What::RedriveInvoke { destination: "d".into(), group: "g".into(), ids: vec!["a".into()] });
         script.delivered(3, "a", attempt).settled(3, Verb::Ack).drained();
         script.names()

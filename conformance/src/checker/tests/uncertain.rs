@@ -84,9 +84,9 @@ fn a_late_ack_that_was_refused_settles_nothing_and_one_that_is_unknown_may_have(
         let mut script = Script::new();
         script.member().published("a", "k", 1).delivered(1, "a", 1).wait(LEASE);
         script.subscribed(2, Order::None, OnFailure::GoPast).delivered_to(2, 2, "a", 1);
-        script.push(What::SettleInvoke { delivery: 1, verb: Verb::Ack });
+        script.asked(1, Verb::Ack);
         script.push(What::SettleFail { delivery: 1, kind: ErrorKind::StaleDelivery, effect });
-        script.push(What::SettleInvoke { delivery: 2, verb: Verb::Ack });
+        script.asked(2, Verb::Ack);
         let (kind, effect) = (ErrorKind::StaleDelivery, Effect::NotDone);
         script.push(What::SettleFail { delivery: 2, kind, effect }).drained();
         script.names()
@@ -100,7 +100,7 @@ fn a_burial_of_unknown_effect_leaves_a_letter_or_the_message() {
     let unknown_burial = |again: bool, letter: bool| {
         let mut script = Script::new();
         script.member().published("a", "k", 1).delivered(1, "a", 1);
-        script.push(What::SettleInvoke { delivery: 1, verb: Verb::DeadLetter });
+        script.asked(1, Verb::DeadLetter);
         script.push(What::SettleFail { delivery: 1, kind: ErrorKind::Timeout, effect: Effect::Unknown });
         if again {
             script.delivered(2, "a", 1).settled(2, Verb::Ack);
@@ -123,7 +123,7 @@ fn a_nack_that_came_too_late_leaves_a_copy_unless_it_was_refused() {
         let mut script = Script::new();
         script.member().published("a", "k", 1).delivered(1, "a", 1).wait(LEASE);
         script.subscribed(2, Order::None, OnFailure::GoPast).delivered_to(2, 2, "a", 1).settled(2, Verb::Ack);
-        script.push(What::SettleInvoke { delivery: 1, verb: Verb::Nack });
+        script.asked(1, Verb::Nack);
         script.push(What::SettleFail { delivery: 1, kind: ErrorKind::StaleDelivery, effect });
         script.delivered_to(2, 3, "a", attempt);
         script.names()
@@ -138,7 +138,7 @@ fn a_settle_that_had_no_answer_when_the_lease_ended_may_come_again_and_one_that_
     let acked_then = |answered_after, micros| {
         let mut script = Script::new();
         script.member().published("a", "k", 1).delivered(1, "a", 1);
-        script.push(What::SettleInvoke { delivery: 1, verb: Verb::Ack }).wait(answered_after).answered(1);
+        script.asked(1, Verb::Ack).wait(answered_after).answered(1);
         script.wait(micros).delivered(2, "a", 1).settled(2, Verb::Ack);
         script.names()
     };
@@ -153,7 +153,7 @@ fn what_was_acked_is_not_lost_when_somebody_else_fails_it_and_what_was_only_fail
         let mut script = Script::new();
         script.member().published("a", "k", 1).delivered(1, "a", 1);
         if is_acked {
-            script.push(What::SettleInvoke { delivery: 1, verb: Verb::Ack });
+            script.asked(1, Verb::Ack);
         }
         script.wait(LEASE).delivered(2, "a", 1);
         if is_acked {
@@ -172,7 +172,7 @@ fn what_one_of_two_who_had_it_failed_is_not_lost_when_the_other_acks_it_too_late
         let mut script = Script::new();
         script.member().published("a", "k", 1).delivered(1, "a", 1).wait(LEASE);
         script.subscribed(2, Order::None, OnFailure::GoPast).delivered_to(2, 2, "a", 1).settled(2, Verb::Nack);
-        script.push(What::SettleInvoke { delivery: 1, verb: Verb::Ack });
+        script.asked(1, Verb::Ack);
         match answer {
             Some(effect) => script.push(What::SettleFail { delivery: 1, kind: ErrorKind::StaleDelivery, effect }),
             None => script.answered(1),
@@ -190,7 +190,7 @@ fn what_needs_no_lost_connection_is_not_asked_for_one() {
     let mut script = Script::new();
     script.lease = 1_000_000_000;
     script.member().published("a", "k", 1).delivered(1, "a", 1);
-    script.push(What::SettleInvoke { delivery: 1, verb: Verb::Nack });
+    script.asked(1, Verb::Nack);
     script.push(What::SettleFail { delivery: 1, kind: ErrorKind::Unavailable, effect: Effect::Unknown });
     script.delivered(2, "a", 1).fault(&[0]).delivered(3, "a", 2);
     assert_eq!(script.names(), [""; 0]);
@@ -203,7 +203,7 @@ fn a_nack_that_had_no_answer_when_the_lease_ended_may_not_be_counted_and_one_tha
     let nacked_then = |is_answered: bool, attempt| {
         let mut script = Script::new();
         script.member().published("a", "k", 1).delivered(1, "a", 1);
-        script.push(What::SettleInvoke { delivery: 1, verb: Verb::Nack });
+        script.asked(1, Verb::Nack);
         if is_answered {
             script.answered(1);
         }
@@ -222,7 +222,7 @@ fn what_an_unknown_nack_leaves_behind_keeps_its_number_while_its_copy_fails_agai
     let then_comes = |effect, attempts: &[u32]| {
         let mut script = Script::new();
         script.member().published("a", "k", 1).delivered(1, "a", 1);
-        script.push(What::SettleInvoke { delivery: 1, verb: Verb::Nack });
+        script.asked(1, Verb::Nack);
         script.push(What::SettleFail { delivery: 1, kind: ErrorKind::Unavailable, effect });
         script.push(What::Dropped { delivery: 1 });
         for (delivery, attempt) in (2..).zip(attempts) {
