@@ -111,6 +111,11 @@ impl Peer for Bridge {
         std::str::from_utf8(value).is_ok() && !is_mq_bridges
     }
 
+    /// The server creates a topic that is missing.
+    fn tells_missing(&self) -> bool {
+        true
+    }
+
     async fn publish(&self, message: &Message, parcel: Parcel) -> Result<Receipt> {
         let destination = message.destination();
         let config = self.config(destination);
