@@ -39,7 +39,10 @@ pub fn is_missing(text: &str) -> bool {
 pub fn settle_failed(text: &str) -> Error {
     // Its documentation of DeleteMessage and ChangeMessageVisibility, "Errors".
     let is_stale = ["ReceiptHandleIsInvalid", "MessageNotInflight"].iter().any(|code| text.contains(code));
-    let kind = if is_stale { ErrorKind::StaleDelivery } else { ErrorKind::Unavailable };
+    let kind = match is_stale || is_missing(text) {
+        true => ErrorKind::StaleDelivery,
+        false => ErrorKind::Unavailable,
+    };
     failed(kind, "settle", text).with_effect(Effect::Unknown)
 }
 
@@ -135,7 +138,9 @@ mod tests {
     fn a_settle_that_failed_may_be_done_also_where_the_service_does_not_know_the_delivery() {
         let lost = settle_failed("service error: unhandled error (503)");
         assert_eq!((lost.kind(), lost.effect()), (ErrorKind::Unavailable, Effect::Unknown));
-        let stale = settle_failed("ReceiptHandleIsInvalid: The input receipt handle is invalid.");
-        assert_eq!((stale.kind(), stale.effect()), (ErrorKind::StaleDelivery, Effect::Unknown));
+        for text in ["ReceiptHandleIsInvalid: The input receipt handle is invalid.", "QueueDoesNotExist"] {
+            let stale = settle_failed(text);
+            assert_eq!((stale.kind(), stale.effect()), (ErrorKind::StaleDelivery, Effect::Unknown));
+        }
     }
 }

@@ -24,6 +24,9 @@ use peer_mq_bridge::{PEER, Publishers, parcel_of};
 use peers_common::kafka::{PARTITIONS, Topology, group_id, servers, topic};
 use peers_common::{Counted, Deliveries, Held, InFlight, Parcel, Peer, PeerBroker, Sender, Setup, failed, refused};
 
+/// How long after its end a consumer is followed by another: `reconnect_interval_ms` of a route, whose default is 5 s.
+const RECONNECT: Duration = Duration::from_secs(1);
+
 fn main() -> ExitCode {
     peers_common::main(Setup {
         peer: PEER,
@@ -145,10 +148,14 @@ impl Peer for Bridge {
                         place.send(Err(failed(ErrorKind::Unavailable, "receive", error)));
                         // What is out belongs to the old consumer, and comes again.
                         sequence = Sequence::default();
-                        match KafkaConsumer::new(&config).await {
-                            Ok(again) => consumer = again,
-                            Err(_) => tokio::time::sleep(Duration::from_secs(1)).await,
-                        }
+                        // As its routes do, the old one is gone first: as a member of the group it would hold up the next.
+                        drop(consumer);
+                        consumer = loop {
+                            tokio::time::sleep(RECONNECT).await;
+                            if let Ok(again) = KafkaConsumer::new(&config).await {
+                                break again;
+                            }
+                        };
                     }
                 }
             }
