@@ -24,8 +24,8 @@ use peer_mq_bridge::{PEER, Publishers, parcel_of};
 use peers_common::kafka::{PARTITIONS, Topology, group_id, servers, topic};
 use peers_common::{Counted, Deliveries, Held, InFlight, Parcel, Peer, PeerBroker, Sender, Setup, failed, refused};
 
-/// How long after its end a consumer is followed by another: `reconnect_interval_ms` of a route, whose default is 5 s.
-const RECONNECT: Duration = Duration::from_secs(1);
+/// How long after its end a consumer is followed by another: the default of a route, `reconnect_interval_ms`.
+const RECONNECT: Duration = Duration::from_secs(5);
 
 fn main() -> ExitCode {
     peers_common::main(Setup {
