@@ -133,7 +133,7 @@ pub async fn volume(harness: &dyn Harness, volume: &Volume) -> Result<VolumeRepo
     let routes = harness.routes().map_err(|why| Error::new(ErrorKind::ConfigInvalid, "volume", why))?;
     let mut proxies = Vec::new();
     for route in routes {
-        let proxy = Proxy::start(route.listen, route.upstream.clone()).await;
+        let proxy = Proxy::start(route.listen, route.upstream.clone());
         proxies.push(proxy.map_err(|error| Error::new(ErrorKind::Unavailable, "volume", error.to_string()))?);
     }
     let addresses: Vec<_> = proxies.iter().map(Proxy::address).collect();

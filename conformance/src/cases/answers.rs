@@ -58,7 +58,7 @@ const ANSWERS_LOST: Duration = Duration::from_millis(500);
 /// The acks of one member are done, and the answers say nothing. What it is told of them at last is true: the history says of each
 /// that was certainly not done that it has to come again.
 async fn acked_without_an_answer(env: &Env, network: &Network<'_>) -> Proof {
-    let line = network.line().await?;
+    let line = network.line()?;
     let (publisher, member) = (env.client().await?, line.client(env).await?);
     let spec = env.spec(&env.destination("alone"), &env.group("g"));
     let mut consumer = member.subscribe(spec.clone()).await?;

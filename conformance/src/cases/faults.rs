@@ -240,7 +240,7 @@ pub(super) async fn disturb<'e>(
     let (publishers, members) = Trial::CLIENTS;
     let (mut lines, mut clients) = (Vec::new(), Vec::new());
     for _ in 0..publishers + members {
-        let line = network.line().await?;
+        let line = network.line()?;
         clients.push(line.client(env).await?);
         lines.push(line);
     }
@@ -289,7 +289,7 @@ const CUTS: usize = 2;
 /// One publisher and one member.
 async fn alone(env: &Env) -> Proof {
     let network = Network::open(env).await?;
-    let lines = [network.line().await?, network.line().await?];
+    let lines = [network.line()?, network.line()?];
     let (publisher, member) = (lines[0].client(env).await?, lines[1].client(env).await?);
     let spec = env.spec(&env.destination("d"), &env.group("g"));
     let mut consumer = member.subscribe(spec.clone()).await?;
@@ -381,7 +381,7 @@ const ASKED_AGAIN: Duration = Duration::from_secs(6);
 /// a fresh client gets none of them. Where they are sent or recorded it promises less: the history says what may come again.
 async fn lost_acks(env: &Env) -> Proof {
     let network = Network::open(env).await?;
-    let line = network.line().await?;
+    let line = network.line()?;
     let (publisher, member) = (env.client().await?, line.client(env).await?);
     let longest = env.record.limits.lease_max_ms.map_or(Duration::MAX, Duration::from_millis);
     let lease = env.lease().max(ASKED_AGAIN).min(longest);

@@ -16,11 +16,10 @@ use hyper::service::service_fn;
 use hyper::{Request, Response, client, server};
 use hyper_util::rt::TokioIo;
 use parking_lot::Mutex as SyncMutex;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio::sync::Mutex;
-use tokio::task::JoinHandle;
 
-use super::proxy::listen_with;
+use super::apart::Listening;
 use crate::{HttpAnswer, HttpService};
 
 /// Who answers a request, and whether it is done.
@@ -39,9 +38,8 @@ pub(crate) enum Answers {
 
 /// A listener in front of one address of the server. It ends with all its connections when it is dropped.
 pub(crate) struct HttpProxy {
-    address: SocketAddr,
+    listening: Listening,
     shared: Arc<Shared>,
-    listening: JoinHandle<()>,
 }
 
 struct Shared {
@@ -55,33 +53,22 @@ type Body = BoxBody<Bytes, hyper::Error>;
 
 impl HttpProxy {
     /// Listens on any free port of the loopback interface. `answered` counts the requests that are answered in the server's place.
-    pub(crate) async fn start(
-        upstream: String,
-        service: Arc<dyn HttpService>,
-        answered: Arc<AtomicU64>,
-    ) -> io::Result<Self> {
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
-        let address = listener.local_addr()?;
+    pub(crate) fn start(upstream: String, service: Arc<dyn HttpService>, answered: Arc<AtomicU64>) -> io::Result<Self> {
         let shared = Arc::new(Shared { upstream, service, answers: SyncMutex::default(), answered });
         let serving = Arc::clone(&shared);
-        let listening = tokio::spawn(listen_with(listener, move |client| serve(client, Arc::clone(&serving))));
-        Ok(Self { address, shared, listening })
+        let anywhere = (Ipv4Addr::LOCALHOST, 0).into();
+        let listening = Listening::start(anywhere, move |client| serve(client, Arc::clone(&serving)))?;
+        Ok(Self { listening, shared })
     }
 
     /// Where it listens.
     pub(crate) fn address(&self) -> SocketAddr {
-        self.address
+        self.listening.address()
     }
 
     /// Who answers from now on.
     pub(crate) fn set(&self, answers: Answers) {
         *self.shared.answers.lock() = answers;
-    }
-}
-
-impl Drop for HttpProxy {
-    fn drop(&mut self) {
-        self.listening.abort();
     }
 }
 

@@ -2,6 +2,7 @@
 //! that was hit may come twice, and nothing else.
 
 mod address;
+mod apart;
 mod http;
 #[cfg(test)]
 mod http_tests;
@@ -126,18 +127,18 @@ pub(crate) struct Line {
 }
 
 impl Line {
-    async fn start(routes: &[Route], answering: Option<&Answering>) -> Proof<Arc<Self>> {
+    fn start(routes: &[Route], answering: Option<&Answering>) -> Proof<Arc<Self>> {
         let (mut proxies, mut answerers) = (Vec::new(), Vec::new());
         for Route { listen, upstream } in routes {
             let no_proxy = |error| Breach::NotRun(format!("no proxy can listen in front of {upstream}: {error}"));
             let mut behind = upstream.clone();
             if let Some(Answering { service, count }) = answering {
-                let started = HttpProxy::start(behind, Arc::clone(service), Arc::clone(count)).await;
+                let started = HttpProxy::start(behind, Arc::clone(service), Arc::clone(count));
                 let answerer = started.map_err(no_proxy)?;
                 behind = answerer.address().to_string();
                 answerers.push(answerer);
             }
-            proxies.push(Proxy::start(*listen, behind).await.map_err(no_proxy)?);
+            proxies.push(Proxy::start(*listen, behind).map_err(no_proxy)?);
         }
         Ok(Arc::new(Self { proxies, answerers, clients: Mutex::default() }))
     }
@@ -260,7 +261,7 @@ impl<'e> Network<'e> {
     async fn open_with(env: &'e Env, answering: Option<Answering>) -> Proof<Self> {
         let routes = env.harness.routes().map_err(Breach::NotRun)?;
         let shared = match routes.iter().any(|route| route.listen.is_some()) {
-            true => Some(Line::start(&routes, answering.as_ref()).await?),
+            true => Some(Line::start(&routes, answering.as_ref())?),
             false => None,
         };
         let network = Self { env, routes, answering, shared };
@@ -269,10 +270,10 @@ impl<'e> Network<'e> {
     }
 
     /// A line for one client.
-    pub(crate) async fn line(&self) -> Proof<Arc<Line>> {
+    pub(crate) fn line(&self) -> Proof<Arc<Line>> {
         match &self.shared {
             Some(line) => Ok(Arc::clone(line)),
-            None => Line::start(&self.routes, self.answering.as_ref()).await,
+            None => Line::start(&self.routes, self.answering.as_ref()),
         }
     }
 
@@ -283,7 +284,7 @@ impl<'e> Network<'e> {
 
     /// With everything held back nothing can be published: otherwise the endpoint has told the client of another address.
     async fn is_on_the_way(&self) -> Proof {
-        let line = self.line().await?;
+        let line = self.line()?;
         let client = line.client(self.env).await?;
         let destination = self.env.destination("probe");
         let spec = self.env.spec(&destination, &self.env.group("probe"));

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
 
+use super::apart::Listening;
 use super::pump::{self, Counted};
 
 /// What becomes of the bytes of one direction.
@@ -62,9 +62,8 @@ pub(super) struct Weather {
 
 /// A listener in front of one address of the server. It ends with all its connections when it is dropped.
 pub(crate) struct Proxy {
-    address: SocketAddr,
+    listening: Listening,
     shared: Arc<Shared>,
-    listening: JoinHandle<()>,
 }
 
 struct Shared {
@@ -77,9 +76,7 @@ struct Shared {
 
 impl Proxy {
     /// Listens on `listen`, or on any free port of the loopback interface, and passes everything on to `upstream`.
-    pub(crate) async fn start(listen: Option<SocketAddr>, upstream: String) -> io::Result<Self> {
-        let listener = TcpListener::bind(listen.unwrap_or((Ipv4Addr::LOCALHOST, 0).into())).await?;
-        let address = listener.local_addr()?;
+    pub(crate) fn start(listen: Option<SocketAddr>, upstream: String) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             weather: watch::Sender::default(),
             open: AtomicUsize::new(0),
@@ -87,16 +84,16 @@ impl Proxy {
             bytes: AtomicU64::new(0),
         });
         let accepting = Arc::clone(&shared);
-        let listening = tokio::spawn(listen_with(listener, move |client| {
+        let listening = Listening::start(listen.unwrap_or((Ipv4Addr::LOCALHOST, 0).into()), move |client| {
             accepting.accepted.fetch_add(1, Ordering::Relaxed);
             serve(client, upstream.clone(), Arc::clone(&accepting))
-        }));
-        Ok(Self { address, shared, listening })
+        })?;
+        Ok(Self { listening, shared })
     }
 
     /// Where it listens.
     pub(crate) fn address(&self) -> SocketAddr {
-        self.address
+        self.listening.address()
     }
 
     /// How many connections are open through it.
@@ -133,29 +130,6 @@ impl Proxy {
             weather.number += 1;
             weather.end = Some((weather.number, how));
         });
-    }
-}
-
-impl Drop for Proxy {
-    fn drop(&mut self) {
-        self.listening.abort();
-    }
-}
-
-/// Serves every connection that comes, for as long as it is polled: they end with it.
-pub(super) async fn listen_with<F>(listener: TcpListener, mut serve: impl FnMut(TcpStream) -> F)
-where
-    F: Future<Output = ()> + Send + 'static,
-{
-    let mut connections = tokio::task::JoinSet::new();
-    loop {
-        tokio::select! {
-            accepted = listener.accept() => {
-                let Ok((client, _)) = accepted else { continue };
-                connections.spawn(serve(client));
-            }
-            Some(_) = connections.join_next() => {}
-        }
     }
 }
 

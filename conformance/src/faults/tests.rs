@@ -24,7 +24,7 @@ struct Pair {
 async fn pair() -> Pair {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let upstream = listener.local_addr().unwrap().to_string();
-    let proxy = Proxy::start(None, upstream).await.unwrap();
+    let proxy = Proxy::start(None, upstream).unwrap();
     let client = TcpStream::connect(proxy.address()).await.unwrap();
     let (server, _) = timeout(SOON, listener.accept()).await.unwrap().unwrap();
     Pair { proxy, listener, client, server }
@@ -142,4 +142,37 @@ async fn new_connections_are_reset_while_the_proxy_refuses_and_served_again_afte
     let (mut server, _) = timeout(SOON, listener.accept()).await.unwrap().unwrap();
     server.write_all(b"x").await.unwrap();
     assert_eq!(read(&mut taken, 1).await, b"x");
+}
+
+/// As a client of librdkafka does that is closed by being dropped: its runtime has no other thread here.
+#[tokio::test]
+async fn a_client_that_blocks_its_thread_gets_its_answer_through_the_proxy() {
+    use std::io::{Read as _, Write as _};
+
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let upstream = listener.local_addr().unwrap().to_string();
+    let server = std::thread::spawn(move || {
+        let (mut server, _) = listener.accept().unwrap();
+        let mut question = [0; 8];
+        server.read_exact(&mut question).unwrap();
+        server.write_all(&question).unwrap();
+    });
+    let proxy = Proxy::start(None, upstream).unwrap();
+    let mut client = std::net::TcpStream::connect(proxy.address()).unwrap();
+    client.set_read_timeout(Some(SOON)).unwrap();
+    client.write_all(b"question").unwrap();
+    let mut answer = [0; 8];
+    client.read_exact(&mut answer).expect("the proxy passes it on");
+    assert_eq!(&answer, b"question");
+    server.join().unwrap();
+}
+
+#[tokio::test]
+async fn the_address_of_a_proxy_that_is_dropped_is_free_at_once() {
+    let Pair { proxy, client, server, .. } = pair().await;
+    let address = proxy.address();
+    // Those that are reset leave nothing behind that waits.
+    proxy.end(End::Reset);
+    drop((client, server, proxy));
+    Proxy::start(Some(address), "127.0.0.1:1".into()).unwrap();
 }

@@ -8,6 +8,7 @@ use clap::Args;
 
 use crate::brokers::{self, How, PrivateInstance};
 use crate::child::{self, cargo};
+use crate::conform::disturb;
 use crate::workspace;
 
 const BUILD_LIMIT: Duration = Duration::from_secs(40 * 60);
@@ -18,8 +19,6 @@ const RUN_LIMIT: Duration = Duration::from_secs(60 * 60);
 struct Peer {
     name: &'static str,
     broker: &'static str,
-    /// Whether a proxy in front of the broker is in the way of its clients. Kafka's are told another address to come to.
-    has_proxy: bool,
 }
 
 const PEERS: &[Peer] = &[
@@ -30,12 +29,12 @@ const PEERS: &[Peer] = &[
     peer("mq-bridge-rabbitmq", "rabbitmq"),
     peer("ruststream-sqs", "sqs"),
     peer("omniqueue-sqs", "sqs"),
-    Peer { has_proxy: false, ..peer("ruststream-kafka", "kafka") },
-    Peer { has_proxy: false, ..peer("mq-bridge-kafka", "kafka") },
+    peer("ruststream-kafka", "kafka"),
+    peer("mq-bridge-kafka", "kafka"),
 ];
 
 const fn peer(name: &'static str, broker: &'static str) -> Peer {
-    Peer { name, broker, has_proxy: true }
+    Peer { name, broker }
 }
 
 /// Run the conformance suite on published crates of other projects
@@ -81,9 +80,13 @@ impl Peers {
             let mut instance = PrivateInstance::new()?;
             let broker = share[0].broker;
             let url = instance.up_one(broker, self.how)?.url;
+            let proxy = match self.level.as_str() {
+                "conformance" => Vec::new(),
+                _ => proxy(disturb::advertised(&instance, broker)?),
+            };
             let version = brokers::recipes(&[broker.to_owned()])?[0].version();
             for peer in share {
-                if !self.one(peer, &target.join("debug"), &url, version, &folder)? {
+                if !self.one(peer, &target.join("debug"), &url, version, &proxy, &folder)? {
                     failed.push(peer.name);
                 }
             }
@@ -105,13 +108,19 @@ impl Peers {
     }
 
     /// Whether no case failed.
-    fn one(&self, peer: &Peer, programs: &Path, url: &str, server: &str, report: &Path) -> Result<bool> {
+    fn one(
+        &self,
+        peer: &Peer,
+        programs: &Path,
+        url: &str,
+        server: &str,
+        proxy: &[String],
+        report: &Path,
+    ) -> Result<bool> {
         let mut run = std::process::Command::new(programs.join(peer.name));
         child::clean(&mut run);
         run.args(["--url", url, "--server", server, "--level", &self.level, "--seed", &self.seed.to_string()]);
-        if self.level != "conformance" && peer.has_proxy {
-            run.arg("--proxy");
-        }
+        run.args(proxy);
         for case in &self.cases {
             run.args(["--case", case]);
         }
@@ -120,9 +129,21 @@ impl Peers {
     }
 }
 
+/// A proxy in front of the broker: where its clients are told to come, if it tells them, and else anywhere.
+fn proxy(advertised: Option<String>) -> Vec<String> {
+    ["--proxy".to_owned()].into_iter().chain(advertised).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_proxy_listens_where_the_brokers_clients_are_told_to_come() {
+        let route = "127.0.0.1:1=127.0.0.1:2".to_owned();
+        assert_eq!(proxy(Some(route.clone())), ["--proxy".to_owned(), route]);
+        assert_eq!(proxy(None), ["--proxy"]);
+    }
 
     #[test]
     fn a_peer_is_found_by_its_name_and_another_name_is_refused() {

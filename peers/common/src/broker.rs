@@ -69,7 +69,9 @@ async fn publish_one<P: Peer>(peer: &P, message: &Message, known: &Known, deadli
     let outcome = tokio::time::timeout_at(deadline, publish).await.unwrap_or_else(|_| {
         Err(Error::new(ErrorKind::Timeout, "publish", "the peer did not answer in time").with_effect(Effect::Unknown))
     });
-    if let (Err(_), Some(known)) = (&outcome, known) {
+    if let (Err(error), Some(known)) = (&outcome, known)
+        && (error.kind() == ErrorKind::NotFound || !peer.tells_missing())
+    {
         known.lock().remove(name);
     }
     outcome.map_err(|error| error.with("id", message.id()))

@@ -5,8 +5,8 @@ use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use anybroker_conformance::{About, Level, Options, Outcome, UrlHarness, run};
-use anybroker_core::{Bus, Result};
+use anybroker_conformance::{About, Level, Options, Outcome, Route, UrlHarness, routes_of, run, url_through};
+use anybroker_core::{Bus, Error, ErrorKind, Result};
 use clap::Parser;
 use futures_util::future::BoxFuture;
 
@@ -43,9 +43,10 @@ struct Command {
     /// The highest level: conformance or reliability
     #[arg(long, default_value = "conformance", value_parser = level)]
     level: Level,
-    /// Put a proxy in front of the broker, for cases of the level reliability
-    #[arg(long)]
-    proxy: bool,
+    /// Put a proxy in front of the broker, for cases of the level reliability. With LISTEN=UPSTREAM it listens where the broker
+    /// tells its clients to come (Kafka's advertised listeners)
+    #[arg(long, value_name = "LISTEN=UPSTREAM", num_args = 0..)]
+    proxy: Option<Vec<Route>>,
     /// What everything random starts from
     #[arg(long)]
     seed: Option<u64>,
@@ -75,7 +76,9 @@ pub fn server() -> String {
 /// Runs the command. Its exit status is 1 when a case has failed.
 pub fn main(setup: Setup) -> ExitCode {
     let command = Command::parse();
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    // More than the members of any case: ruststream-rdkafka closes a consumer where it is dropped, which blocks the thread until the
+    // server has answered, and the end of a fault has to come all the same.
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(16).enable_all().build();
     match runtime.map(|runtime| runtime.block_on(drive(setup, command))) {
         Ok(Ok(code)) => code,
         Ok(Err(error)) => {
@@ -95,10 +98,21 @@ async fn drive(setup: Setup, command: Command) -> Result<ExitCode> {
     // Admin endpoints and the like are AnyBroker's own; the peers' URLs have none.
     let url = command.url.split('?').next().unwrap_or_default().to_owned();
     let strict = url.clone();
+    let direct = url.clone();
+    let harness = UrlHarness::new(setup.peer, move || connect(direct.clone(), true));
     let harness = match command.proxy {
-        true => UrlHarness::behind_proxies(setup.peer, &url, move |url| connect(url, true))
-            .map_err(|why| anybroker_core::Error::new(anybroker_core::ErrorKind::ConfigInvalid, "connect", why))?,
-        false => UrlHarness::new(setup.peer, move || connect(url.clone(), true)),
+        Some(named) => {
+            let routes = if named.is_empty() { routes_of(&url) } else { Ok(named) };
+            let routes = routes.map_err(|why| Error::new(ErrorKind::ConfigInvalid, "connect", why))?;
+            harness.with_proxies(routes, move |addresses| connect(url_through(&url, &addresses), true))
+        }
+        None => harness,
+    };
+    #[cfg(feature = "sqs")]
+    let harness = match anybroker_conformance_native::http(&command.url, |_| None) {
+        Ok(service) => harness.with_http(service),
+        // Another broker's program: the harness says so by itself.
+        Err(_) => harness,
     };
     let harness = harness
         .with_about(About { client: Some(format!("{} on {}", setup.peer, setup.client)), emulated: None })

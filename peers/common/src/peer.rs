@@ -35,6 +35,12 @@ pub trait Peer: Send + Sync + 'static {
     /// Publishes one message, and says what the peer says about it.
     async fn publish(&self, message: &Message, parcel: Parcel) -> Result<Receipt>;
 
+    /// Whether a publish to a destination that is not there answers [`ErrorKind::NotFound`]. After another error it need not be declared
+    /// again then, with requests that are not the peer's.
+    fn tells_missing(&self) -> bool {
+        false
+    }
+
     /// Opens the peer's consumer of one destination; it sends what comes until the receiver is gone.
     async fn consume(&self, destination: &Destination, spec: &SubscribeSpec, into: Sender) -> Result<Deliveries>;
 

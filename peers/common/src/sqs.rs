@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anybroker_core::naming::{escape, shorten};
-use anybroker_core::{Declared, Destination, Error, ErrorKind, Group, Result, TopologySpec};
+use anybroker_core::{Declared, Destination, Effect, Error, ErrorKind, Group, Result, TopologySpec};
 use aws_config::{BehaviorVersion, Region};
 use aws_sdk_sqs::Client;
 use aws_sdk_sqs::config::Credentials;
@@ -32,6 +32,18 @@ pub fn queue(destination: &Destination) -> String {
 #[must_use]
 pub fn is_missing(text: &str) -> bool {
     text.contains("NonExistentQueue") || text.contains("QueueDoesNotExist")
+}
+
+/// A settle that failed. Whether it was done nobody knows: the client asks again where an answer is lost, and a handle that the service
+/// does not know then may be one that the first request has deleted.
+pub fn settle_failed(text: &str) -> Error {
+    // Its documentation of DeleteMessage and ChangeMessageVisibility, "Errors".
+    let is_stale = ["ReceiptHandleIsInvalid", "MessageNotInflight"].iter().any(|code| text.contains(code));
+    let kind = match is_stale || is_missing(text) {
+        true => ErrorKind::StaleDelivery,
+        false => ErrorKind::Unavailable,
+    };
+    failed(kind, "settle", text).with_effect(Effect::Unknown)
 }
 
 /// The client's configuration.
@@ -115,5 +127,20 @@ impl Topology {
     async fn delete_queue(&self, url: &str) -> Result<()> {
         let gone = self.0.delete_queue().queue_url(url).send().await;
         gone.map(drop).map_err(|error| failed(ErrorKind::Unavailable, "delete", DisplayErrorContext(&error)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_settle_that_failed_may_be_done_also_where_the_service_does_not_know_the_delivery() {
+        let lost = settle_failed("service error: unhandled error (503)");
+        assert_eq!((lost.kind(), lost.effect()), (ErrorKind::Unavailable, Effect::Unknown));
+        for text in ["ReceiptHandleIsInvalid: The input receipt handle is invalid.", "QueueDoesNotExist"] {
+            let stale = settle_failed(text);
+            assert_eq!((stale.kind(), stale.effect()), (ErrorKind::StaleDelivery, Effect::Unknown));
+        }
     }
 }

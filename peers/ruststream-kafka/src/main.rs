@@ -115,6 +115,10 @@ impl Peer for Kafka {
         lower != PARTITION_KEY_HEADER && lower != ruststream_rdkafka::EOS_SOURCE_HEADER
     }
 
+    fn tells_missing(&self) -> bool {
+        true
+    }
+
     async fn publish(&self, message: &Message, parcel: Parcel) -> Result<Receipt> {
         let mut headers = HeaderMap::new();
         for (name, value) in parcel.headers {

@@ -15,11 +15,13 @@ use anybroker_core::{
 use async_trait::async_trait;
 use bytes::BytesMut;
 use futures_util::StreamExt;
-use peers_common::sqs::{REGION, Topology, endpoint, is_missing, queue};
+use peers_common::sqs::{REGION, Topology, endpoint, is_missing, queue, settle_failed};
 use peers_common::{
     Counted, Deliveries, Held, InFlight, Parcel, Peer, PeerBroker, Sender, Setup, failed, modest, one_group, refused,
 };
-use ruststream::{Broker, ConnectedBroker, HeaderMap, IncomingMessage, OutgoingMessage, Publisher, Subscriber};
+use ruststream::{
+    AckError, Broker, ConnectedBroker, HeaderMap, IncomingMessage, OutgoingMessage, Publisher, Subscriber,
+};
 use ruststream_sqs_sns::{
     ConnectedSqsBroker, PARTITION_KEY_HEADER, RECEIVE_COUNT_HEADER, SqsBroker, SqsError, SqsMessage, SqsPublisher,
     SqsQueue,
@@ -127,6 +129,10 @@ impl Peer for Sqs {
         ROOM
     }
 
+    fn tells_missing(&self) -> bool {
+        true
+    }
+
     async fn publish(&self, message: &Message, parcel: Parcel) -> Result<Receipt> {
         let mut headers = HeaderMap::new();
         for (name, value) in parcel.headers {
@@ -196,6 +202,14 @@ fn publish_error(error: SqsError) -> Error {
     error.with_effect(effect)
 }
 
+/// What the service said is behind ruststream's own words.
+fn ack_error(error: AckError) -> Error {
+    match std::error::Error::source(&error) {
+        Some(source) => settle_failed(&format!("{error}: {source}")),
+        None => settle_failed(&error.to_string()),
+    }
+}
+
 struct Delivered(SqsMessage);
 
 #[async_trait]
@@ -213,11 +227,11 @@ impl Held for Delivered {
     }
 
     async fn ack(self: Box<Self>) -> Result<()> {
-        self.0.ack().await.map_err(|error| failed(ErrorKind::StaleDelivery, "settle", error))
+        self.0.ack().await.map_err(ack_error)
     }
 
     async fn nack(self: Box<Self>, delay: Duration) -> Result<()> {
         let nacked = if delay.is_zero() { self.0.nack(true).await } else { self.0.nack_after(delay).await };
-        nacked.map_err(|error| failed(ErrorKind::StaleDelivery, "settle", error))
+        nacked.map_err(ack_error)
     }
 }

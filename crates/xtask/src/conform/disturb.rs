@@ -12,10 +12,7 @@ pub(crate) fn arguments(instance: &PrivateInstance, broker: Option<&str>, proces
     let Some(broker) = broker else { return Ok(Vec::new()) };
     let mut arguments = vec!["--faults".to_owned(), "proxy,clients".to_owned()];
     let Some(server) = instance.server(broker)? else { return Ok(arguments) };
-    let ports = server.ports()?;
-    if let (Some(listen), Some(upstream)) = (ports.get("proxy"), ports.get("proxied")) {
-        arguments.extend(["--proxy".to_owned(), format!("127.0.0.1:{listen}=127.0.0.1:{upstream}")]);
-    }
+    arguments.extend(advertised(instance, broker)?.into_iter().flat_map(|route| ["--proxy".to_owned(), route]));
     if !processes {
         return Ok(arguments);
     }
@@ -49,6 +46,14 @@ pub(crate) fn arguments(instance: &PrivateInstance, broker: Option<&str>, proces
         Some(why) => arguments.extend(cannot("lock-out", &why)),
     }
     Ok(arguments)
+}
+
+/// `LISTEN=UPSTREAM` of a server of this instance that tells its clients to come to `LISTEN`, where a proxy may stand.
+pub(crate) fn advertised(instance: &PrivateInstance, broker: &str) -> Result<Option<String>> {
+    let Some(server) = instance.server(broker)? else { return Ok(None) };
+    let ports = server.ports()?;
+    let pair = ports.get("proxy").zip(ports.get("proxied"));
+    Ok(pair.map(|(listen, upstream)| format!("127.0.0.1:{listen}=127.0.0.1:{upstream}")))
 }
 
 /// As one word for sh.

@@ -24,6 +24,9 @@ use peer_mq_bridge::{PEER, Publishers, parcel_of};
 use peers_common::kafka::{PARTITIONS, Topology, group_id, servers, topic};
 use peers_common::{Counted, Deliveries, Held, InFlight, Parcel, Peer, PeerBroker, Sender, Setup, failed, refused};
 
+/// How long after its end a consumer is followed by another: the default of a route, `reconnect_interval_ms`.
+const RECONNECT: Duration = Duration::from_secs(5);
+
 fn main() -> ExitCode {
     peers_common::main(Setup {
         peer: PEER,
@@ -111,6 +114,11 @@ impl Peer for Bridge {
         std::str::from_utf8(value).is_ok() && !is_mq_bridges
     }
 
+    /// The server creates a topic that is missing.
+    fn tells_missing(&self) -> bool {
+        true
+    }
+
     async fn publish(&self, message: &Message, parcel: Parcel) -> Result<Receipt> {
         let destination = message.destination();
         let config = self.config(destination);
@@ -140,10 +148,14 @@ impl Peer for Bridge {
                         place.send(Err(failed(ErrorKind::Unavailable, "receive", error)));
                         // What is out belongs to the old consumer, and comes again.
                         sequence = Sequence::default();
-                        match KafkaConsumer::new(&config).await {
-                            Ok(again) => consumer = again,
-                            Err(_) => tokio::time::sleep(Duration::from_secs(1)).await,
-                        }
+                        // As its routes do, the old one is gone first: as a member of the group it would hold up the next.
+                        drop(consumer);
+                        consumer = loop {
+                            tokio::time::sleep(RECONNECT).await;
+                            if let Ok(again) = KafkaConsumer::new(&config).await {
+                                break again;
+                            }
+                        };
                     }
                 }
             }

@@ -3,6 +3,7 @@
 //! A destination is a queue, which has one group. Its payload is text, so that a message goes as hexadecimal. A bare client makes
 //! queues, with the visibility timeout that omniqueue leaves to them, and deletes.
 
+use std::collections::HashMap;
 use std::fmt::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -17,7 +18,8 @@ use async_trait::async_trait;
 use omniqueue::backends::SqsBackend;
 use omniqueue::backends::sqs::{SqsConfigFull, SqsConsumer, SqsProducer};
 use omniqueue::{Delivery, QueueError};
-use peers_common::sqs::{Topology, config, endpoint, is_missing, queue};
+use parking_lot::Mutex;
+use peers_common::sqs::{Topology, config, endpoint, is_missing, queue, settle_failed};
 use peers_common::{
     Counted, Deliveries, Held, InFlight, Parcel, Peer, PeerBroker, Sender, Setup, failed, modest, one_group, refused,
 };
@@ -46,6 +48,7 @@ async fn connect(url: String, creates: bool) -> Result<Bus> {
         client: aws_sdk_sqs::Config::from(&config(&url).await),
         endpoint: Endpoint { scheme: "omniqueue", mode: "sqs".into(), url, server: peers_common::server() },
         record: record(),
+        producers: Mutex::default(),
     };
     Ok(Bus::new(Arc::new(PeerBroker::new(peer, creates)), BusOptions::default()))
 }
@@ -87,6 +90,8 @@ struct Omniqueue {
     record: Capabilities,
     client: aws_sdk_sqs::Config,
     topology: Topology,
+    /// One of each destination, as a service keeps its own: each has a client with its connections.
+    producers: Mutex<HashMap<Destination, Arc<SqsProducer>>>,
 }
 
 impl Omniqueue {
@@ -95,9 +100,14 @@ impl Omniqueue {
         format!("{}/000000000000/{}", endpoint(&self.endpoint.url), queue(destination)).into()
     }
 
-    async fn producer(&self, destination: &Destination) -> Result<SqsProducer> {
+    async fn producer(&self, destination: &Destination) -> Result<Arc<SqsProducer>> {
+        if let Some(known) = self.producers.lock().get(destination) {
+            return Ok(Arc::clone(known));
+        }
         let built = SqsBackend::builder(self.settings(destination)).sqs_config(self.client.clone()).build_producer();
-        built.await.map_err(|error| failed(ErrorKind::Unavailable, "publish", error))
+        let built = Arc::new(built.await.map_err(|error| failed(ErrorKind::Unavailable, "publish", error))?);
+        self.producers.lock().insert(destination.clone(), Arc::clone(&built));
+        Ok(built)
     }
 
     async fn consumer(&self, destination: &Destination) -> Result<SqsConsumer> {
@@ -119,6 +129,10 @@ impl Peer for Omniqueue {
     /// There are no headers: all of a message travels in the payload.
     fn carries(&self, _name: &str, _value: &[u8]) -> bool {
         false
+    }
+
+    fn tells_missing(&self) -> bool {
+        true
     }
 
     async fn publish(&self, message: &Message, parcel: Parcel) -> Result<Receipt> {
@@ -192,6 +206,7 @@ impl Peer for Omniqueue {
 
     async fn close(&self) -> Result<()> {
         // Its producers and consumers have no close: dropping is all there is.
+        self.producers.lock().clear();
         Ok(())
     }
 }
@@ -219,10 +234,10 @@ impl Held for Delivered {
     }
 
     async fn ack(self: Box<Self>) -> Result<()> {
-        self.0.ack().await.map_err(|(error, _)| failed(ErrorKind::StaleDelivery, "settle", error))
+        self.0.ack().await.map_err(|(error, _)| settle_failed(&error.to_string()))
     }
 
     async fn nack(self: Box<Self>, _delay: Duration) -> Result<()> {
-        self.0.nack().await.map_err(|(error, _)| failed(ErrorKind::StaleDelivery, "settle", error))
+        self.0.nack().await.map_err(|(error, _)| settle_failed(&error.to_string()))
     }
 }
