@@ -43,12 +43,12 @@ const SILENT: Duration = Duration::from_secs(21);
 /// One publisher and one member, with nothing on their way and nothing in their hands.
 async fn silent(env: &Env) -> Proof {
     let network = Network::open(env).await?;
-    let lines = [network.line().await?, network.line().await?];
+    let lines = [network.line()?, network.line()?];
     if Arc::ptr_eq(&lines[0], &lines[1]) {
         half_open(env, &lines, "half-open").await?;
         return black_hole(env, &lines, "black-hole").await;
     }
-    let others = [network.line().await?, network.line().await?];
+    let others = [network.line()?, network.line()?];
     futures_util::try_join!(half_open(env, &lines, "half-open"), black_hole(env, &others, "black-hole")).map(drop)
 }
 
@@ -135,7 +135,7 @@ const PUBLISH_TIMEOUT: Duration = Duration::from_secs(2);
 /// One client with subscriptions to two destinations, in two groups where there are groups, which publishes too.
 async fn shared(env: &Env) -> Proof {
     let network = Network::open(env).await?;
-    let line = network.line().await?;
+    let line = network.line()?;
     let client = line.client(env).await?;
     let groups = if env.record.groups.is_given() { 2 } else { 1 };
     let destinations = [env.destination("one"), env.destination("two")];
