@@ -179,7 +179,10 @@ const PROBES: &[Probe] = &[
     ),
     probe(
         "survives_process_kill",
-        Cases(&["faults/a-server-that-is-killed-and-comes-back-loses-nothing-that-was-confirmed"]),
+        Cases(&[
+            "faults/a-server-that-is-killed-and-comes-back-loses-nothing-that-was-confirmed",
+            "faults/what-lies-at-rest-survives-a-killed-server",
+        ]),
         Nothing("a kill that happens to lose nothing proves nothing"),
     ),
     probe("survives_power_loss", POWER, POWER),
