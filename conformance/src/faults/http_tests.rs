@@ -222,7 +222,9 @@ async fn what_happens_to_bytes_happens_to_answers_that_are_not_the_servers() {
     scene.proxy.set(Answers::Unavailable);
     scene.bytes.set(Way::CutAfter(10), Way::Pass);
     assert!(client.try_ask("/", "x").await.is_err());
-    assert_eq!(scene.counts(), (0, 1, 0));
+    // The connection to the server is made meanwhile: it may have come to it or not.
+    let (requests, _, answered) = scene.counts();
+    assert_eq!((requests, answered), (0, 0));
 }
 
 #[tokio::test]
