@@ -182,6 +182,13 @@ fn control(site: &Site<'_>, arguments: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// What a test machine has cores for.
+const SCHEDULERS: &str = "+S 2:2";
+
+/// What falls due while a server that was killed has not all its streams yet finds no route, and is tried again after this: three
+/// minutes by default, which is longer than a test waits (`rabbit.app`; the adapter's README tells it).
+const LETTERS_TRIED_AGAIN: &str = "-rabbit dead_letter_worker_publisher_confirm_timeout 10000";
+
 /// What the server reads, with its own folder at `own`.
 fn environment(own: &str, ports: &[u16]) -> Vec<(&'static str, String)> {
     let own = |name: &str| format!("{own}/{name}");
@@ -196,8 +203,7 @@ fn environment(own: &str, ports: &[u16]) -> Vec<(&'static str, String)> {
         ("RABBITMQ_ENABLED_PLUGINS_FILE", own("plugins")),
         ("RABBITMQ_MNESIA_BASE", own("data")),
         ("RABBITMQ_LOG_BASE", own("log")),
-        // Two schedulers: what a test machine has cores for.
-        ("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", "+S 2:2".to_owned()),
+        ("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", format!("{SCHEDULERS} {LETTERS_TRIED_AGAIN}")),
     ]
 }
 
