@@ -89,6 +89,8 @@ struct Progress {
     made: [AtomicUsize; PUBLISHERS],
     publishing: [AtomicBool; PUBLISHERS],
     holding: [AtomicUsize; MEMBERS],
+    /// How many burials each member has asked for and has no answer to.
+    burying: [AtomicUsize; MEMBERS],
     /// What is known to be stored: confirmed, or delivered by a server that does not forget.
     stored: Mutex<HashSet<MessageId>>,
     /// A disturbance makes the server forget.
@@ -127,6 +129,10 @@ impl Progress {
 
     fn is_holding(&self, whom: usize) -> bool {
         self.holding[whom].load(Ordering::Relaxed) > 0
+    }
+
+    fn is_burying(&self, whom: usize) -> bool {
+        self.burying[whom].load(Ordering::Relaxed) > 0
     }
 
     fn lacks(&self) -> usize {
@@ -221,7 +227,7 @@ impl<'e> Trial<'e> {
                     // Order may leave everything to one member.
                     false => (0..MEMBERS)
                         .map(|next| (whom % MEMBERS + next) % MEMBERS)
-                        .find(|whom| progress.is_holding(*whom)),
+                        .find(|whom| if self.buries { progress.is_burying(*whom) } else { progress.is_holding(*whom) }),
                 };
                 chosen.is_some()
             });
@@ -348,13 +354,13 @@ impl<'e> Trial<'e> {
             held.shuffle(&mut random);
             let staying = if came_something { held.len() / 2 } else { 0 };
             let batch = held.split_off(staying);
-            self.settle(batch, &mut random).await?;
+            self.settle(number, batch, &mut random).await?;
             progress.holding[number].store(held.len(), Ordering::Relaxed);
         }
     }
 
-    async fn settle(&self, batch: Vec<Held<'e>>, random: &mut StdRng) -> Proof {
-        let (mut entries, mut ends) = (Vec::new(), Vec::new());
+    async fn settle(&self, number: usize, batch: Vec<Held<'e>>, random: &mut StdRng) -> Proof {
+        let (mut entries, mut ends, mut burials) = (Vec::new(), Vec::new(), 0);
         for held in batch {
             let settlement = if self.buries { self.settlement(&held, random) } else { self.ack_or_nack(random) };
             let is_end = match settlement {
@@ -362,10 +368,16 @@ impl<'e> Trial<'e> {
                 Settlement::Nack(_) => self.spec.max_attempts.is_some_and(|most| held.attempt() >= most),
                 Settlement::Release => false,
             };
+            burials += usize::from(is_end && !matches!(settlement, Settlement::Ack));
             ends.push(is_end.then(|| held.message().id().clone()));
             entries.push((held, settlement));
         }
-        for (outcome, ended) in settle(entries).await?.into_iter().zip(ends) {
+        // A fault may wait for a burial that is on its way.
+        self.progress.burying[number].store(burials, Ordering::Relaxed);
+        self.progress.tell();
+        let outcomes = settle(entries).await?;
+        self.progress.burying[number].store(0, Ordering::Relaxed);
+        for (outcome, ended) in outcomes.into_iter().zip(ends) {
             let is_accounted = match &outcome {
                 Ok(_) => true,
                 // Dropped with its error it comes back, unless it is settled.
