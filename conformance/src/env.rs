@@ -177,6 +177,11 @@ impl Env {
         self.harness.patience()
     }
 
+    /// What everything random starts from.
+    pub(crate) fn seed(&self) -> u64 {
+        self.seed
+    }
+
     /// A generator that depends on nothing but seed and case.
     pub(crate) fn rng(&self) -> StdRng {
         StdRng::seed_from_u64(self.seed)

@@ -15,6 +15,7 @@ mod idempotency;
 mod lease;
 mod lifecycle;
 mod limits;
+mod modest;
 mod native;
 mod ordering;
 mod processes;
@@ -49,6 +50,7 @@ const THEMES: &[&[Case]] = &[
     time::CASES,
     publish::CASES,
     topology::CASES,
+    modest::CASES,
     native::CASES,
     transactions::CASES,
     random::CASES,

@@ -11,6 +11,7 @@ mod tampered;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anybroker_core::{Broker, Bus, BusOptions, ManualClock, Result};
 use async_trait::async_trait;
@@ -34,7 +35,7 @@ impl Mutant {
     /// The broker that the harness gives, with this fault. All its connections share the fault's memory.
     #[must_use]
     pub fn harness(&self, inner: Arc<dyn Harness>) -> MutantHarness {
-        MutantHarness { name: self.name, fault: (self.make)(), inner }
+        MutantHarness { name: self.name, fault: (self.make)(), inner, patience: None }
     }
 }
 
@@ -64,15 +65,25 @@ pub fn unmutated() -> Mutant {
 
 /// The broker that the harness gives, as slow as one behind a network: a publish is in flight for as long as its confirm takes.
 #[cfg(test)]
-pub(crate) fn slow(inner: Arc<dyn Harness>, publish: std::time::Duration) -> MutantHarness {
-    MutantHarness { name: "slow", fault: Arc::new(tampered::Slow(publish)), inner }
+pub(crate) fn slow(inner: Arc<dyn Harness>, publish: Duration) -> MutantHarness {
+    MutantHarness { name: "slow", fault: Arc::new(tampered::Slow(publish)), inner, patience: None }
 }
+
+/// The broker that the harness gives, with a record that claims more. Nothing that has to happen is waited for long.
+pub(crate) fn claiming(inner: Arc<dyn Harness>, claim: fn(&mut anybroker_core::Capabilities)) -> MutantHarness {
+    MutantHarness { name: "claiming more", fault: Arc::new(record::Record(claim)), inner, patience: Some(SOON) }
+}
+
+/// How long what the record refuses is waited for. Nothing fails for being later.
+const SOON: Duration = Duration::from_secs(5);
 
 /// A harness whose brokers have a fault.
 pub struct MutantHarness {
     name: &'static str,
     fault: Arc<dyn Fault>,
     inner: Arc<dyn Harness>,
+    /// The harness' own where there is none.
+    patience: Option<Duration>,
 }
 
 impl MutantHarness {
@@ -101,16 +112,16 @@ impl Harness for MutantHarness {
         Some(bus.map(|bus| self.tamper(&bus)))
     }
 
-    fn lease(&self) -> std::time::Duration {
+    fn lease(&self) -> Duration {
         self.inner.lease()
     }
 
-    fn quiet(&self) -> std::time::Duration {
+    fn quiet(&self) -> Duration {
         self.inner.quiet()
     }
 
-    fn patience(&self) -> std::time::Duration {
-        self.inner.patience()
+    fn patience(&self) -> Duration {
+        self.patience.map_or_else(|| self.inner.patience(), |patience| patience.min(self.inner.patience()))
     }
 
     fn clock(&self) -> Option<ManualClock> {

@@ -21,6 +21,12 @@ pub(super) const MUTANTS: &[Mutant] = &[
         make: || Arc::new(Record(|record| record.nack_delay = refused())),
     },
     Mutant {
+        name: "hides-delayed-publishes",
+        fault: "delayed publishes are refused by the record, and work",
+        killed_by: "topology/what-the-record-refuses-does-not-work-behind-it",
+        make: || Arc::new(Record(|record| record.delayed_publish = refused())),
+    },
+    Mutant {
         name: "claims-dedup",
         fault: "publish dedup is claimed by the record, and there is none",
         killed_by: "idempotency/a-second-publish-of-an-id-within-the-window-is-stored-once",
@@ -38,7 +44,7 @@ fn refused() -> Support {
     Support::refused("it is not true")
 }
 
-struct Record(fn(&mut Capabilities));
+pub(super) struct Record(pub(super) fn(&mut Capabilities));
 
 impl Fault for Record {
     fn record(&self, mut record: Capabilities) -> Capabilities {
