@@ -47,6 +47,14 @@ impl Probe {
     }
 }
 
+impl Probe {
+    /// Whether it is tried past the check layer too, which refuses by the record: as if the record claimed it, a case has to fail.
+    #[must_use]
+    pub fn is_tried_behind_the_check(&self) -> bool {
+        crate::cases::is_claimed(self.field)
+    }
+}
+
 const fn probe(field: &'static str, claimed: Evidence, refused: Evidence) -> Probe {
     Probe { field, claimed, refused }
 }

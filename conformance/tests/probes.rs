@@ -60,16 +60,27 @@ fn what_is_written_about_it_is_what_there_is() {
          cases of the [conformance suite](../conformance/README.md) fail in each direction, or why nothing can. It is written by \
          `UPDATE=1 cargo test -p anybroker-conformance --test probes`, and a test fails when a field is missing.\n\n\
          *Tried*: in place of each case that needs what the record refuses, the call is made. It must answer `Unsupported` (or \
-         what the contract says instead), leave no trace, and leave everything usable. Where it works, the record is too modest.\n\n\
+         what the contract says instead), leave no trace, and leave everything usable. That is the check layer's answer, by the \
+         record. *Behind the check too*: as if the record claimed the field, the case beside it has to fail \
+         (`topology/what-the-record-refuses-does-not-work-behind-it`); where it passes, the record is too modest. Orders, and what \
+         a failure does to them, are not: messages may come in order by chance.\n\n\
          | field | when it claims too much | when it claims too little |\n|---|---|---|\n",
     );
-    let cell = |evidence: Evidence| match evidence {
+    let cell = |evidence: Evidence, behind: bool| match evidence {
         Evidence::Cases(names) => names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", "),
+        Evidence::Refusal if behind => "tried, behind the check too".to_owned(),
         Evidence::Refusal => "tried".to_owned(),
         Evidence::Nothing(why) => format!("not probed: {why}"),
     };
     for probe in probes() {
-        writeln!(text, "| `{}` | {} | {} |", probe.field, cell(probe.claimed), cell(probe.refused)).unwrap();
+        writeln!(
+            text,
+            "| `{}` | {} | {} |",
+            probe.field,
+            cell(probe.claimed, false),
+            cell(probe.refused, probe.is_tried_behind_the_check())
+        )
+        .unwrap();
     }
     if std::env::var_os("UPDATE").is_some() {
         fs::write(file, text).unwrap();

@@ -71,6 +71,8 @@ pub fn cases() -> &'static [Case] {
     &CASES
 }
 
+pub(crate) use modest::is_claimed;
+
 /// A case of the first level.
 macro_rules! case {
     ($name:literal, [$($need:expr),* $(,)?], $proves:literal, $run:path) => {

@@ -56,6 +56,11 @@ const CLAIMS: &[Claim] = claims! {
     DELETE delete: "topology/a-deleted-destination-ends-its-subscriptions-with-not-found";
 };
 
+/// Whether a field is among them.
+pub(crate) fn is_claimed(field: &str) -> bool {
+    CLAIMS.iter().any(|claim| claim.need.name == field)
+}
+
 async fn behind_the_record(env: &Env) -> Proof {
     let refused: Vec<&Claim> = CLAIMS.iter().filter(|claim| !(claim.need.given)(&env.record)).collect();
     if refused.is_empty() {
