@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anybroker_core::{
     Broker, Capabilities, Confirms, DeadLetterId, DeadLetterPage, DeadLetterScope, Declared, Description, Destination,
-    Endpoint, Error, Group, Lag, Message, PublishTerms, Result, SubscribeSpec, Subscription, TopologySpec,
+    Endpoint, Error, Group, Lag, Message, PublishTerms, Result, Start, SubscribeSpec, Subscription, TopologySpec,
 };
 use async_trait::async_trait;
 use parking_lot::Mutex;
@@ -42,6 +42,21 @@ impl Connection {
         }
         Ok(&self.store)
     }
+
+    /// The core's check has seen to it already. A profile does without what its broker has not, also for who goes around that.
+    fn refuses(&self, message: &Message) -> Result<()> {
+        let Capabilities { delayed_publish, ttl, tombstones, .. } = &self.capabilities;
+        if message.delay().is_some() {
+            delayed_publish.check("delayed publish", "publish")?;
+        }
+        if message.ttl().is_some() {
+            ttl.check("a time to live", "publish")?;
+        }
+        if message.is_tombstone() {
+            tombstones.check("tombstones", "publish")?;
+        }
+        Ok(())
+    }
 }
 
 #[async_trait]
@@ -55,6 +70,9 @@ impl Broker for Connection {
     }
 
     async fn publish(&self, batch: Vec<Message>, terms: PublishTerms) -> Confirms {
+        if let Some(error) = batch.iter().find_map(|message| self.refuses(message).err()) {
+            return Confirms::ready(batch.iter().map(|_| Err(error.duplicate())).collect());
+        }
         match self.open("publish") {
             Ok(store) => publisher::publish(store, batch, terms).await,
             Err(error) => Confirms::ready(batch.iter().map(|_| Err(error.duplicate())).collect()),
@@ -63,6 +81,9 @@ impl Broker for Connection {
 
     async fn subscribe(&self, spec: SubscribeSpec) -> Result<Box<dyn Subscription>> {
         self.open("subscribe")?;
+        if matches!(spec.start, Start::Time(_) | Start::Position(_)) {
+            self.capabilities.replay.check("starting at a time or position", "subscribe")?;
+        }
         let subscription = subscription::subscribe(&self.store, spec)?;
         let mut members = self.members.lock();
         members.retain(|member| member.strong_count() > 0);
