@@ -10,7 +10,7 @@ use super::case;
 use crate::case::{Breach, Proof, ensure};
 use crate::env::Env;
 use crate::mutants::claiming;
-use crate::{Case, Need, Options, Outcome, need, run};
+use crate::{Case, Need, Options, Outcome, Stop, need, run};
 
 pub(super) const CASES: &[Case] = &[case!(
     "topology/what-the-record-refuses-does-not-work-behind-it",
@@ -60,6 +60,15 @@ pub(crate) fn is_claimed(field: &str) -> bool {
     CLAIMS.iter().any(|claim| claim.need.name == field)
 }
 
+/// Whoever gives this case up gives the runs within it up.
+struct StopsWhenDropped(Stop);
+
+impl Drop for StopsWhenDropped {
+    fn drop(&mut self) {
+        self.0.request();
+    }
+}
+
 async fn behind_the_record(env: &Env) -> Proof {
     let refused: Vec<&Claim> = CLAIMS.iter().filter(|claim| !(claim.need.given)(&env.record)).collect();
     if refused.is_empty() {
@@ -72,7 +81,8 @@ async fn behind_the_record(env: &Env) -> Proof {
 /// The case of a claim, on clients whose record claims it. Some refusals are the check layer's alone: without it an adapter may take what
 /// it then does not do, and the case fails, as it should.
 async fn one(env: &Env, claim: &Claim) -> Proof {
-    let options = Options::default().with_filter(claim.case).with_seed(env.seed());
+    let stop = StopsWhenDropped(Stop::new());
+    let options = Options::default().with_filter(claim.case).with_seed(env.seed()).with_stop(stop.0.clone());
     let harness = Arc::new(claiming(Arc::clone(&env.harness), claim.make));
     let runtime = Handle::current();
     // On a thread of its own, where an adapter that panics because nothing has kept this from it ends nobody else.
