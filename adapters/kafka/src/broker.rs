@@ -1,9 +1,9 @@
 //! One connection to a Kafka cluster.
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use anybroker_core::gate::{Gate, Pass};
 use anybroker_core::{
     Broker, Capabilities, Confirms, DeadLetterId, DeadLetterPage, DeadLetterScope, Declared, Description, Destination,
     Endpoint, Error, ErrorKind, Group, Lag, Message, PublishTerms, Result, SubscribeSpec, Subscription, TopologySpec,
@@ -35,7 +35,7 @@ pub(crate) struct KafkaBroker {
     letters: Letters,
     turn: tokio::sync::Mutex<()>,
     subscriptions: Mutex<Vec<Weak<Shared>>>,
-    is_closed: AtomicBool,
+    gate: Gate,
 }
 
 impl KafkaBroker {
@@ -50,7 +50,7 @@ impl KafkaBroker {
         let letters = Letters::new(&publisher, &topology);
         let endpoint = Endpoint { scheme: "kafka", mode: settings.mode().into(), url: settings.url.clone(), server };
         let capabilities = capabilities(&settings);
-        let (turn, subscriptions, is_closed) = Default::default();
+        let (turn, subscriptions, gate) = Default::default();
         Ok(Self {
             endpoint,
             capabilities,
@@ -61,15 +61,17 @@ impl KafkaBroker {
             letters,
             turn,
             subscriptions,
-            is_closed,
+            gate,
         })
     }
 
     fn open(&self, operation: &'static str) -> Result<()> {
-        if self.is_closed.load(Ordering::Acquire) {
-            return Err(Error::closed(operation).with("endpoint", &self.endpoint));
-        }
-        Ok(())
+        self.enter(operation).map(drop)
+    }
+
+    /// As long as the pass lives, a close waits.
+    fn enter(&self, operation: &'static str) -> Result<Pass<'_>> {
+        self.gate.enter().ok_or_else(|| Error::closed(operation).with("endpoint", &self.endpoint))
     }
 }
 
@@ -116,9 +118,11 @@ impl Broker for KafkaBroker {
 
     async fn publish(&self, batch: Vec<Message>, terms: PublishTerms) -> Confirms {
         let deadline = Instant::now() + terms.timeout;
-        if let Err(error) = self.open("publish") {
-            return Confirms::ready(batch.iter().map(|_| Err(error.duplicate())).collect());
-        }
+        // One that has begun before a close is handed over whole: who collects reports ends with the close.
+        let _inside = match self.enter("publish") {
+            Ok(inside) => inside,
+            Err(error) => return Confirms::ready(batch.iter().map(|_| Err(error.duplicate())).collect()),
+        };
         // The transaction does not end before the batch has been handed over.
         let joined = match &terms.options.transaction {
             None => None,
@@ -215,16 +219,22 @@ impl Broker for KafkaBroker {
     }
 
     async fn close(&self, grace: Duration) -> Result<()> {
-        if self.is_closed.swap(true, Ordering::AcqRel) {
+        if !self.gate.close() {
             return Ok(());
         }
-        let aborted = self.transactions.close(Instant::now() + grace).await;
+        let deadline = Instant::now() + grace;
+        let aborted = self.transactions.close(deadline).await;
         for subscription in std::mem::take(&mut *self.subscriptions.lock()) {
             if let Some(shared) = subscription.upgrade() {
                 shared.close();
             }
         }
-        let flushed = self.publisher.flush(grace).await;
+        let handed_over = self.gate.empty(deadline).await;
+        let flushed = self.publisher.flush(deadline.saturating_duration_since(Instant::now())).await;
+        let flushed = flushed.and_then(|()| match handed_over {
+            true => Ok(()),
+            false => Err(Error::new(ErrorKind::Timeout, "close", "a publish is not handed over yet")),
+        });
         for reporter in self.publisher.stop().into_iter().chain(self.transactions.stop()) {
             // It ends within its poll.
             let joined = tokio::task::spawn_blocking(move || reporter.join()).await;

@@ -289,8 +289,7 @@ async fn connect_with(url: &str, vault: &Vault) -> anybroker_core::Result<Bus> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tokens_that_expire_are_replaced_while_a_service_runs() {
     let Some(secured) = secured() else { return };
-    let holds = Duration::from_secs(5);
-    let expiring = || {
+    let expiring = |holds: Duration| {
         let end = Timestamp::now().after(holds).as_millis() / 1_000;
         Credentials::Token(Secret::new(secured.token_until("admin", end)))
     };
@@ -298,7 +297,8 @@ async fn tokens_that_expire_are_replaced_while_a_service_runs() {
     let sealed = connect_with(&secured.plain(), &vault).await.map(drop).unwrap_err();
     assert_eq!(sealed.kind(), ErrorKind::NotFound, "{sealed}");
 
-    vault.says(Ok(expiring()));
+    let holds = Duration::from_secs(5);
+    vault.says(Ok(expiring(holds)));
     let bus = connect_with(&secured.plain(), &vault).await.unwrap();
     let name = unique("rotated");
     let mut subscriber = bus.subscribe(bus.subscription(name.as_str(), "g")).await.unwrap();
@@ -311,8 +311,8 @@ async fn tokens_that_expire_are_replaced_while_a_service_runs() {
     all_stored(bus.publish(numbers(0, 20)).await);
     let first = receive(&mut subscriber, 20).await;
 
-    // The broker asks for another one, and nobody notices.
-    vault.says(Ok(expiring()));
+    // The broker asks for another one, and nobody notices. It is made now, and must hold when the broker has asked.
+    vault.says(Ok(expiring(2 * holds)));
     let asked = vault.asked();
     let deadline = Instant::now() + LONG;
     while vault.asked() == asked {

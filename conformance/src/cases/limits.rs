@@ -93,7 +93,11 @@ async fn one_life<'e>(env: &Env, client: &Client<'e>, consumer: &mut Consumer<'e
     let mut held = consumer.one().await?;
     same(held.message(), "after a nack")?;
     if env.record.nack_delay.is_given() {
-        held.nack(Duration::from_millis(300)).await?;
+        let delay = Duration::from_millis(300);
+        held.nack(delay).await?;
+        if env.harness.clock().is_some() {
+            env.pass(delay).await;
+        }
         held = consumer.one().await?;
         same(held.message(), "after a nack with a delay")?;
     }
