@@ -111,16 +111,30 @@ impl Publisher {
             }
         }
         let is_log = self.topology.queue.is_log();
+        let topology = Arc::clone(&self.topology);
         Confirms::waiting(async move {
             board.wait(deadline).await;
-            let outcome = |(index, (id, route, destination)): (usize, (_, Arc<Route>, _))| {
-                outcome(board.take(index, "publish"), &route, is_log).map_err(|error| {
-                    error
-                        .with("id", &id as &anybroker_core::MessageId)
-                        .with("destination", &destination as &Destination)
-                })
-            };
-            named.into_iter().enumerate().map(outcome).collect()
+            let mut without_stream: Vec<(Arc<Route>, Error)> = Vec::new();
+            let mut outcomes = Vec::with_capacity(named.len());
+            for (index, (id, route, destination)) in named.into_iter().enumerate() {
+                let outcome = match board.take(index, "publish") {
+                    Answer::Unroutable if is_log => {
+                        let known = without_stream.iter().find(|(other, _)| Arc::ptr_eq(other, &route));
+                        let error = match known {
+                            Some((_, error)) => error.duplicate(),
+                            None => {
+                                let error = takes_nothing(&topology, &route, deadline).await;
+                                without_stream.push((Arc::clone(&route), error.duplicate()));
+                                error
+                            }
+                        };
+                        Err(error)
+                    }
+                    answer => outcome(answer, &route),
+                };
+                outcomes.push(outcome.map_err(|error| error.with("id", id).with("destination", destination)));
+            }
+            outcomes
         })
     }
 
@@ -173,15 +187,25 @@ pub(crate) fn expiration(wait: Duration) -> lapin::types::ShortString {
     millis(wait).min(u64::from(u32::MAX)).to_string().as_str().into()
 }
 
-fn outcome(answer: Answer, route: &Route, is_log: bool) -> PublishOutcome {
+/// Why nothing took a message that was for a stream. A server that was killed serves before all its streams do, and a message finds
+/// none until then; nobody has deleted it.
+async fn takes_nothing(topology: &Topology, route: &Route, deadline: Instant) -> Error {
+    // The next publish looks again.
+    route.is_known.store(false, Ordering::Release);
+    let found = topology.is_there(&route.exchange, "publish", deadline).await;
+    let error = match found {
+        Ok(false) => Error::new(ErrorKind::NotFound, "publish", "the destination has no stream any more"),
+        Ok(true) | Err(_) => {
+            let text = "the destination's stream takes nothing yet: its server is starting, or elects a leader";
+            Error::new(ErrorKind::Unavailable, "publish", text)
+        }
+    };
+    error.with_effect(Effect::NotDone)
+}
+
+fn outcome(answer: Answer, route: &Route) -> PublishOutcome {
     match answer {
         Answer::Stored => Ok(Receipt { position: None, duplicate: false }),
-        Answer::Unroutable if is_log => {
-            // Deleted underneath: the next publish looks again.
-            route.is_known.store(false, Ordering::Release);
-            let text = "the destination has no stream any more";
-            Err(Error::new(ErrorKind::NotFound, "publish", text).with_effect(Effect::NotDone))
-        }
         Answer::Unroutable => {
             let text = "the destination has no group, and nothing is kept before one exists; declare a group first";
             Err(Error::new(ErrorKind::NotFound, "publish", text).with_effect(Effect::NotDone))

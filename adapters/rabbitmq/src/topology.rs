@@ -150,7 +150,7 @@ impl Topology {
     }
 
     /// Whether the destination with that exchange is there, with its stream where it is to have one.
-    async fn is_there(&self, exchange: &str, operation: &'static str, deadline: Instant) -> Result<bool> {
+    pub(crate) async fn is_there(&self, exchange: &str, operation: &'static str, deadline: Instant) -> Result<bool> {
         if self.queue.is_log() && self.look(&Names::stream(exchange), operation, deadline).await?.is_none() {
             return Ok(false);
         }

@@ -8,17 +8,18 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use anybroker_conformance::{Level, Options, UrlHarness, run};
+use anybroker_conformance::UrlHarness;
 use anybroker_core::{
     Bus, Effect, ErrorKind, Message, Order, PublishOptions, Settlement, SubscriptionEvent, ack, settle,
 };
+use anybroker_testing::judge_server;
 use common::{LONG, connect, number, numbered, own_server, publish, receive, try_connect, unique, url};
 use tokio::time::Instant;
 
 const CRASHER: &str = "ANYBROKER_RABBITMQ_TEST_CRASHER";
 
 /// The suite's cases about a killed server: once, and again while clients come back.
-const KILLED: &[&str] = &["faults/a-server-that-is-killed-*"];
+const KILLED: &[&str] = &["faults/a-server-that-is-killed-and-*", "faults/a-server-that-is-killed-again-*"];
 
 /// Cases of the suite, on a server of this test's own.
 async fn by_the_suite(name: &str, query: &'static str, cases: &[&str]) {
@@ -31,11 +32,7 @@ async fn by_the_suite(name: &str, query: &'static str, cases: &[&str]) {
     .with_server(Arc::new(server))
     .with_lease(Duration::from_secs(1))
     .with_quiet(Duration::from_secs(1));
-    let options = Options::default().with_level(Level::Reliability).with_seed(1);
-    let options = cases.iter().fold(options, |options, case| options.with_filter(*case));
-    let report = run(Arc::new(harness), options).await.unwrap();
-    println!("{}", report.text());
-    assert!(report.is_green() && report.totals.not_run == 0, "{}", report.summary());
+    judge_server(harness, cases).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
