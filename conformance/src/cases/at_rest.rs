@@ -29,7 +29,7 @@ const STEP: usize = 4;
 const DELAY: Duration = Duration::from_secs(10);
 /// Twice as long before the kill as a server may forget acks for that it has confirmed, where the record says that it does, and longer than
 /// it takes to tell it of acks that are only recorded. Closing a subscription has done so.
-const WRITTEN: Duration = Duration::from_secs(2);
+pub(super) const WRITTEN: Duration = Duration::from_secs(2);
 /// How long the server is away.
 const AWAY: Duration = Duration::from_millis(500);
 

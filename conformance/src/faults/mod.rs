@@ -40,7 +40,9 @@ use proxy::Way;
 pub(crate) use proxy::{End, Proxy};
 pub(crate) use schedule::{Schedule, Shrinking};
 pub use schedule::{ScheduleReport, Shrunk};
-pub(crate) use trial::{Disturbance, HEALED_TIMEOUT, Trial, is_publishing_in_a_fault, is_settling_in_a_fault};
+pub(crate) use trial::{
+    Disturbance, HEALED_TIMEOUT, HELD_BACK, Trial, is_publishing_in_a_fault, is_settling_in_a_fault,
+};
 pub(crate) use watched::Watched;
 
 /// An address of the server that a proxy can stand in front of.

@@ -44,7 +44,7 @@ const NACKED: usize = 25;
 const ATTEMPTS: u32 = 3;
 const FAILING: &[u8] = b"key 7";
 /// For how long a failed one is held back there, at most, in milliseconds.
-const HELD_BACK: u64 = 300;
+pub(crate) const HELD_BACK: u64 = 300;
 
 /// Something that happens to the trial, begun when the trial says that it will be met.
 pub(crate) trait Disturbance: Send + Sync {
