@@ -27,9 +27,9 @@ const WAITING: usize = 20;
 const STEP: usize = 4;
 /// How long what is delayed has to wait. Servers are there again before it ends, mostly.
 const DELAY: Duration = Duration::from_secs(10);
-/// Twice as long before the kill as a server may forget acks for that it has confirmed, where the record says that it does, and longer than
+/// Four times as long before the kill as a server may forget acks for that it has confirmed, where the record says that it does, and longer than
 /// it takes to tell it of acks that are only recorded. Closing a subscription has done so.
-pub(super) const WRITTEN: Duration = Duration::from_secs(2);
+pub(super) const WRITTEN: Duration = Duration::from_secs(4);
 /// How long the server is away.
 const AWAY: Duration = Duration::from_millis(500);
 
