@@ -39,8 +39,8 @@ async fn at_rest(env: &Env) -> Proof {
     let unread = Unread::begin(env, &client).await?;
     let half = Half::begin(env, &client).await?;
     let buried = Buried::begin(env, &client).await?;
-    let delayed = Delayed::begin(env, &client).await?;
-    let failed = Failed::begin(env, &client).await?;
+    let delayed = Later::published(env, &client).await?;
+    let failed = Later::failed(env, &client).await?;
     client.close().await?;
     let in_hand = InHand::begin(env).await?;
     tokio::time::sleep(WRITTEN).await;
@@ -54,8 +54,8 @@ async fn at_rest(env: &Env) -> Proof {
         unread.end(env),
         half.end(env),
         Buried::end(buried, env),
-        Delayed::end(delayed, env),
-        Failed::end(failed, env)
+        Later::end(delayed, env, "published", first),
+        Later::end(failed, env, "nacked", |attempt| second(env, attempt))
     )?;
     in_hand.end(env).await
 }
@@ -205,15 +205,16 @@ impl Buried {
     }
 }
 
-/// A message that failed, and waits to come back.
-struct Failed {
+/// A message that is not due yet.
+struct Later {
     spec: SubscribeSpec,
     id: String,
     since: u64,
 }
 
-impl Failed {
-    async fn begin(env: &Env, client: &Client<'_>) -> Proof<Option<Self>> {
+impl Later {
+    /// It failed, and waits to come back.
+    async fn failed(env: &Env, client: &Client<'_>) -> Proof<Option<Self>> {
         if !env.record.nack.is_given() || !env.record.nack_delay.is_given() {
             return Ok(None);
         }
@@ -227,34 +228,8 @@ impl Failed {
         Ok(Some(Self { spec, id, since }))
     }
 
-    async fn end(this: Option<Self>, env: &Env) -> Proof {
-        let Some(Self { spec, id, since }) = this else { return Ok(()) };
-        let client = env.client().await?;
-        let mut consumer = client.subscribe(spec.clone()).await?;
-        let held = due(env, &mut consumer, &id, since, "nacked").await?;
-        let attempt = held.attempt();
-        match env.record.attempt_count {
-            AttemptCount::Exact => ensure_eq!(attempt, 2, "the attempt of what failed before the kill"),
-            AttemptCount::Approximate => ensure!(attempt >= 2, "attempt {attempt} of what failed before the kill"),
-            // The record says that a count may start anew.
-            AttemptCount::Volatile => {}
-        }
-        held.ack().await?;
-        consumer.close().await?;
-        client.close().await?;
-        is_left(env, &spec, &[], "behind what failed, and was acked then").await
-    }
-}
-
-/// A message that is not due yet.
-struct Delayed {
-    spec: SubscribeSpec,
-    id: String,
-    since: u64,
-}
-
-impl Delayed {
-    async fn begin(env: &Env, client: &Client<'_>) -> Proof<Option<Self>> {
+    /// It was published with a delay.
+    async fn published(env: &Env, client: &Client<'_>) -> Proof<Option<Self>> {
         if !env.record.delayed_publish.is_given() {
             return Ok(None);
         }
@@ -266,26 +241,38 @@ impl Delayed {
         Ok(Some(Self { spec, id, since }))
     }
 
-    async fn end(this: Option<Self>, env: &Env) -> Proof {
+    /// It comes when its delay has ended, and not before; once, with an attempt that `judge` takes.
+    async fn end(this: Option<Self>, env: &Env, verb: &str, judge: impl FnOnce(u32) -> Proof) -> Proof {
         let Some(Self { spec, id, since }) = this else { return Ok(()) };
         let client = env.client().await?;
         let mut consumer = client.subscribe(spec.clone()).await?;
-        let held = due(env, &mut consumer, &id, since, "published").await?;
-        ensure_eq!(held.attempt(), 1, "the attempt of what was published with a delay");
+        let held = consumer.one().await?;
+        let waited = Duration::from_micros(env.now() - since);
+        ensure_eq!(held.id(), id, "what was {verb} with a delay");
+        ensure!(env.has_waited(since, DELAY), "{verb} with a delay of {DELAY:?}, and here after {waited:?}");
+        judge(held.attempt())?;
         held.ack().await?;
         consumer.close().await?;
         client.close().await?;
-        is_left(env, &spec, &[], "behind what was published with a delay, and acked").await
+        is_left(env, &spec, &[], &format!("behind what was {verb} with a delay, and acked")).await
     }
 }
 
-/// The one message that is due when its delay has ended, and not before.
-async fn due<'e>(env: &Env, consumer: &mut Consumer<'e>, id: &str, since: u64, verb: &str) -> Proof<Held<'e>> {
-    let held = consumer.one().await?;
-    let waited = Duration::from_micros(env.now() - since);
-    ensure_eq!(held.id(), id, "what was {verb} with a delay");
-    ensure!(env.has_waited(since, DELAY), "{verb} with a delay of {DELAY:?}, and here after {waited:?}");
-    Ok(held)
+/// The attempt of what failed once.
+fn second(env: &Env, attempt: u32) -> Proof {
+    match env.record.attempt_count {
+        AttemptCount::Exact => ensure_eq!(attempt, 2, "the attempt of what failed before the kill"),
+        AttemptCount::Approximate => ensure!(attempt >= 2, "attempt {attempt} of what failed before the kill"),
+        // The record says that a count may start anew.
+        AttemptCount::Volatile => {}
+    }
+    Ok(())
+}
+
+/// The attempt of what nobody has had yet.
+fn first(attempt: u32) -> Proof {
+    ensure_eq!(attempt, 1, "the attempt of what was published with a delay");
+    Ok(())
 }
 
 /// A member with a delivery in its hands: one thing that the kill meets.

@@ -9,14 +9,14 @@ use anybroker_core::{Destination, Message, Parallelism, SubscribeSpec};
 use futures_util::future::{join_all, try_join_all};
 use tokio::time::Instant;
 
-use super::faults::{acked, exchange, fault, millis};
+use super::faults::{acked, exchange, fault, millis, publish_until_stored};
 use super::server::short_lease;
 use crate::Case;
 use crate::case::{Proof, ensure};
 use crate::client::Client;
-use crate::consumer::{Consumer, Held, ack_all};
+use crate::consumer::{Consumer, Held, ack_all, ids};
 use crate::env::Env;
-use crate::faults::{HEALED_TIMEOUT, Kind, Line, Network, is_publishing_in_a_fault};
+use crate::faults::{Kind, Line, Network, is_publishing_in_a_fault};
 use crate::history::What;
 
 pub(super) const CASES: &[Case] = &[
@@ -172,7 +172,10 @@ async fn shared(env: &Env) -> Proof {
         let when = format!("after loss {number}, {kind},");
         let mut expected = Vec::new();
         for destination in &destinations {
-            expected.push(publish_until_stored(env, &client, destination, &when).await?);
+            let message = |number| client.message(destination, format!("key {number}").as_str());
+            let sent: Vec<Message> = (0..AFTER).map(message).collect();
+            expected.push(ids(&sent).into_iter().collect::<HashSet<_>>());
+            publish_until_stored(env, &client, sent, &when).await?;
         }
         let of = |consumer: &Consumer<'_>| usize::from(consumer.subscriber.spec().destinations[0] != destinations[0]);
         let coming = consumers.iter_mut().map(|consumer| {
@@ -223,33 +226,6 @@ async fn consume_until(consumer: &mut Consumer<'_>, is_over: &AtomicBool) -> Pro
         acked(came).await?;
     }
     Ok(())
-}
-
-/// Messages that are stored, however many tries that takes; their ids.
-async fn publish_until_stored(
-    env: &Env,
-    client: &Client<'_>,
-    destination: &Destination,
-    when: &str,
-) -> Proof<HashSet<String>> {
-    let (begin, limit) = (Instant::now(), env.patience());
-    let mut left: Vec<Message> =
-        (0..AFTER).map(|number| client.message(destination, format!("key {number}").as_str())).collect();
-    let ids = left.iter().map(|message| message.id().to_string()).collect();
-    while !left.is_empty() {
-        let outcomes = client.publish_within(left.clone(), HEALED_TIMEOUT).await?;
-        let mut again = Vec::new();
-        for (message, outcome) in left.into_iter().zip(outcomes) {
-            if let Err(error) = outcome {
-                is_publishing_in_a_fault(&error)?;
-                ensure!(begin.elapsed() < limit, "{when} the client publishes nothing for {limit:?}: {error:?}");
-                again.push(message);
-            }
-        }
-        left = again;
-        tokio::time::sleep(Duration::from_millis(if left.is_empty() { 0 } else { 50 })).await;
-    }
-    Ok(ids)
 }
 
 /// All of them come, and the subscription never has more than it may hold. What is out is kept until nothing more comes for a

@@ -313,22 +313,11 @@ async fn alone(env: &Env) -> Proof {
     Ok(())
 }
 
-/// Some messages go from one to the other, however many tries that takes: no fault lasts, and patience is the limit. One of them
-/// stays unsettled.
-pub(super) async fn exchange<'e>(
-    env: &'e Env,
-    publisher: &Client<'e>,
-    consumer: &mut Consumer<'e>,
-    when: &str,
-) -> Proof<Held<'e>> {
-    let destination = consumer.subscriber.spec().destinations[0].clone();
+/// Publishes messages until all are stored, however many tries that takes.
+pub(super) async fn publish_until_stored(env: &Env, client: &Client<'_>, mut left: Vec<Message>, when: &str) -> Proof {
     let (begin, limit) = (Instant::now(), env.patience());
-    let mut left: Vec<Message> =
-        (0..5).map(|number| publisher.message(&destination, format!("key {number}").as_str())).collect();
-    let mut missing: HashSet<MessageId> = left.iter().map(|message| message.id().clone()).collect();
-    let staying = left[0].id().clone();
     loop {
-        let outcomes = publisher.publish_within(left.clone(), HEALED_TIMEOUT).await?;
+        let outcomes = client.publish_within(left.clone(), HEALED_TIMEOUT).await?;
         let mut again = Vec::new();
         for (message, outcome) in left.into_iter().zip(outcomes) {
             if let Err(error) = outcome {
@@ -338,11 +327,28 @@ pub(super) async fn exchange<'e>(
             }
         }
         if again.is_empty() {
-            break;
+            return Ok(());
         }
         left = again;
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
+}
+
+/// Some messages go from one to the other, however many tries that takes: no fault lasts, and patience is the limit. One of them
+/// stays unsettled.
+pub(super) async fn exchange<'e>(
+    env: &'e Env,
+    publisher: &Client<'e>,
+    consumer: &mut Consumer<'e>,
+    when: &str,
+) -> Proof<Held<'e>> {
+    let destination = consumer.subscriber.spec().destinations[0].clone();
+    let limit = env.patience();
+    let sent: Vec<Message> =
+        (0..5).map(|number| publisher.message(&destination, format!("key {number}").as_str())).collect();
+    let mut missing: HashSet<MessageId> = sent.iter().map(|message| message.id().clone()).collect();
+    let staying = sent[0].id().clone();
+    publish_until_stored(env, publisher, sent, when).await?;
     let (begin, mut stays) = (Instant::now(), None);
     while !missing.is_empty() {
         let came = consumer.receive(10, Duration::from_millis(500)).await?;

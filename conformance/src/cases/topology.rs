@@ -11,7 +11,7 @@ use super::case;
 use crate::Case;
 use crate::case::{Breach, Proof, ensure, ensure_eq, fail};
 use crate::client::Client;
-use crate::consumer::{Held, ack_all, held_ids, ids, sorted};
+use crate::consumer::{Consumer, Held, ack_all, held_ids, ids, sorted};
 use crate::env::Env;
 use crate::need;
 
@@ -191,6 +191,21 @@ async fn delete_group(env: &Env) -> Proof {
     Ok(())
 }
 
+/// What was deleted underneath ends the subscription, and not in silence.
+async fn ends_with_not_found(env: &Env, consumer: &mut Consumer<'_>, deleted: &str) -> Proof {
+    let deadline = Instant::now() + env.patience();
+    loop {
+        ensure!(Instant::now() < deadline, "a subscription of a deleted {deleted} goes on in silence");
+        match consumer.try_receive(10, Duration::from_millis(200)).await? {
+            Ok(came) => ensure!(came.is_empty(), "{} deliveries of a deleted {deleted}", came.len()),
+            Err(error) => {
+                ensure_eq!(error.kind(), ErrorKind::NotFound, "receiving from a deleted {deleted} ({error})");
+                return Ok(());
+            }
+        }
+    }
+}
+
 async fn delete_destination(env: &Env) -> Proof {
     let destination = env.destination("d");
     let (client, other) = (env.client().await?, env.client().await?);
@@ -198,17 +213,7 @@ async fn delete_destination(env: &Env) -> Proof {
     client.fill(&destination, "k", 1).await?;
     let held = consumer.one().await?;
     other.bus.delete(&destination, None).await?;
-    let deadline = Instant::now() + env.patience();
-    loop {
-        ensure!(Instant::now() < deadline, "a subscription of a deleted destination goes on in silence");
-        match consumer.try_receive(10, Duration::from_millis(200)).await? {
-            Ok(came) => ensure!(came.is_empty(), "{} deliveries of a deleted destination", came.len()),
-            Err(error) => {
-                ensure_eq!(error.kind(), ErrorKind::NotFound, "receiving from a deleted destination ({error})");
-                break;
-            }
-        }
-    }
+    ends_with_not_found(env, &mut consumer, "destination").await?;
     // Settling what was out is harmless, and is not told a success that it is not.
     if let Err((_, error)) = held.settle(anybroker_core::Settlement::Ack).await? {
         ensure!(
@@ -244,17 +249,7 @@ async fn delete_group_underneath(env: &Env) -> Proof {
         }
         Err(error) => return Err(error.into()),
     }
-    let deadline = Instant::now() + env.patience();
-    loop {
-        ensure!(Instant::now() < deadline, "a subscription of a deleted group goes on in silence");
-        match consumer.try_receive(10, Duration::from_millis(200)).await? {
-            Ok(came) => ensure!(came.is_empty(), "{} deliveries of a deleted group", came.len()),
-            Err(error) => {
-                ensure_eq!(error.kind(), ErrorKind::NotFound, "receiving from a deleted group ({error})");
-                break;
-            }
-        }
-    }
+    ends_with_not_found(env, &mut consumer, "group").await?;
     // What was out has no group any more in which it could be done.
     match held.settle(anybroker_core::Settlement::Ack).await? {
         Ok(level) => {
