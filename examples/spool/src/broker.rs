@@ -10,11 +10,12 @@ use std::time::Duration;
 use anybroker_core::capability::Capabilities;
 use anybroker_core::{
     Broker, Confirms, DeadLetter, DeadLetterId, DeadLetterPage, DeadLetterScope, Declared, Description, Destination,
-    Endpoint, Error, ErrorKind, Group, GroupDescription, Lag, Message, Position, PublishOrder, PublishTerms, Receipt,
-    Result, SubscribeSpec, Subscription, Timestamp, TopologyMode, TopologySpec, held_back,
+    Effect, Endpoint, Error, ErrorKind, Group, GroupDescription, Lag, Message, Position, PublishOrder, PublishTerms,
+    Receipt, Result, SubscribeSpec, Subscription, Timestamp, TopologyMode, TopologySpec, held_back,
 };
 use async_trait::async_trait;
 use parking_lot::Mutex;
+use tokio::task::spawn_blocking;
 
 use crate::files::{self, Letter, Mark, Topic, io_error};
 use crate::member::{Member, SpoolSubscription};
@@ -47,13 +48,6 @@ impl Spool {
         if self.closed.load(Ordering::Acquire) { Err(Error::closed(operation)) } else { Ok(()) }
     }
 
-    fn publish_one(&self, message: &Message) -> Result<Receipt> {
-        let topic = self.topic(message.destination(), "publish")?;
-        let topic = if self.creates { topic.create().map(|_| topic)? } else { topic.found("publish")? };
-        let number = topic.store(message).map_err(|error| io_error("publish", error).with("id", message.id()))?;
-        Ok(Receipt { position: Some(Position::new(number)), duplicate: false })
-    }
-
     fn dead(&self, scope: &DeadLetterScope, operation: &'static str) -> Result<(Topic, PathBuf)> {
         let topic = self.topic(&scope.source, operation)?.found(operation)?;
         let group = topic.found_group(&scope.group, operation)?;
@@ -80,6 +74,31 @@ impl Spool {
         };
         ids.iter().map(one).collect()
     }
+}
+
+fn publish_all(root: &Path, creates: bool, batch: &[Message], terms: &PublishTerms) -> Vec<Result<Receipt>> {
+    let mut failed = HashSet::new();
+    let mut outcomes = Vec::with_capacity(batch.len());
+    for message in batch {
+        let lane = message.key().map(|key| (message.destination().clone(), key.to_vec()));
+        if lane.as_ref().is_some_and(|lane| failed.contains(lane)) {
+            outcomes.push(Err(held_back(message.id(), message.destination())));
+            continue;
+        }
+        let outcome = publish_one(root, creates, message);
+        if let (Err(_), Some(lane), PublishOrder::Key) = (&outcome, lane, terms.order) {
+            failed.insert(lane);
+        }
+        outcomes.push(outcome);
+    }
+    outcomes
+}
+
+fn publish_one(root: &Path, creates: bool, message: &Message) -> Result<Receipt> {
+    let topic = Topic::at(root, message.destination());
+    let topic = if creates { topic.create().map(|_| topic)? } else { topic.found("publish")? };
+    let number = topic.store(message).map_err(|error| io_error("publish", error).with("id", message.id()))?;
+    Ok(Receipt { position: Some(Position::new(number)), duplicate: false })
 }
 
 fn read_letter(topic: &Topic, group: &Group, folder: &Path, name: &str) -> std::io::Result<DeadLetter> {
@@ -111,21 +130,18 @@ impl Broker for Spool {
     }
 
     async fn publish(&self, batch: Vec<Message>, terms: PublishTerms) -> Confirms {
-        let mut failed = HashSet::new();
-        let mut outcomes = Vec::with_capacity(batch.len());
-        for message in &batch {
-            let lane = message.key().map(|key| (message.destination().clone(), key.to_vec()));
-            if lane.as_ref().is_some_and(|lane| failed.contains(lane)) {
-                outcomes.push(Err(held_back(message.id(), message.destination())));
-                continue;
-            }
-            let outcome = self.publish_one(message);
-            if let (Err(_), Some(lane), PublishOrder::Key) = (&outcome, lane, terms.order) {
-                failed.insert(lane);
-            }
-            outcomes.push(outcome);
+        if self.is_open("publish").is_err() {
+            return Confirms::ready(batch.iter().map(|_| Err(Error::closed("publish"))).collect());
         }
-        Confirms::ready(outcomes)
+        let count = batch.len();
+        // On a thread for that: a batch is many files, and everybody else's tasks would wait for them.
+        let (root, creates) = (self.root.clone(), self.creates);
+        let publishing = spawn_blocking(move || publish_all(&root, creates, &batch, &terms));
+        Confirms::waiting(async move {
+            let unknown =
+                || Error::new(ErrorKind::Unexpected, "publish", "its thread ended").with_effect(Effect::Unknown);
+            publishing.await.unwrap_or_else(|_| (0..count).map(|_| Err(unknown())).collect())
+        })
     }
 
     async fn subscribe(&self, spec: SubscribeSpec) -> Result<Box<dyn Subscription>> {

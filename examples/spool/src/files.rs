@@ -36,7 +36,8 @@ impl Mark {
     }
 }
 
-/// A message as it is stored.
+/// A message as it is stored: this in one line, then the payload as it is. JSON of bytes is a number each, which takes seconds for
+/// some megabytes.
 #[derive(Serialize, Deserialize)]
 struct Stored {
     id: MessageId,
@@ -44,7 +45,6 @@ struct Stored {
     headers: Vec<u8>,
     content_type: Option<String>,
     timestamp: i64,
-    payload: Vec<u8>,
 }
 
 /// A dead letter, beside its message.
@@ -146,10 +146,12 @@ impl Topic {
             headers: message.headers().as_packed().to_vec(),
             content_type: message.content_type().map(str::to_owned),
             timestamp: message.timestamp().as_millis(),
-            payload: message.bytes().to_vec(),
         };
+        let mut file = serde_json::to_vec(&stored)?;
+        file.push(b'\n');
+        file.extend_from_slice(message.bytes());
         write_whole(&counter, (number + 1).to_string().as_bytes())?;
-        write_whole(&all.join(format!("{number:020}")), &serde_json::to_vec(&stored)?)?;
+        write_whole(&all.join(format!("{number:020}")), &file)?;
         let mark = Mark { number, attempt: 1, redrives: 0, until: Timestamp::now().as_millis() };
         for group in names(&self.folder.join("groups"))?.iter().filter(|name| !name.starts_with('.')) {
             File::create(self.folder.join("groups").join(group).join("ready").join(mark.name()))?;
@@ -158,9 +160,11 @@ impl Topic {
     }
 
     pub(crate) fn message(&self, number: u64) -> io::Result<Message> {
-        let stored: Stored = serde_json::from_slice(&fs::read(self.folder.join("all").join(format!("{number:020}")))?)?;
+        let mut file = Bytes::from(fs::read(self.folder.join("all").join(format!("{number:020}")))?);
+        let line = file.iter().position(|byte| *byte == b'\n').ok_or(io::ErrorKind::InvalidData)?;
+        let stored: Stored = serde_json::from_slice(&file[..line])?;
         let timestamp = Timestamp::from_millis(stored.timestamp);
-        let payload = Some(Bytes::from(stored.payload));
+        let payload = Some(file.split_off(line + 1));
         let mut message = Message::from_parts(self.name.clone(), stored.id, timestamp, payload)
             .with_headers(Headers::from_packed(stored.headers.into()).ok_or(io::ErrorKind::InvalidData)?);
         if let Some(key) = stored.key {

@@ -13,12 +13,16 @@ use anybroker_core::{
 };
 use async_trait::async_trait;
 use parking_lot::Mutex;
-use tokio::time::Instant;
+use tokio::task::{JoinHandle, spawn_blocking};
+use tokio::time::{Instant, timeout_at};
 
 use crate::files::{self, Letter, Mark, Topic, io_error};
 
 /// How often folders are looked at while nothing comes.
 const PAUSE: Duration = Duration::from_millis(10);
+
+/// How much longer than it was to wait a receive stays with a disk that is slow. What is read after that is the next one's.
+const SLOW: Duration = Duration::from_secs(1);
 
 /// One member of a group: what it holds.
 pub(crate) struct Member {
@@ -38,6 +42,8 @@ pub(crate) struct SpoolSubscription {
     context: Arc<DeliveryContext>,
     paused: bool,
     first: usize,
+    /// What is being read. Files are not touched on the threads of the runtime, where everybody else would stand still too.
+    taking: Option<JoinHandle<Result<Vec<Delivery>>>>,
 }
 
 impl SpoolSubscription {
@@ -49,29 +55,43 @@ impl SpoolSubscription {
         let context = DeliveryContext::new(member.spec.group.clone(), member.spec.max_attempts, settler);
         // Weak: the context holds the member already.
         let _ = member.context.set(Arc::downgrade(&context));
-        Self { member, context, paused: false, first: 0 }
+        Self { member, context, paused: false, first: 0, taking: None }
     }
 
     pub(crate) fn member(&self) -> Weak<Member> {
         Arc::downgrade(&self.member)
     }
 
-    /// Takes what is there. No await between the taking and the answer: a receive that is dropped has taken nothing.
-    fn take(&mut self, max: usize) -> Result<Vec<Delivery>> {
-        if self.member.closed.load(Ordering::Acquire) {
-            return Err(Error::closed("receive").with("group", &self.member.spec.group));
+    /// What is there, read by a thread for that. A receive that is dropped meanwhile has taken nothing: the next one has it, or the
+    /// end of the subscription, which gives it back.
+    fn take(&mut self, max: usize) -> &mut JoinHandle<Result<Vec<Delivery>>> {
+        self.taking.get_or_insert_with(|| {
+            self.first = self.first.wrapping_add(1) % self.member.places.len();
+            let (member, context, first) = (Arc::clone(&self.member), Arc::clone(&self.context), self.first);
+            spawn_blocking(move || member.take(&context, first, max))
+        })
+    }
+}
+
+impl Member {
+    fn is_open(&self) -> Result<()> {
+        if self.closed.load(Ordering::Acquire) {
+            return Err(Error::closed("receive").with("group", &self.spec.group));
         }
+        Ok(())
+    }
+
+    fn take(&self, context: &Arc<DeliveryContext>, first: usize, max: usize) -> Result<Vec<Delivery>> {
         let mut taken = Vec::new();
-        let places = self.member.places.len();
-        self.first = self.first.wrapping_add(1) % places;
+        let places = self.places.len();
         for round in 0..2 {
             for offset in 0..places {
                 // Everyone gets an equal share first; what is left over goes to whoever has more.
                 let limit = if round == 0 { max.min(taken.len() + max.div_ceil(places)) } else { max };
-                let place = (self.first + offset) % places;
-                self.take_from(place, limit, &mut taken).map_err(|error| {
-                    let (topic, _) = &self.member.places[place];
-                    io_error("receive", error).with("destination", &topic.name).with("group", &self.member.spec.group)
+                let place = (first + offset) % places;
+                self.take_from(place, limit, context, &mut taken).map_err(|error| {
+                    let (topic, _) = &self.places[place];
+                    io_error("receive", error).with("destination", &topic.name).with("group", &self.spec.group)
                 })?;
             }
             if taken.len() >= max || places == 1 {
@@ -81,8 +101,14 @@ impl SpoolSubscription {
         Ok(taken)
     }
 
-    fn take_from(&self, place: usize, limit: usize, taken: &mut Vec<Delivery>) -> io::Result<()> {
-        let (topic, group) = &self.member.places[place];
+    fn take_from(
+        &self,
+        place: usize,
+        limit: usize,
+        context: &Arc<DeliveryContext>,
+        taken: &mut Vec<Delivery>,
+    ) -> io::Result<()> {
+        let (topic, group) = &self.places[place];
         let (ready, held) = (group.join("ready"), group.join("held"));
         let now = Timestamp::now();
         // What somebody held for too long comes back, whoever that was. The attempt stays: nobody said that it failed.
@@ -94,20 +120,28 @@ impl SpoolSubscription {
             if taken.len() >= limit {
                 break;
             }
-            let lease_until = now.after(self.member.spec.lease);
+            let lease_until = now.after(self.spec.lease);
             let mine = Mark { until: lease_until.as_millis(), ..mark };
             if !files::renamed(&ready.join(mark.name()), &held.join(mine.name()))? {
                 continue;
             }
             let message = topic.message(mark.number)?;
-            let number = self.member.next.fetch_add(1, Ordering::Relaxed);
-            self.member.held.lock().insert(number, (place, mine));
+            let number = self.next.fetch_add(1, Ordering::Relaxed);
+            {
+                let mut held = self.held.lock();
+                // Whoever closes gives back what stands here; what comes later is given back here.
+                if self.closed.load(Ordering::Acquire) {
+                    self.put_back(place, mine, mine.due())?;
+                    break;
+                }
+                held.insert(number, (place, mine));
+            }
             let mut facts = DeliveryFacts::new(Token::Pair(number, 0));
             facts.attempt = mark.attempt;
             facts.position = Some(Position::new(mark.number));
             facts.lease_until = Some(lease_until);
             facts.lane.index = u32::try_from(place).unwrap_or(u32::MAX);
-            taken.push(Delivery::new(message, facts, &self.context));
+            taken.push(Delivery::new(message, facts, context));
         }
         Ok(())
     }
@@ -121,8 +155,14 @@ impl Subscription for SpoolSubscription {
 
     async fn receive(&mut self, max: usize, wait: Duration) -> Result<Received> {
         let deadline = Instant::now() + wait;
+        let max = if self.paused { 0 } else { max };
         loop {
-            let deliveries = self.take(if self.paused { 0 } else { max })?;
+            self.member.is_open()?;
+            let Ok(taken) = timeout_at(deadline + SLOW, self.take(max)).await else { return Ok(Received::default()) };
+            self.taking = None;
+            let mut deliveries = taken.map_err(|error| io_error("receive", error.into()))??;
+            // Read for an earlier receive, which wanted more: what is dropped goes back.
+            deliveries.truncate(max);
             if !deliveries.is_empty() || Instant::now() >= deadline {
                 return Ok(Received { deliveries, events: Vec::new() });
             }
