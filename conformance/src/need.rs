@@ -55,6 +55,7 @@ needs! {
     GROUPS = groups by r::groups;
     KEPT_BEFORE_GROUP = kept_before_group by r::kept_before_group;
     REPLAY = replay by r::replay;
+    START_POSITION = start_position by r::start_position;
     START_LATEST = start_latest by r::start_latest;
     PATTERNS = patterns by r::patterns;
     DELAYED_PUBLISH = delayed_publish by r::delayed_publish;

@@ -148,7 +148,8 @@ const PROBES: &[Probe] = &[
         Cases(&["delivery/messages-published-before-the-group-exists-are-kept-for-it"]),
         Refusal,
     ),
-    probe("replay", Cases(&["groups/a-group-can-start-at-a-time", "groups/a-group-can-start-at-a-position"]), Refusal),
+    probe("replay", Cases(&["groups/a-group-can-start-at-a-time"]), Refusal),
+    probe("start_position", Cases(&["groups/a-group-can-start-at-a-position"]), Refusal),
     probe("start_latest", Cases(&["groups/latest-is-fixed-when-subscribe-returns"]), Refusal),
     probe(
         "patterns",

@@ -35,6 +35,7 @@ pub(crate) fn record(settings: &Settings) -> Capabilities {
         groups: Support::Native,
         kept_before_group: Support::Native,
         replay: Support::Native,
+        start_position: Support::Native,
         start_latest: Support::Native,
         patterns: Support::refused("name the destinations one by one"),
         delayed_publish: Support::Native,

@@ -55,6 +55,7 @@ pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
         groups: Support::Native,
         kept_before_group: Support::Native,
         replay: Support::Native,
+        start_position: Support::Native,
         start_latest: Support::Native,
         patterns: absent("name the destinations one by one"),
         delayed_publish: absent("a log hands out what it holds; JetStream, SQS and Pulsar hold messages back"),

@@ -81,8 +81,10 @@ impl Broker for Connection {
 
     async fn subscribe(&self, spec: SubscribeSpec) -> Result<Box<dyn Subscription>> {
         self.open("subscribe")?;
-        if matches!(spec.start, Start::Time(_) | Start::Position(_)) {
-            self.capabilities.replay.check("starting at a time or position", "subscribe")?;
+        match spec.start {
+            Start::Time(_) => self.capabilities.replay.check("starting at a time", "subscribe")?,
+            Start::Position(_) => self.capabilities.start_position.check("starting at a position", "subscribe")?,
+            _ => {}
         }
         let subscription = subscription::subscribe(&self.store, spec)?;
         let mut members = self.members.lock();

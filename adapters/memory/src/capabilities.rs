@@ -39,6 +39,7 @@ pub(crate) fn record(settings: &Settings) -> Capabilities {
         groups: native(),
         kept_before_group: native(),
         replay: native(),
+        start_position: native(),
         start_latest: native(),
         patterns: Support::refused("name the destinations one by one"),
         delayed_publish: native(),
@@ -91,6 +92,7 @@ fn in_profile(mut record: Capabilities, profile: Profile) -> Capabilities {
     if !manner.kept_before_group {
         record.kept_before_group = refused("declare the group first, or use profile=exact, kafka, jetstream or pulsar");
         record.replay = refused("nothing is kept to be replayed; profile=exact, kafka, jetstream and pulsar replay");
+        record.start_position = record.replay.clone();
     }
     if profile != Profile::Exact {
         record.dead_letter_atomicity = DeadLetterAtomicity::StoredFirst;

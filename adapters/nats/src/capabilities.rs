@@ -53,6 +53,7 @@ pub(crate) fn capabilities(settings: &Settings, max_payload: u64, schedules: boo
         groups: Support::Native,
         kept_before_group: Support::Native,
         replay: Support::Native,
+        start_position: Support::Native,
         start_latest: Support::Native,
         patterns: unwritten(),
         delayed_publish: match (schedules, settings.max_bytes) {

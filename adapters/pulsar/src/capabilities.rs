@@ -63,7 +63,8 @@ pub(crate) fn capabilities(settings: &Settings, max_message: u64) -> Capabilitie
         purge: Support::Native,
         groups: Support::Native,
         kept_before_group: Support::Native,
-        replay: match is_partitioned {
+        replay: Support::Native,
+        start_position: match is_partitioned {
             true => Support::refused("set partitions to 0: a position is one partition's"),
             false => Support::Native,
         },

@@ -80,12 +80,10 @@ pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
             absent("declare the group first; a log (Kafka, JetStream) keeps messages for later groups"),
         ),
         replay: in_log(
-            Support::emulated(
-                "an offset is the server's; a time is looked up by the server to the second, and from there on by the \
-                 clocks of publishers",
-            ),
+            Support::emulated("looked up by the server to the second, and from there on by the clocks of publishers"),
             absent("a log (Kafka, JetStream) is read again"),
         ),
+        start_position: in_log(Support::Native, absent("a log (Kafka, JetStream) is read again")),
         start_latest: Support::Native,
         patterns: unwritten(),
         delayed_publish: Support::emulated("it waits in a queue of its range of delays"),

@@ -60,6 +60,7 @@ pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
             "a topic keeps nothing; declare groups before publishing, or set fanout = \"none\"",
         ),
         replay: refused("a queue forgets what is settled; Kafka and JetStream keep it"),
+        start_position: refused("a queue forgets what is settled; Kafka and JetStream keep it"),
         start_latest: given(
             has_topics,
             "a queue cannot pass over what is in it; purge it first, start at the earliest, or set fanout = \"sns\"",

@@ -63,7 +63,7 @@ pub(super) const CASES: &[Case] = &[
     ),
     case!(
         "groups/a-group-can-start-at-a-position",
-        [need::GROUPS, need::REPLAY],
+        [need::GROUPS, need::START_POSITION],
         "Start::Position: with this position of each lane.",
         start_position
     ),

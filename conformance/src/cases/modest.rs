@@ -44,6 +44,7 @@ const CLAIMS: &[Claim] = claims! {
     PURGE purge: "dead-letter/a-purge-deletes-what-it-chooses-for-good";
     GROUPS groups: "groups/each-group-sees-every-message";
     REPLAY replay: "groups/a-group-can-start-at-a-time";
+    START_POSITION start_position: "groups/a-group-can-start-at-a-position";
     START_LATEST start_latest: "groups/latest-is-fixed-when-subscribe-returns";
     DELAYED_PUBLISH delayed_publish: "time/a-delayed-publish-is-never-early";
     TTL ttl: "time/what-is-not-settled-within-its-time-to-live-becomes-a-dead-letter";

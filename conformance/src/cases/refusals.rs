@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anybroker_core::{
-    DeadLetterFilter, Error, ErrorKind, Message, Nack, OnFailure, Order, RedriveOptions, Settlement, Start,
+    DeadLetterFilter, Error, ErrorKind, Message, Nack, OnFailure, Order, Position, RedriveOptions, Settlement, Start,
     SubscribeSpec, Timestamp, TopologySpec, Verdict,
 };
 
@@ -77,6 +77,10 @@ pub(crate) async fn park(env: &Env) -> Proof {
 
 pub(crate) async fn replay(env: &Env) -> Proof {
     spec_refused(env, "starting at a time", |spec| spec.with_start(Start::Time(Timestamp::now()))).await
+}
+
+pub(crate) async fn start_position(env: &Env) -> Proof {
+    spec_refused(env, "starting at a position", |spec| spec.with_start(Start::Position(Position::new(0)))).await
 }
 
 pub(crate) async fn start_latest(env: &Env) -> Proof {

@@ -261,8 +261,10 @@ record! {
     groups: Support,
     /// Messages published before a group exists are kept for it (`Start::Earliest`).
     kept_before_group: Support,
-    /// New groups can start at a time or position.
+    /// New groups can start at a time (`Start::Time`), and so read again what others have settled.
     replay: Support,
+    /// New groups can start at a position (`Start::Position`).
+    start_position: Support,
     /// New groups can start with what is published after they exist (`Start::Latest`).
     start_latest: Support,
     /// Subscriptions to patterns of destinations.
@@ -367,6 +369,7 @@ const SUPPORTS: &[Supports] = supports![
     groups,
     kept_before_group,
     replay,
+    start_position,
     start_latest,
     patterns,
     delayed_publish,

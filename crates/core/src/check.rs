@@ -164,6 +164,7 @@ pub(crate) fn start(start: Start, record: &Capabilities, operation: &'static str
     match start {
         Start::Earliest => Ok(()),
         Start::Latest => record.start_latest.check("starting at the latest", operation),
-        Start::Time(_) | Start::Position(_) => record.replay.check("starting at a time or position", operation),
+        Start::Time(_) => record.replay.check("starting at a time", operation),
+        Start::Position(_) => record.start_position.check("starting at a position", operation),
     }
 }

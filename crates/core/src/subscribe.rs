@@ -168,7 +168,7 @@ pub enum Start {
     Latest,
     /// With the first message that was stored at or after this moment. Needs `replay`.
     Time(Timestamp),
-    /// With this position of each lane. Needs `replay`.
+    /// With this position of each lane. Needs `start_position`.
     Position(Position),
 }
 

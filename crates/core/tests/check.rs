@@ -254,6 +254,7 @@ async fn options_of_a_subscription_that_the_record_refuses_are_refused() {
         &mut without.block_on_failure,
         &mut without.park_on_failure,
         &mut without.replay,
+        &mut without.start_position,
         &mut without.start_latest,
     ] {
         *support = Support::refused("take another broker");

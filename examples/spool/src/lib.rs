@@ -87,6 +87,7 @@ fn record() -> Capabilities {
         groups: native(),
         kept_before_group: native(),
         replay: Support::refused("a group starts at the earliest or the latest; embedded starts anywhere"),
+        start_position: Support::refused("a group starts at the earliest or the latest; embedded starts anywhere"),
         start_latest: native(),
         patterns: Support::refused("name the destinations one by one"),
         delayed_publish: Support::refused("nothing is held back before its first delivery; embedded does"),

@@ -152,6 +152,7 @@ pub fn modest(peer: &str) -> Capabilities {
         groups: no_word(),
         kept_before_group: no_word(),
         replay: no_word(),
+        start_position: no_word(),
         start_latest: no_word(),
         patterns: no_word(),
         delayed_publish: no_word(),

@@ -76,6 +76,7 @@ fn record() -> Capabilities {
         kept_before_group: Support::Native,
         start_latest: Support::Native,
         replay: refused("this adapter does not map its KafkaSeeker"),
+        start_position: refused("this adapter does not map its KafkaSeeker"),
         // KafkaPublisher: "awaits the delivery report".
         publish_confirm: Support::Native,
         unroutable_detected: refused("the server creates a topic that a producer asks for"),

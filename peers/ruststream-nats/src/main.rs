@@ -74,6 +74,7 @@ fn record() -> Capabilities {
         kept_before_group: Support::Native,
         start_latest: Support::Native,
         replay: refused("this adapter does not map its DeliverPolicy::ByStartSequence and ByStartTime"),
+        start_position: refused("this adapter does not map its DeliverPolicy::ByStartSequence and ByStartTime"),
         // JetStreamPublisher: "awaits the stream's publish acknowledgement"; an error for "no such stream".
         publish_confirm: Support::Native,
         unroutable_detected: Support::Native,

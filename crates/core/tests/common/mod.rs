@@ -44,6 +44,7 @@ pub fn record() -> Capabilities {
         groups: Support::Native,
         kept_before_group: Support::Native,
         replay: Support::Native,
+        start_position: Support::Native,
         start_latest: Support::Native,
         patterns: Support::Native,
         delayed_publish: Support::Native,
