@@ -156,6 +156,12 @@ pub(crate) enum What {
         group: Group,
         ids: Vec<MessageId>,
     },
+    /// Asked for by one that was not told whether it was done: there may be a letter still, and the message may come.
+    RedriveInfo {
+        destination: Destination,
+        group: Group,
+        ids: Vec<MessageId>,
+    },
     PurgeInvoke {
         destination: Destination,
         group: Group,

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anybroker_core::{
-    AckLevel, Bus, Destination, Error, ErrorKind, Group, Nack, PublishOptions, Reason, Result, Settlement,
-    SubscribeSpec, Verdict,
+    AckLevel, Bus, Destination, Error, ErrorKind, Group, Nack, PublishOptions, Reason, RedriveOptions, Result,
+    Settlement, SubscribeSpec, Verdict,
 };
 use futures_util::future::{BoxFuture, join};
 use rand::RngExt;
@@ -16,6 +16,7 @@ use rand::rngs::StdRng;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
 use tokio::process::Command;
+use tokio::time::Instant;
 
 use crate::UrlHarness;
 use crate::case::{Breach, Proof, fail};
@@ -42,6 +43,8 @@ const KEYS: u32 = 8;
 const HELD: usize = 4;
 /// How long what a process has begun goes on before it ends, at most.
 const ON_ITS_WAY: Duration = Duration::from_millis(4);
+/// How many letters a process puts back, twice, before the redrive in which it ends.
+const REDRIVEN: usize = 4;
 
 /// Where a process ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,6 +72,8 @@ pub(crate) enum Point {
     Released,
     /// Dead letters were answered.
     Buried,
+    /// A redrive of all dead letters was asked for.
+    Redriving,
     /// Of [`BESIDE_HOLE`] messages of one key all acks but that of the one at [`HOLE`] were answered.
     Hole,
 }
@@ -202,9 +207,10 @@ pub async fn run_child(connect: impl Fn() -> BoxFuture<'static, Result<Bus>> + S
     let history = History::part(began, job.first_number, Box::new(tell));
     let env = Env::part(Arc::new(harness), record, job.scope.clone(), job.seed, history, job.client);
     let client = env.wrap(bus);
-    let ended = match job.point.is_of_publisher() {
-        true => publish(&env, &client, &job).await,
-        false => consume(&env, &client, &job).await,
+    let ended = match job.point {
+        Point::Redriving => redrive(&env, &client, &job).await,
+        point if point.is_of_publisher() => publish(&env, &client, &job).await,
+        _ => consume(&env, &client, &job).await,
     };
     match ended {
         Ok(()) => Ok(()),
@@ -246,6 +252,30 @@ async fn publish(env: &Env, client: &Client<'_>, job: &Job) -> Proof {
         let confirms = async { client.bus.submit(batch, &PublishOptions::default()).await.await };
         for_a_moment(&mut random, confirms).await;
     }
+    end(env, client, None)
+}
+
+/// Puts some letters back, and is ended while it does so with the rest, for which it needs about as long for each.
+async fn redrive(env: &Env, client: &Client<'_>, job: &Job) -> Proof {
+    let mut random = env.rng();
+    let (destination, group) = (&job.destination, &job.group);
+    let mut some = RedriveOptions::default();
+    // Read no further than that: where letters are leased, looking for the end of them takes a while.
+    (some.limit, some.batch) = (Some(REDRIVEN as u64), REDRIVEN);
+    client.redrive(destination, group, &some).await?;
+    let letters = client.bus.dead_letters(destination, group)?;
+    let left = client.letters(destination, group).await?;
+    let ids: Vec<_> = left.iter().map(|letter| letter.message.id().clone()).collect();
+    // Which of them come first is the broker's business: of each may be said that it is back.
+    client.record(What::RedriveInfo { destination: destination.clone(), group: group.clone(), ids });
+    let begin = Instant::now();
+    env.bounded("redrive", letters.redrive(&some)).await??;
+    let took = begin.elapsed();
+    let mut rest = RedriveOptions::default();
+    // Some batches, so that the end comes between two of them at times, and within one at others.
+    rest.batch = random.random_range(1..=4);
+    let redriving = std::pin::pin!(letters.redrive(&rest));
+    let _ = tokio::time::timeout(took.mul_f64(random.random_range(0.0..2.0)), redriving).await;
     end(env, client, None)
 }
 
@@ -292,7 +322,7 @@ async fn consume(env: &Env, client: &Client<'_>, job: &Job) -> Proof {
         Point::Acking => || Settlement::Ack,
         Point::Nacking => || Settlement::Nack(Nack { delay: Duration::ZERO, error_type: None }),
         Point::Burying => || Settlement::DeadLetter(Box::new(Verdict::new(Reason::Rejected))),
-        Point::Holding | Point::Publishing | Point::Confirmed => {
+        Point::Holding | Point::Publishing | Point::Confirmed | Point::Redriving => {
             // As long as it takes a client to do what it does by the clock: commit, renew, note its progress. No ack of the
             // first ones may be forgotten any more then, whatever its level says.
             tokio::time::sleep(may_be_under_way(env.record.ack_level) + env.quiet()).await;

@@ -20,6 +20,11 @@ use crate::config::{LONGEST_POLL, Settings};
 use crate::error::failed;
 use crate::login::{Refusals, Shown};
 
+/// How long one answer may take.
+const ANSWER: Duration = Duration::from_secs(10);
+/// How long a request may take that finds, creates, describes, deletes or reads, with its retries. A service that has stopped
+/// answering kept whoever asked for 90 s before: three attempts, each as long as a poll.
+const REQUEST: Duration = Duration::from_secs(20);
 /// How long at most before a request that was refused for its credentials is made with new ones.
 const AGAIN: Duration = Duration::from_millis(50);
 
@@ -28,6 +33,8 @@ const AGAIN: Duration = Duration::from_millis(50);
 #[derive(Debug, Clone)]
 pub(crate) struct Clients {
     pub(crate) queues: aws_sdk_sqs::Client,
+    /// The same, for receives that wait.
+    pub(crate) polls: aws_sdk_sqs::Client,
     pub(crate) sender: aws_sdk_sqs::Client,
     pub(crate) topics: Option<Topics>,
     /// A provider: refused credentials may be others soon.
@@ -48,8 +55,10 @@ impl Clients {
         let timeouts = TimeoutConfig::builder()
             .connect_timeout(settings.connect_timeout.min(Duration::from_secs(5)))
             // A receive can hang for ever otherwise (aws-sdk-rust #1094, vector #20017).
-            .operation_attempt_timeout(LONGEST_POLL + Duration::from_secs(10))
+            .operation_attempt_timeout(LONGEST_POLL + ANSWER)
             .build();
+        // What nobody has to wait for at the service.
+        let short = TimeoutConfig::builder().operation_attempt_timeout(ANSWER).operation_timeout(REQUEST).build();
         let mut loader = aws_config::defaults(BehaviorVersion::latest())
             .timeout_config(timeouts)
             // It takes an idle long poll for a stalled stream (aws-sdk-rust #1148).
@@ -102,12 +111,13 @@ impl Clients {
                 topics = topics.retry_classifier(refusals);
             }
             Topics {
-                topics: aws_sdk_sns::Client::from_conf(topics.build()),
+                topics: aws_sdk_sns::Client::from_conf(topics.timeout_config(short.clone()).build()),
                 sender: aws_sdk_sns::Client::from_conf(sender.build()),
             }
         });
         Ok(Self {
-            queues: aws_sdk_sqs::Client::from_conf(queues.build()),
+            polls: aws_sdk_sqs::Client::from_conf(queues.clone().build()),
+            queues: aws_sdk_sqs::Client::from_conf(queues.timeout_config(short).build()),
             sender: aws_sdk_sqs::Client::from_conf(sender.build()),
             topics,
             login: settings.login.clone(),

@@ -98,7 +98,7 @@ pub(crate) fn bring_back(source: &Arc<Source>) {
 async fn once(source: &Source, retry: &str) -> Result<()> {
     let queues = &source.clients.queues;
     let wait = requests::seconds(LONGEST_POLL);
-    let answer = receiving(queues, retry, parcel::BATCH, wait, LEASE).send().await;
+    let answer = receiving(&source.clients.polls, retry, parcel::BATCH, wait, LEASE).send().await;
     let answer = answer.map_err(|error| failed("receive", &error))?;
     let (now, until) = (Timestamp::now(), Instant::now() + LEASE);
     let (mut early, mut due, mut parcels): (Vec<(Bytes, Duration)>, Vec<Bytes>, Vec<Parcel>) = Default::default();

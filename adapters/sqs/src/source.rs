@@ -153,7 +153,7 @@ impl Source {
     async fn request(&self, count: usize, held: i32) -> Result<Vec<Received>, Error> {
         let receiving = |client| receiving(client, &self.queues.queue, count, held, self.lease);
         if !self.is_fifo() {
-            let answer = receiving(&self.clients.queues).send().await;
+            let answer = receiving(&self.clients.polls).send().await;
             return answer.map(|answer| answer.messages.unwrap_or_default()).map_err(|error| failed("receive", &error));
         }
         let fresh = || (uuid::Uuid::new_v4().simple().to_string(), Instant::now());

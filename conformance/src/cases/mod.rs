@@ -10,6 +10,7 @@ mod dead_letter;
 mod delivery;
 mod faults;
 mod flow;
+mod frozen;
 mod groups;
 mod idempotency;
 mod lease;
@@ -59,6 +60,7 @@ const THEMES: &[&[Case]] = &[
     answers::CASES,
     connections::CASES,
     server::CASES,
+    frozen::CASES,
     at_rest::CASES,
     processes::CASES,
 ];

@@ -3,16 +3,17 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use anybroker_core::{AckGranularity, AckLevel, AttemptCount};
+use anybroker_core::{AckGranularity, AckLevel, AttemptCount, Reason, RedriveOptions, Verdict};
 use futures_util::future::try_join_all;
+use tokio::time::Instant;
 
-use crate::case::{Proof, ensure, ensure_eq, fail};
+use crate::case::{Breach, Proof, ensure, ensure_eq, fail};
 use crate::checker::may_be_under_way;
 use crate::consumer::ids;
 use crate::env::Env;
 use crate::history::{Event, Seen, Verb, What};
 use crate::process::{LATER, Point, end_at};
-use crate::{Case, Level};
+use crate::{Case, Level, need};
 
 /// What is published for a member that ends.
 const MESSAGES: usize = 40;
@@ -45,6 +46,15 @@ pub(super) const CASES: &[Case] = &[
         alone: true,
         run: |env| Box::pin(told(env)),
     },
+    Case {
+        name: "faults/a-redrive-whose-process-is-killed-loses-no-letter-and-goes-on-when-it-is-asked-for-again",
+        level: Level::Reliability,
+        proves: "Redrive is resumable: wherever its process ends, each letter is one still, or its message is back; what was left is put back \
+                 by the next.",
+        needs: &[need::DEAD_LETTER, need::REDRIVE],
+        alone: true,
+        run: |env| Box::pin(redriven(env)),
+    },
 ];
 
 async fn publishers(env: &Env) -> Proof {
@@ -71,6 +81,68 @@ async fn told(env: &Env) -> Proof {
         }
     };
     try_join_all(points.into_iter().map(one)).await.map(drop)
+}
+
+/// How many letters each of those processes finds.
+const LETTERS: usize = 24;
+const REDRIVES: usize = 3;
+
+async fn redriven(env: &Env) -> Proof {
+    let left: Vec<usize> = try_join_all((0..REDRIVES).map(|number| one_redriven(env, number))).await?;
+    if left.iter().all(|left| *left == 0) {
+        return Err(Breach::Inconclusive("every redrive had ended before its process did".into()));
+    }
+    Ok(())
+}
+
+/// A process that ends in the middle of a redrive; how many letters it has left, which another one puts back.
+async fn one_redriven(env: &Env, number: usize) -> Proof<usize> {
+    let label = format!("redriving-{number}");
+    let (destination, group) = (env.destination(&label), env.group(&label));
+    let spec = env.spec(&destination, &group);
+    let client = env.client().await?;
+    let mut consumer = client.subscribe(spec.clone()).await?;
+    let message = |number| client.message(&destination, format!("key {}", number % KEYS).as_str());
+    let sent: Vec<_> = (0..LETTERS).map(message).collect();
+    client.publish_ok(sent.clone()).await?;
+    for _ in 0..LETTERS {
+        consumer.one().await?.dead_letter(Verdict::new(Reason::Rejected)).await?;
+    }
+    consumer.close().await?;
+    client.letters_until(&destination, &group, LETTERS).await?;
+    end_at(env, Point::Redriving, &spec).await?;
+    let fresh = env.client().await?;
+    let mut missing: BTreeSet<String> = ids(&sent).into_iter().collect();
+    let mut consumer = fresh.subscribe(spec.clone()).await?;
+    let begin = Instant::now();
+    let left = loop {
+        for held in consumer.receive(10, env.quiet()).await? {
+            missing.remove(&held.id());
+            held.ack().await?;
+        }
+        let left = ids(fresh.letters(&destination, &group).await?.iter().map(|letter| &letter.message));
+        if missing.iter().all(|id| left.contains(id)) {
+            break left;
+        }
+        // Where reading leases them, those that the process had read are seen again when that has ended.
+        ensure!(
+            begin.elapsed() < env.patience() * 2,
+            "neither letters any more nor back: {missing:?}; letters: {left:?}"
+        );
+    };
+    consumer.close().await?;
+    let report = fresh.redrive(&destination, &group, &RedriveOptions::default()).await?;
+    ensure_eq!(report.moved, left.len() as u64, "letters that are put back, of those that a killed redrive has left");
+    for id in ids(&fresh.drain(spec).await?) {
+        missing.remove(&id);
+    }
+    ensure!(missing.is_empty(), "dead letters that were put back and never came: {missing:?}");
+    let remaining = fresh.letters(&destination, &group).await?.len();
+    ensure_eq!(remaining, 0, "letters after all were put back");
+    for client in [client, fresh] {
+        client.close().await?;
+    }
+    Ok(left.len())
 }
 
 /// A process that has ended, and what it left.

@@ -138,7 +138,7 @@ struct Kill {
     away: Duration,
 }
 
-const FROZEN_SERVER: &str = "server frozen";
+pub(super) const FROZEN_SERVER: &str = "server frozen";
 const FULL_SERVER: &str = "server without room";
 /// Longer than a publish may take.
 const FROZEN: Duration = Duration::from_secs(5);
@@ -271,7 +271,7 @@ async fn publish(publisher: &Client<'_>, spec: &SubscribeSpec) -> Proof<Vec<Erro
 }
 
 /// The same client publishes again without anybody's help.
-async fn publish_until_stored(env: &Env, publisher: &Client<'_>, spec: &SubscribeSpec, when: &str) -> Proof {
+pub(super) async fn publish_until_stored(env: &Env, publisher: &Client<'_>, spec: &SubscribeSpec, when: &str) -> Proof {
     let (begin, limit) = (Instant::now(), env.patience());
     loop {
         let batch = publisher.messages(&spec.destinations[0], "k", BATCH);

@@ -38,6 +38,8 @@ pub(super) struct Faults {
     /// Those that last, with the clients they hit, and since when.
     active: HashMap<u64, (Vec<u32>, u64)>,
     met: HashSet<u64>,
+    /// Clients that have asked for a redrive and were told nothing.
+    redriving: HashSet<u32>,
     /// Which of them is the end of a server that forgets, and when the next one was there.
     forgetful: Option<(u64, u64)>,
 }
@@ -58,6 +60,12 @@ impl Faults {
             }
         }
         hits
+    }
+
+    /// This client has asked for a redrive, and is not told what became of it.
+    pub(super) fn redrives(&mut self, client: u32) {
+        self.redriving.insert(client);
+        self.meet(client);
     }
 
     /// How many that last hit this client.
@@ -86,7 +94,7 @@ impl Checker {
     pub(super) fn fault_begins(&mut self, at: u64, fault: u64, clients: &[u32]) {
         self.counts.faults += 1;
         self.faults.active.insert(fault, (clients.to_vec(), at));
-        let mut met = false;
+        let mut met = clients.iter().any(|client| self.faults.redriving.contains(client));
         for publish in self.publishes.iter_mut().filter(|publish| clients.contains(&publish.producer)) {
             if !publish.answered {
                 publish.hits += 1;

@@ -267,6 +267,14 @@ impl Checker {
                     self.story_of(&(group.clone(), destination.clone()), id).redrive(event.at);
                 }
             }
+            What::RedriveInfo { destination, group, ids } => {
+                if !ids.is_empty() {
+                    self.faults.redrives(event.client);
+                }
+                for id in ids {
+                    self.story_of(&(group.clone(), destination.clone()), id).redrive_unknown();
+                }
+            }
             What::PurgeInvoke { destination, group, ids } => {
                 for id in ids {
                     self.story_of(&(group.clone(), destination.clone()), id).purged = true;

@@ -147,6 +147,8 @@ pub(super) struct Story {
     /// Burials whose effect is unknown: there may be a letter, or the message may come again.
     pub(super) maybe_buried: u32,
     pub(super) redriven: bool,
+    /// How many deliveries there were when it was redriven by somebody who was not told, where its letter was not redriven since.
+    maybe_redriven: Option<u32>,
     pub(super) purged: bool,
     /// An ack was asked for whose effect nobody knows.
     maybe_acked: bool,
@@ -378,8 +380,25 @@ impl Story {
         }
     }
 
+    /// Nobody was told whether a letter was put back: there may be one still, and the message may come once.
+    pub(super) fn redrive_unknown(&mut self) {
+        self.buried = self.buried.saturating_sub(1);
+        self.maybe_buried += 1;
+        (self.redriven, self.was_acked, self.concluded) = (true, false, self.deliveries);
+        self.maybe_redriven = Some(self.deliveries);
+        self.excused.push(None);
+        (self.nacks, self.uncounted, self.uncertain) = (0, 0, 0);
+        self.sources.clear();
+    }
+
     pub(super) fn redrive(&mut self, at: u64) {
         self.buried = self.buried.saturating_sub(1);
+        if self.maybe_redriven.take().is_some_and(|deliveries| self.deliveries > deliveries) {
+            // The letter of a message that is back already: what is put back once more is the same hop, which is stored once where
+            // the broker knows it again.
+            self.excused.push(None);
+            return;
+        }
         (self.redriven, self.was_acked, self.concluded) = (true, false, self.deliveries);
         if self.buried + self.maybe_buried == 0 {
             self.burials.clear();

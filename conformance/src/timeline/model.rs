@@ -220,7 +220,7 @@ impl Reading<'_> {
             }
             "degraded" | "lane_lost" => self.moment(line, "⚡", words),
             "letter" => self.moment(line, "†", words),
-            "redrive_invoke" => self.moment(line, "↻", words),
+            "redrive_invoke" | "redrive_info" => self.moment(line, "↻", words),
             "hang" => self.moment(line, "∞", words),
             "fault_begin" | "fault_end" => self.fault(line, &words),
             _ => self.moment(line, "·", words),

@@ -79,6 +79,7 @@ pub(super) fn of(line: &Line) -> String {
             field("scan")
         ),
         "redrive_invoke" => format!("redrives dead letters of group `{}`", name("group")),
+        "redrive_info" => format!("asks to redrive dead letters of group `{}`, and is not told", name("group")),
         "purge_invoke" => format!("purges dead letters of group `{}`", name("group")),
         "drained" => format!("has read group `{}` on `{}` until nothing came", name("group"), name("destination")),
         "hang" => format!("`{}` did not end by its deadline", field("operation")),

@@ -136,7 +136,7 @@ fn faults_that_cannot_be_brought_about_are_refused_before_anything_is_run() {
         cases.pop();
         let is_of_processes = |case: &serde_json::Value| case["name"].to_string().contains("-process-is-killed-");
         let (processes, others): (Vec<_>, Vec<_>) = cases.into_iter().partition(is_of_processes);
-        assert!(processes.len() == 3 && processes.iter().all(|case| case["outcome"] == killed), "{ran:?}");
+        assert!(processes.len() == 4 && processes.iter().all(|case| case["outcome"] == killed), "{ran:?}");
         assert!(others.len() > 1 && others.iter().all(|case| case["outcome"] == "not_run"), "{ran:?}");
     }
 }

@@ -220,7 +220,7 @@ fn publishers_and_members_that_the_command_kills_lose_nothing_on_any_broker() {
         assert_eq!(ran.code, Some(0), "{name}: {ran:?}");
         let mut objects = ran.objects();
         objects.pop();
-        assert_eq!(objects.len(), 3, "{name}: {ran:?}");
+        assert_eq!(objects.len(), 4, "{name}: {ran:?}");
         assert!(objects.iter().all(|case| case["outcome"] == "pass"), "{name}: {ran:?}");
     });
 }

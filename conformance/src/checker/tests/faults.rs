@@ -400,3 +400,48 @@ fn a_member_that_is_gone_has_forgotten_no_ack_that_is_older_than_its_level_allow
     assert_eq!(again(AckLevel::Recorded, 14 * second), [""; 0]);
     assert_eq!(again(AckLevel::Recorded, 16 * second), ["ack-lost"]);
 }
+
+#[test]
+fn a_redrive_that_nobody_was_told_of_leaves_a_letter_or_brings_the_message_once_or_both_and_not_neither() {
+    let after_it = |comes: u64, has_letter: bool| {
+        let mut script = held("a");
+        script.settled(1, Verb::DeadLetter).letter(8, "a");
+        script.push(What::RedriveInfo { destination: "d".into(), group: "g".into(), ids: vec!["a".into()] });
+        for delivery in 2..2 + comes {
+            script.delivered(delivery, "a", 1).settled(delivery, Verb::Ack);
+        }
+        if has_letter {
+            script.letter(9, "a");
+        }
+        script.drained();
+        script.names()
+    };
+    for (comes, has_letter) in [(0, true), (1, false), (1, true)] {
+        assert_eq!(after_it(comes, has_letter), [""; 0], "{comes} {has_letter}");
+    }
+    assert_eq!(after_it(0, false), ["lost"]);
+    assert_eq!(after_it(2, false), ["ack-lost"]);
+}
+
+#[test]
+fn a_letter_that_such_a_redrive_has_left_comes_when_it_is_put_back_unless_its_message_was_back_before() {
+    let put_back = |came_before: bool, comes: bool| {
+        let mut script = held("a");
+        script.settled(1, Verb::DeadLetter).letter(8, "a");
+        script.push(What::RedriveInfo { destination: "d".into(), group: "g".into(), ids: vec!["a".into()] });
+        if came_before {
+            script.delivered(2, "a", 1).settled(2, Verb::Ack);
+        }
+        script.letter(7, "a");
+        script.push(What::RedriveInvoke { destination: "d".into(), group: "g".into(), ids: vec!["a".into()] });
+        if comes {
+            script.delivered(3, "a", 1).settled(3, Verb::Ack);
+        }
+        script.drained();
+        script.names()
+    };
+    for (came_before, comes) in [(false, true), (true, false), (true, true)] {
+        assert_eq!(put_back(came_before, comes), [""; 0], "{came_before} {comes}");
+    }
+    assert_eq!(put_back(false, false), ["lost"]);
+}
