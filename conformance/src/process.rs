@@ -117,7 +117,8 @@ struct Job {
 
 /// Starts a process that works on the destination until it ends at that point, and takes in what it tells. Answers which client
 /// it was.
-pub(crate) async fn end_at(env: &Env, point: Point, spec: &SubscribeSpec) -> Proof<u32> {
+/// Several that end at the same point differ by `number`.
+pub(crate) async fn end_at(env: &Env, point: Point, number: usize, spec: &SubscribeSpec) -> Proof<u32> {
     let command = env.harness.child().map_err(Breach::NotRun)?;
     let client = env.next_client();
     let job = Job {
@@ -125,7 +126,7 @@ pub(crate) async fn end_at(env: &Env, point: Point, spec: &SubscribeSpec) -> Pro
         destination: spec.destinations[0].clone(),
         group: spec.group.clone(),
         scope: env.scope().to_owned(),
-        seed: env.rng().random::<u64>() ^ point as u64,
+        seed: env.rng().random::<u64>() ^ point as u64 ^ (number as u64) << 32,
         client,
         first_number: env.history.numbers(NUMBERS),
         began: micros(env.history.began().duration_since(UNIX_EPOCH).unwrap_or_default()),
@@ -275,7 +276,7 @@ async fn redrive(env: &Env, client: &Client<'_>, job: &Job) -> Proof {
     // Some batches, so that the end comes between two of them at times, and within one at others.
     rest.batch = random.random_range(1..=4);
     let redriving = std::pin::pin!(letters.redrive(&rest));
-    let _ = tokio::time::timeout(took.mul_f64(random.random_range(0.0..2.0)), redriving).await;
+    let _ = tokio::time::timeout(took.mul_f64(random.random_range(0.0..1.0)), redriving).await;
     end(env, client, None)
 }
 

@@ -261,8 +261,14 @@ impl Api {
         let body = json!({ "seq": sequence, "no_erase": true });
         match self.ask::<Value>(operation, &format!("STREAM.MSG.DELETE.{stream}"), &body).await? {
             Ok(_) => Ok(true),
-            // "no message found", or "sequence not found" as a general delete failure.
-            Err(error) if error.is(NO_MESSAGE_FOUND) || error.description.contains("not found") => Ok(false),
+            // A delete that fails has a code of its own (10057) and the words of the store: "no message found" (nats-server,
+            // store.go, `ErrStoreMsgNotFound`).
+            Err(error)
+                if error.is(NO_MESSAGE_FOUND)
+                    || ["no message found", "not found"].iter().any(|told| error.description.contains(told)) =>
+            {
+                Ok(false)
+            }
             Err(error) => Err(error.into_error(operation)),
         }
     }

@@ -23,6 +23,7 @@ mod processes;
 mod publish;
 mod random;
 mod redelivery;
+mod redrives;
 mod server;
 mod settle;
 mod shapes;
@@ -42,6 +43,7 @@ const THEMES: &[&[Case]] = &[
     redelivery::CASES,
     groups::CASES,
     dead_letter::CASES,
+    redrives::CASES,
     idempotency::CASES,
     lifecycle::CASES,
     shapes::CASES,

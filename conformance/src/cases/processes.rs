@@ -110,7 +110,7 @@ async fn one_redriven(env: &Env, number: usize) -> Proof<usize> {
     }
     consumer.close().await?;
     client.letters_until(&destination, &group, LETTERS).await?;
-    end_at(env, Point::Redriving, &spec).await?;
+    end_at(env, Point::Redriving, number, &spec).await?;
     let fresh = env.client().await?;
     let mut missing: BTreeSet<String> = ids(&sent).into_iter().collect();
     let mut consumer = fresh.subscribe(spec.clone()).await?;
@@ -132,11 +132,13 @@ async fn one_redriven(env: &Env, number: usize) -> Proof<usize> {
     };
     consumer.close().await?;
     let report = fresh.redrive(&destination, &group, &RedriveOptions::default()).await?;
-    ensure_eq!(report.moved, left.len() as u64, "letters that are put back, of those that a killed redrive has left");
+    // What the process had asked for may be done a moment after its end: a letter that was read as left is gone then.
+    let count = left.len() as u64;
+    ensure!(report.moved <= count && report.failed.is_empty(), "{count} letters were left, and put back: {report:?}");
     for id in ids(&fresh.drain(spec).await?) {
         missing.remove(&id);
     }
-    ensure!(missing.is_empty(), "dead letters that were put back and never came: {missing:?}");
+    ensure!(missing.is_empty(), "put back, and neither letters any more nor back: {missing:?}");
     let remaining = fresh.letters(&destination, &group).await?.len();
     ensure_eq!(remaining, 0, "letters after all were put back");
     for client in [client, fresh] {
@@ -172,7 +174,7 @@ async fn one(env: &Env, point: Point, messages: usize) -> Proof<Ended> {
     let message = |number| client.message(&destination, format!("key {}", number % keys).as_str());
     let sent: Vec<_> = (0..messages).map(message).collect();
     client.publish_ok(sent.clone()).await?;
-    let ended = end_at(env, point, &spec).await?;
+    let ended = end_at(env, point, 0, &spec).await?;
     let fresh = env.client().await?;
     fresh.drain(spec).await?;
     let letters = match point {
