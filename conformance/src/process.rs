@@ -43,6 +43,8 @@ const KEYS: u32 = 8;
 const HELD: usize = 4;
 /// How long what a process has begun goes on before it ends, at most.
 const ON_ITS_WAY: Duration = Duration::from_millis(4);
+/// How many each second of those that are left.
+const REDRIVE_RATE: f64 = 80.0;
 /// How many letters a process puts back, twice, before the redrive in which it ends.
 const REDRIVEN: usize = 4;
 
@@ -273,10 +275,15 @@ async fn redrive(env: &Env, client: &Client<'_>, job: &Job) -> Proof {
     env.bounded("redrive", letters.redrive(&some)).await??;
     let took = begin.elapsed();
     let mut rest = RedriveOptions::default();
-    // Some batches, so that the end comes between two of them at times, and within one at others.
+    // Some batches with a pause behind each, so that some are left however slow this machine is; the end comes within one of the first.
     rest.batch = random.random_range(1..=4);
-    let redriving = std::pin::pin!(letters.redrive(&rest));
-    let _ = tokio::time::timeout(took.mul_f64(random.random_range(0.0..1.0)), redriving).await;
+    rest.rate = Some(REDRIVE_RATE);
+    let pause = Duration::from_secs_f64(f64::from(u32::try_from(rest.batch).unwrap_or(u32::MAX)) / REDRIVE_RATE);
+    let end_after = pause * random.random_range(0..3) + took.mul_f64(random.random_range(0.0..1.0));
+    // Beside this task: an adapter that awaits nothing is ended in the middle all the same.
+    let redriving = tokio::spawn(async move { letters.redrive(&rest).await.map(drop) });
+    tokio::time::sleep(end_after).await;
+    drop(redriving);
     end(env, client, None)
 }
 
