@@ -184,8 +184,10 @@ async fn old_hole(env: &Env) -> Proof {
     let sent: Vec<Message> = keys.iter().map(|key| client.message(&destination, key.as_str())).collect();
     client.publish_ok(sent.clone()).await?;
     let hole = consumer.one().await?;
-    if env.at_once(2) < 2 {
-        return Err(Breach::NotRun("one message is out at a time: nothing passes one that is held".into()));
+    if env.at_once(PASSING) < PASSING {
+        return Err(Breach::NotRun(
+            "all messages are locked while some are out: hundreds do not pass one that is held".into(),
+        ));
     }
     let mut seen = BTreeSet::from([hole.id()]);
     let deadline = std::time::Instant::now() + env.patience();
