@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anybroker_core::{
     Bus, DeadLetter, DeadLetterFilter, Destination, Effect, Error, Group, Message, PublishOptions, PublishOutcome,
-    Receipt, RedriveOptions, RedriveReport, SubscribeSpec, TopologySpec,
+    Reason, Receipt, RedriveOptions, RedriveReport, SubscribeSpec, TopologySpec, Verdict,
 };
 use parking_lot::Mutex;
 use tokio::time::Instant;
@@ -172,6 +172,21 @@ impl<'e> Client<'e> {
         let batch = self.messages(destination, key, count);
         self.publish_ok(batch.clone()).await?;
         Ok(batch)
+    }
+
+    /// Publishes `count` messages of so many keys and buries each: they are dead letters when it returns.
+    pub(crate) async fn bury(&self, spec: &SubscribeSpec, count: usize, keys: usize) -> Proof<Vec<Message>> {
+        let (destination, group) = (&spec.destinations[0], &spec.group);
+        let mut consumer = self.subscribe(spec.clone()).await?;
+        let message = |number| self.message(destination, format!("key {}", number % keys).as_str());
+        let sent: Vec<_> = (0..count).map(message).collect();
+        self.publish_ok(sent.clone()).await?;
+        for _ in 0..count {
+            consumer.one().await?.dead_letter(Verdict::new(Reason::Rejected)).await?;
+        }
+        consumer.close().await?;
+        self.letters_until(destination, group, count).await?;
+        Ok(sent)
     }
 
     /// Opens a subscription that must open.

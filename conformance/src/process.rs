@@ -258,7 +258,7 @@ async fn publish(env: &Env, client: &Client<'_>, job: &Job) -> Proof {
     end(env, client, None)
 }
 
-/// Puts some letters back, and is ended while it does so with the rest, for which it needs about as long for each.
+/// Puts some letters back, and is ended while it does so with the rest.
 async fn redrive(env: &Env, client: &Client<'_>, job: &Job) -> Proof {
     let mut random = env.rng();
     let (destination, group) = (&job.destination, &job.group);

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use anybroker_core::{AckGranularity, AckLevel, AttemptCount, Reason, RedriveOptions, Verdict};
+use anybroker_core::{AckGranularity, AckLevel, AttemptCount, RedriveOptions};
 use futures_util::future::try_join_all;
 use tokio::time::Instant;
 
@@ -101,15 +101,7 @@ async fn one_redriven(env: &Env, number: usize) -> Proof<usize> {
     let (destination, group) = (env.destination(&label), env.group(&label));
     let spec = env.spec(&destination, &group);
     let client = env.client().await?;
-    let mut consumer = client.subscribe(spec.clone()).await?;
-    let message = |number| client.message(&destination, format!("key {}", number % KEYS).as_str());
-    let sent: Vec<_> = (0..LETTERS).map(message).collect();
-    client.publish_ok(sent.clone()).await?;
-    for _ in 0..LETTERS {
-        consumer.one().await?.dead_letter(Verdict::new(Reason::Rejected)).await?;
-    }
-    consumer.close().await?;
-    client.letters_until(&destination, &group, LETTERS).await?;
+    let sent = client.bury(&spec, LETTERS, KEYS).await?;
     end_at(env, Point::Redriving, number, &spec).await?;
     let fresh = env.client().await?;
     let mut missing: BTreeSet<String> = ids(&sent).into_iter().collect();

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use anybroker_core::{Error, ErrorKind, Reason, RedriveOptions, Verdict};
+use anybroker_core::{Error, ErrorKind, RedriveOptions};
 use futures_util::future::try_join_all;
 use tokio::time::Instant;
 
@@ -29,16 +29,8 @@ async fn at_once(env: &Env) -> Proof {
     let (destination, group) = (env.destination("d"), env.group("g"));
     let spec = env.spec(&destination, &group);
     let client = env.client().await?;
-    let mut consumer = client.subscribe(spec.clone()).await?;
-    let sent: Vec<_> =
-        (0..LETTERS).map(|number| client.message(&destination, format!("key {}", number % 4).as_str())).collect();
-    client.publish_ok(sent.clone()).await?;
-    for _ in 0..LETTERS {
-        consumer.one().await?.dead_letter(Verdict::new(Reason::Rejected)).await?;
-    }
-    consumer.close().await?;
-    let letters = client.letters_until(&destination, &group, LETTERS).await?;
-    let letters: Vec<_> = letters.iter().map(|letter| letter.message.id().clone()).collect();
+    let sent = client.bury(&spec, LETTERS, 4).await?;
+    let letters: Vec<_> = sent.iter().map(|message| message.id().clone()).collect();
     let others = [env.client().await?, env.client().await?];
     let redrive = async |other: &Client<'_>| {
         // Which of the two puts a letter back is not known.
