@@ -17,7 +17,7 @@ use async_trait::async_trait;
 use parking_lot::Mutex;
 use tokio::task::spawn_blocking;
 
-use crate::files::{self, Letter, Mark, Topic, io_error};
+use crate::files::{self, Intake, Letter, Mark, Topic, io_error};
 use crate::member::{Member, SpoolSubscription};
 
 /// A connection to a folder.
@@ -79,26 +79,34 @@ impl Spool {
 fn publish_all(root: &Path, creates: bool, batch: &[Message], terms: &PublishTerms) -> Vec<Result<Receipt>> {
     let mut failed = HashSet::new();
     let mut outcomes = Vec::with_capacity(batch.len());
-    for message in batch {
-        let lane = message.key().map(|key| (message.destination().clone(), key.to_vec()));
-        if lane.as_ref().is_some_and(|lane| failed.contains(lane)) {
-            outcomes.push(Err(held_back(message.id(), message.destination())));
-            continue;
+    // Neighbours of one destination share its lock, its count and the list of its groups.
+    for run in batch.chunk_by(|one, next| one.destination() == next.destination()) {
+        let mut intake = open_intake(root, creates, run);
+        for message in run {
+            let lane = message.key().map(|key| (message.destination().clone(), key.to_vec()));
+            if lane.as_ref().is_some_and(|lane| failed.contains(lane)) {
+                outcomes.push(Err(held_back(message.id(), message.destination())));
+                continue;
+            }
+            let outcome = match &mut intake {
+                Ok(intake) => {
+                    intake.store(message).map_err(|error| io_error("publish", error).with("id", message.id()))
+                }
+                Err(error) => Err(error.duplicate()),
+            };
+            if let (Err(_), Some(lane), PublishOrder::Key) = (&outcome, lane, terms.order) {
+                failed.insert(lane);
+            }
+            outcomes.push(outcome.map(|number| Receipt { position: Some(Position::new(number)), duplicate: false }));
         }
-        let outcome = publish_one(root, creates, message);
-        if let (Err(_), Some(lane), PublishOrder::Key) = (&outcome, lane, terms.order) {
-            failed.insert(lane);
-        }
-        outcomes.push(outcome);
     }
     outcomes
 }
 
-fn publish_one(root: &Path, creates: bool, message: &Message) -> Result<Receipt> {
-    let topic = Topic::at(root, message.destination());
+fn open_intake(root: &Path, creates: bool, run: &[Message]) -> Result<Intake> {
+    let topic = Topic::at(root, run[0].destination());
     let topic = if creates { topic.create().map(|_| topic)? } else { topic.found("publish")? };
-    let number = topic.store(message).map_err(|error| io_error("publish", error).with("id", message.id()))?;
-    Ok(Receipt { position: Some(Position::new(number)), duplicate: false })
+    topic.intake(run.len() as u64).map_err(|error| io_error("publish", error))
 }
 
 fn read_letter(topic: &Topic, group: &Group, folder: &Path, name: &str) -> std::io::Result<DeadLetter> {

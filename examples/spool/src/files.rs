@@ -134,29 +134,16 @@ impl Topic {
         create().map_err(|error| io_error("declare", error))
     }
 
-    /// Stores a message, then gives it to every group; its number.
-    pub(crate) fn store(&self, message: &Message) -> io::Result<u64> {
-        let _lock = self.lock()?;
-        let all = self.folder.join("all");
+    /// Takes so many messages. Their numbers are used up, also where fewer are stored.
+    pub(crate) fn intake(&self, count: u64) -> io::Result<Intake> {
+        let lock = self.lock()?;
         let counter = self.folder.join("next");
-        let number = fs::read_to_string(&counter).ok().and_then(|text| text.parse().ok()).unwrap_or(0);
-        let stored = Stored {
-            id: message.id().clone(),
-            key: message.key().map(<[u8]>::to_vec),
-            headers: message.headers().as_packed().to_vec(),
-            content_type: message.content_type().map(str::to_owned),
-            timestamp: message.timestamp().as_millis(),
-        };
-        let mut file = serde_json::to_vec(&stored)?;
-        file.push(b'\n');
-        file.extend_from_slice(message.bytes());
-        write_whole(&counter, (number + 1).to_string().as_bytes())?;
-        write_whole(&all.join(format!("{number:020}")), &file)?;
-        let mark = Mark { number, attempt: 1, redrives: 0, until: Timestamp::now().as_millis() };
-        for group in names(&self.folder.join("groups"))?.iter().filter(|name| !name.starts_with('.')) {
-            File::create(self.folder.join("groups").join(group).join("ready").join(mark.name()))?;
-        }
-        Ok(number)
+        let next = fs::read_to_string(&counter).ok().and_then(|text| text.parse().ok()).unwrap_or(0);
+        write_whole(&counter, (next + count).to_string().as_bytes())?;
+        let groups = self.folder.join("groups");
+        let named = names(&groups)?.into_iter().filter(|name| !name.starts_with('.'));
+        let ready = named.map(|name| groups.join(name).join("ready")).collect();
+        Ok(Intake { all: self.folder.join("all"), next, ready, _lock: lock })
     }
 
     pub(crate) fn message(&self, number: u64) -> io::Result<Message> {
@@ -174,6 +161,42 @@ impl Topic {
             Some(content_type) => message.with_content_type(content_type),
             None => message,
         })
+    }
+}
+
+/// Where messages go in. While it is there, nobody else publishes to the destination, and no group is created.
+pub(crate) struct Intake {
+    all: PathBuf,
+    next: u64,
+    ready: Vec<PathBuf>,
+    _lock: File,
+}
+
+impl Intake {
+    /// Stores a message, then gives it to every group; its number.
+    pub(crate) fn store(&mut self, message: &Message) -> io::Result<u64> {
+        let number = self.next;
+        self.next += 1;
+        let stored = Stored {
+            id: message.id().clone(),
+            key: message.key().map(<[u8]>::to_vec),
+            headers: message.headers().as_packed().to_vec(),
+            content_type: message.content_type().map(str::to_owned),
+            timestamp: message.timestamp().as_millis(),
+        };
+        let mut file = serde_json::to_vec(&stored)?;
+        file.push(b'\n');
+        file.extend_from_slice(message.bytes());
+        write_whole(&self.all.join(format!("{number:020}")), &file)?;
+        let mark = Mark { number, attempt: 1, redrives: 0, until: Timestamp::now().as_millis() };
+        for group in &self.ready {
+            match File::create(group.join(mark.name())) {
+                // Its group was deleted meanwhile.
+                Err(error) if error.kind() == Missing => {}
+                created => drop(created?),
+            }
+        }
+        Ok(number)
     }
 }
 
