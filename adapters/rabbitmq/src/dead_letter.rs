@@ -255,7 +255,7 @@ impl Letters {
                     settled.push(tag);
                     Ok(())
                 }
-                Answer::Unroutable => Err(Error::new(ErrorKind::NotFound, "redrive", "the group's queue is gone")),
+                Answer::Unroutable => Err(self.topology.takes_nothing(&queue, "redrive", deadline).await),
                 Answer::Failed(error) => Err(error),
             });
         }

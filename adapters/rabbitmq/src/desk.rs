@@ -64,18 +64,17 @@ impl Desk {
     /// Stores copies, all on their way together; tells for each whether it is confirmed.
     pub(crate) async fn store(&self, copies: Vec<Result<Copy>>, deadline: Instant) -> Vec<Result<()>> {
         let board = Board::new(copies.len());
-        let mut waiting: Vec<Option<String>> = Vec::with_capacity(copies.len());
+        let mut places = Vec::with_capacity(copies.len());
         for (index, copy) in copies.into_iter().enumerate() {
             let sent = match copy {
-                Ok(copy) => {
-                    waiting.push(copy.waiting.then(|| copy.queue.clone()));
-                    let Copy { queue, properties, payload, .. } = copy;
-                    let parcel =
-                        Parcel { exchange: "".into(), routing_key: queue.as_str().into(), properties, payload };
+                Ok(Copy { queue, properties, payload, waiting }) => {
+                    let routing_key = queue.as_str().into();
+                    places.push(Some((queue, waiting)));
+                    let parcel = Parcel { exchange: "".into(), routing_key, properties, payload };
                     self.copies.send(parcel, (&board, index), deadline).await
                 }
                 Err(error) => {
-                    waiting.push(None);
+                    places.push(None);
                     Err(error)
                 }
             };
@@ -84,17 +83,21 @@ impl Desk {
             }
         }
         board.wait(deadline).await;
-        let told = |(index, waiting): (usize, Option<String>)| match board.take(index, "settle") {
-            Answer::Stored => Ok(()),
-            Answer::Unroutable => {
-                if let Some(waiting) = waiting {
-                    self.topology.forget_waiting(&waiting);
+        let mut told = Vec::with_capacity(places.len());
+        for (index, place) in places.into_iter().enumerate() {
+            told.push(match (board.take(index, "settle"), place) {
+                (Answer::Stored, _) => Ok(()),
+                (Answer::Unroutable, Some((queue, waiting))) => {
+                    if waiting {
+                        self.topology.forget_waiting(&queue);
+                    }
+                    Err(self.topology.takes_nothing(&queue, "settle", deadline).await)
                 }
-                Err(Error::new(ErrorKind::NotFound, "settle", "its queue does not exist any more"))
-            }
-            Answer::Failed(error) => Err(error),
-        };
-        waiting.into_iter().enumerate().map(told).collect()
+                (Answer::Unroutable, None) => Err(Error::new(ErrorKind::Unexpected, "settle", "nothing was sent")),
+                (Answer::Failed(error), _) => Err(error),
+            });
+        }
+        told
     }
 
     /// Dead-letters a message that expired before it could be handed out.

@@ -147,6 +147,11 @@ impl Outlet {
         self.room.available_permits() == MOST_KIB as usize
     }
 
+    /// Whether the connection was made anew a moment ago.
+    pub(crate) fn is_young(&self) -> bool {
+        self.link.is_young()
+    }
+
     async fn live(&self, deadline: Instant) -> Result<Arc<Live>> {
         let Ok(mut live) = timeout_at(deadline, self.live.lock()).await else { return Err(late(self.operation)) };
         if let Some(live) = live.as_ref().filter(|live| live.channel.status().connected()) {

@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use anybroker_core::{
-    Bytes, Confirms, Destination, Effect, Error, ErrorKind, Message, PublishOrder, PublishOutcome, PublishTerms,
-    Receipt, Result, Timestamp,
+    Bytes, Confirms, Destination, Effect, Error, ErrorKind, Message, PublishOrder, PublishTerms, Receipt, Result,
+    Timestamp,
 };
 use parking_lot::Mutex;
 use tokio::time::{Instant, timeout_at};
@@ -32,6 +32,8 @@ struct Route {
     /// Batches take their turn; also while the destination is looked up, or later ones would overtake.
     turn: tokio::sync::Mutex<()>,
     is_known: AtomicBool,
+    /// Whether a group has taken something.
+    has_stored: AtomicBool,
     used: AtomicU64,
 }
 
@@ -66,6 +68,7 @@ impl Publisher {
                 outlet: Outlet::new(Arc::clone(&self.link), "publish"),
                 turn: tokio::sync::Mutex::default(),
                 is_known: AtomicBool::new(false),
+                has_stored: AtomicBool::new(false),
                 used: AtomicU64::new(now),
             };
             routes.insert(destination.clone(), Arc::new(route));
@@ -110,27 +113,36 @@ impl Publisher {
                 named.push((message.id().clone(), Arc::clone(&route), destination.clone()));
             }
         }
-        let is_log = self.topology.queue.is_log();
         let topology = Arc::clone(&self.topology);
         Confirms::waiting(async move {
             board.wait(deadline).await;
-            let mut without_stream: Vec<(Arc<Route>, Error)> = Vec::new();
+            let mut without_queue: Vec<(Arc<Route>, Error)> = Vec::new();
             let mut outcomes = Vec::with_capacity(named.len());
             for (index, (id, route, destination)) in named.into_iter().enumerate() {
                 let outcome = match board.take(index, "publish") {
-                    Answer::Unroutable if is_log => {
-                        let known = without_stream.iter().find(|(other, _)| Arc::ptr_eq(other, &route));
+                    Answer::Stored => {
+                        route.has_stored.store(true, Ordering::Relaxed);
+                        Ok(Receipt { position: None, duplicate: false })
+                    }
+                    Answer::Unroutable => {
+                        let known = without_queue.iter().find(|(other, _)| Arc::ptr_eq(other, &route));
                         let error = match known {
                             Some((_, error)) => error.duplicate(),
                             None => {
                                 let error = takes_nothing(&topology, &route, deadline).await;
-                                without_stream.push((Arc::clone(&route), error.duplicate()));
+                                without_queue.push((Arc::clone(&route), error.duplicate()));
                                 error
                             }
                         };
                         Err(error)
                     }
-                    answer => outcome(answer, &route),
+                    Answer::Failed(error) => {
+                        if error.kind() == ErrorKind::NotFound {
+                            // Deleted underneath: the next publish looks again.
+                            route.is_known.store(false, Ordering::Release);
+                        }
+                        Err(error)
+                    }
                 };
                 outcomes.push(outcome.map_err(|error| error.with("id", id).with("destination", destination)));
             }
@@ -187,37 +199,36 @@ pub(crate) fn expiration(wait: Duration) -> lapin::types::ShortString {
     millis(wait).min(u64::from(u32::MAX)).to_string().as_str().into()
 }
 
-/// Why nothing took a message that was for a stream. A server that was killed serves before all its streams do, and a message finds
-/// none until then; nobody has deleted it.
+/// Why nothing took a message. A server that was killed may serve before all its queues and streams do, and a message finds none
+/// until then; nobody has deleted them.
 async fn takes_nothing(topology: &Topology, route: &Route, deadline: Instant) -> Error {
-    // The next publish looks again.
-    route.is_known.store(false, Ordering::Release);
-    let found = topology.is_there(&route.exchange, "publish", deadline).await;
+    if route.has_stored.load(Ordering::Relaxed) && route.outlet.is_young() {
+        // Also the list of what is bound may not be whole yet.
+        let text = "the destination had a group before the connection was lost, and takes nothing yet: its server may be starting";
+        return Error::new(ErrorKind::Unavailable, "publish", text).with_effect(Effect::NotDone);
+    }
+    let (found, none, not_yet) = if topology.queue.is_log() {
+        // The next publish looks again.
+        route.is_known.store(false, Ordering::Release);
+        let found = topology.is_there(&route.exchange, "publish", deadline).await;
+        (found, "the destination has no stream any more", "the destination's stream takes nothing yet")
+    } else {
+        let found = topology.has_group(&route.exchange, "publish", deadline).await;
+        let none = "the destination has no group, and nothing is kept before one exists; declare a group first";
+        (found, none, "the destination's groups take nothing yet")
+    };
     let error = match found {
-        Ok(false) => Error::new(ErrorKind::NotFound, "publish", "the destination has no stream any more"),
-        Ok(true) | Err(_) => {
-            let text = "the destination's stream takes nothing yet: its server is starting, or elects a leader";
+        Ok(false) => Error::new(ErrorKind::NotFound, "publish", none),
+        Ok(true) => {
+            let text = format!("{not_yet}: its server is starting, or elects a leader");
             Error::new(ErrorKind::Unavailable, "publish", text)
+        }
+        Err(error) => {
+            let text = format!("{not_yet}, and why could not be asked: {}", error.message());
+            Error::new(ErrorKind::Unavailable, "publish", text).with_source(error)
         }
     };
     error.with_effect(Effect::NotDone)
-}
-
-fn outcome(answer: Answer, route: &Route) -> PublishOutcome {
-    match answer {
-        Answer::Stored => Ok(Receipt { position: None, duplicate: false }),
-        Answer::Unroutable => {
-            let text = "the destination has no group, and nothing is kept before one exists; declare a group first";
-            Err(Error::new(ErrorKind::NotFound, "publish", text).with_effect(Effect::NotDone))
-        }
-        Answer::Failed(error) => {
-            if error.kind() == ErrorKind::NotFound {
-                // Deleted underneath: the next publish looks again.
-                route.is_known.store(false, Ordering::Release);
-            }
-            Err(error)
-        }
-    }
 }
 
 fn held_back() -> Error {

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::{
-    Declared, Description, Destination, Error, ErrorKind, Figure, Group, GroupDescription, Lag, Precision, Result,
-    Start, TopologySpec,
+    Declared, Description, Destination, Effect, Error, ErrorKind, Figure, Group, GroupDescription, Lag, Precision,
+    Result, Start, TopologySpec,
 };
 use lapin::options::{
     ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
@@ -14,11 +14,12 @@ use lapin::options::{
 use lapin::types::{AMQPValue, FieldTable, LongString};
 use lapin::{Channel, ExchangeKind};
 use parking_lot::Mutex;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 
 use crate::admin::Admin;
 use crate::config::{QueueType, Settings};
 use crate::delay::Range;
+use crate::error::late;
 use crate::link::{Link, bounded};
 use crate::names::Names;
 use crate::state::Share;
@@ -155,6 +156,29 @@ impl Topology {
             return Ok(false);
         }
         self.has_exchange(exchange, operation, deadline).await
+    }
+
+    /// Whether a group is bound to the exchange. Only the management plugin tells; without it, what a publish found is all there is.
+    pub(crate) async fn has_group(&self, exchange: &str, operation: &'static str, deadline: Instant) -> Result<bool> {
+        let Some(admin) = &self.admin else { return Ok(false) };
+        let bindings = timeout_at(deadline, admin.bindings(operation, exchange)).await;
+        let bindings = bindings.map_err(|_| late(operation))??;
+        Ok(bindings.is_some_and(|bindings| bindings.iter().any(|binding| binding.destination_type == "queue")))
+    }
+
+    /// Why a queue took nothing that was sent to it by its name: it is gone, or its server has just started and does not route to it yet.
+    pub(crate) async fn takes_nothing(&self, queue: &str, operation: &'static str, deadline: Instant) -> Error {
+        let error = match self.look(queue, operation, deadline).await {
+            Ok(None) => Error::new(ErrorKind::NotFound, operation, "its queue does not exist any more"),
+            Ok(Some(_)) => {
+                Error::new(ErrorKind::Unavailable, operation, "its queue takes nothing yet: its server is starting")
+            }
+            Err(error) => {
+                let text = format!("its queue took nothing, and why could not be asked: {}", error.message());
+                Error::new(ErrorKind::Unavailable, operation, text).with_source(error)
+            }
+        };
+        error.with_effect(Effect::NotDone).with("queue", queue)
     }
 
     /// Makes sure that a destination is there: creates it, or finds it.

@@ -100,6 +100,37 @@ async fn under_order_the_next_member_goes_on_behind_a_close_in_order() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_missing_group_is_final_but_right_after_a_lost_connection() {
+    let Some(url) = url() else { return };
+    let proxy = Proxy::start(&url).await;
+    let (bus, direct) = (connect(&proxy.url, "publish_timeout=5s").await, connect(&url, "").await);
+    let name = unique("groupless");
+    let send =
+        async || bus.send(Message::new(name.as_str(), "x")).await.map_err(|error| (error.kind(), error.effect()));
+    assert_eq!(send().await.unwrap_err(), (ErrorKind::NotFound, Effect::NotDone), "none yet");
+    direct.declare(&TopologySpec::group(name.as_str(), "g")).await.unwrap();
+    send().await.unwrap();
+    direct.delete(name.as_str(), Some(&"g".into())).await.unwrap();
+    assert_eq!(send().await.unwrap_err(), (ErrorKind::NotFound, Effect::NotDone), "none any more");
+    // Behind a new connection may be a server that has just started, and does not know all of its groups yet.
+    proxy.cut();
+    let deadline = Instant::now() + LONG;
+    let told = loop {
+        let told = send().await.unwrap_err();
+        // What was under way when the connection was cut.
+        if told.1 == Effect::NotDone || Instant::now() > deadline {
+            break told;
+        }
+    };
+    assert_eq!(told, (ErrorKind::Unavailable, Effect::NotDone));
+    direct.declare(&TopologySpec::group(name.as_str(), "g")).await.unwrap();
+    send().await.unwrap();
+    direct.delete(name.as_str(), None).await.unwrap();
+    bus.close(LONG).await.unwrap();
+    direct.close(LONG).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn cut_connections_lose_nothing_and_no_consumer_is_there_twice() {
     let Some(url) = url() else { return };
     let proxy = Proxy::start(&url).await;
