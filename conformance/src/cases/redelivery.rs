@@ -3,13 +3,14 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use anybroker_core::{AttemptCount, Reason};
+use anybroker_core::{AttemptCount, Destination, Reason};
 
 use super::case;
-use super::time::longer_than;
+use super::time::{come_in_due_order, longer_than, mixed};
 use crate::Case;
 use crate::case::{Proof, ensure, ensure_eq};
-use crate::consumer::{ack_all, ids};
+use crate::client::Client;
+use crate::consumer::{Consumer, ack_all, ids};
 use crate::env::Env;
 use crate::need;
 
@@ -55,6 +56,12 @@ pub(super) const CASES: &[Case] = &[
         [need::NACK, need::NACK_DELAY],
         "Without order, a message that waits for its delay stops no other.",
         others_go_on
+    ),
+    case!(
+        "redelivery/a-short-delay-does-not-wait-for-the-end-of-a-long-one",
+        [need::NACK, need::NACK_DELAY],
+        "Nack with delay is late by a declared precision, not by another message's delay.",
+        in_due_order
     ),
     case!(
         "redelivery/a-delayed-nack-survives-the-close-of-its-consumer",
@@ -195,12 +202,14 @@ async fn many(env: &Env) -> Proof {
     Ok(())
 }
 
-async fn never_early(env: &Env) -> Proof {
-    let (destination, group) = (env.destination("d"), env.group("g"));
-    let client = env.client().await?;
-    let mut consumer = client.subscribe(env.spec(&destination, &group)).await?;
-    // What comes back late anyway is never early: the delays are longer than a nack without one takes.
-    client.fill(&destination, "k", 1).await?;
+/// How long a nack without a delay takes. What comes back late anyway is never early: delays are to be longer.
+async fn usual<'e>(
+    env: &Env,
+    client: &Client<'e>,
+    consumer: &mut Consumer<'e>,
+    destination: &Destination,
+) -> Proof<Duration> {
+    client.fill(destination, "k", 1).await?;
     let (mut held, mut usual) = (consumer.one().await?, Duration::ZERO);
     for _ in 0..3 {
         let nacked = env.now();
@@ -209,6 +218,14 @@ async fn never_early(env: &Env) -> Proof {
         usual = usual.max(Duration::from_micros(env.now() - nacked));
     }
     held.ack().await?;
+    Ok(usual)
+}
+
+async fn never_early(env: &Env) -> Proof {
+    let (destination, group) = (env.destination("d"), env.group("g"));
+    let client = env.client().await?;
+    let mut consumer = client.subscribe(env.spec(&destination, &group)).await?;
+    let usual = usual(env, &client, &mut consumer, &destination).await?;
     for delay in [300, 650, 20].map(|delay| longer_than(usual, delay)) {
         client.fill(&destination, "k", 1).await?;
         let held = consumer.one().await?;
@@ -241,6 +258,24 @@ async fn others_go_on(env: &Env) -> Proof {
         held.ack().await?;
     }
     Ok(())
+}
+
+async fn in_due_order(env: &Env) -> Proof {
+    let (destination, group) = (env.destination("d"), env.group("g"));
+    let client = env.client().await?;
+    let mut consumer = client.subscribe(env.spec(&destination, &group)).await?;
+    let delays = mixed(env, usual(env, &client, &mut consumer, &destination).await?);
+    for number in 0..delays.len() {
+        client.fill(&destination, format!("k{number}").as_str(), 1).await?;
+    }
+    let mut waiting = Vec::new();
+    for (held, delay) in consumer.take(delays.len()).await?.into_iter().zip(delays) {
+        let (nacked, id) = (env.now(), held.id());
+        held.nack(delay).await?;
+        waiting.push((delay, nacked, id));
+    }
+    come_in_due_order(env, &mut consumer, waiting, 2).await?;
+    consumer.silence_then_canary(&client, "all were acked").await
 }
 
 async fn survives_close(env: &Env) -> Proof {

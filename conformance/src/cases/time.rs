@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
-use anybroker_core::{ErrorKind, Reason};
+use anybroker_core::{Destination, ErrorKind, Reason};
 
 use super::case;
 use crate::Case;
 use crate::case::{Proof, ensure, ensure_eq, fail};
-use crate::consumer::{ack_all, held_ids, ids, sorted};
+use crate::client::Client;
+use crate::consumer::{Consumer, ack_all, held_ids, ids, sorted};
 use crate::env::Env;
 use crate::need;
 
@@ -23,6 +24,12 @@ pub(super) const CASES: &[Case] = &[
         [need::DELAYED_PUBLISH],
         "A message that waits for its delay stops no other.",
         delayed_passes
+    ),
+    case!(
+        "time/a-short-delay-does-not-wait-for-the-end-of-a-long-one",
+        [need::DELAYED_PUBLISH],
+        "Nack with delay and delayed publishing are late by a declared precision, not by another message's delay.",
+        in_due_order
     ),
     case!(
         "time/a-delay-beyond-the-limit-is-refused",
@@ -48,14 +55,7 @@ async fn delayed(env: &Env) -> Proof {
     let destination = env.destination("d");
     let client = env.client().await?;
     let mut consumer = client.subscribe(env.spec(&destination, &env.group("g"))).await?;
-    // What comes late anyway is never early: the delays are longer than what has none takes.
-    let mut usual = Duration::ZERO;
-    for _ in 0..3 {
-        let published = env.now();
-        client.fill(&destination, "k", 1).await?;
-        consumer.one().await?.ack().await?;
-        usual = usual.max(Duration::from_micros(env.now() - published));
-    }
+    let usual = usual(env, &client, &mut consumer, &destination).await?;
     for delay in [400, 150].map(|delay| longer_than(usual, delay)) {
         let message = client.message(&destination, "k");
         let published = env.now();
@@ -75,6 +75,23 @@ async fn delayed(env: &Env) -> Proof {
     consumer.silence_then_canary(&client, "all were acked").await
 }
 
+/// How long a message without a delay takes. What comes late anyway is never early: delays are to be longer.
+async fn usual<'e>(
+    env: &Env,
+    client: &Client<'e>,
+    consumer: &mut Consumer<'e>,
+    destination: &Destination,
+) -> Proof<Duration> {
+    let mut usual = Duration::ZERO;
+    for _ in 0..3 {
+        let published = env.now();
+        client.fill(destination, "k", 1).await?;
+        consumer.one().await?.ack().await?;
+        usual = usual.max(Duration::from_micros(env.now() - published));
+    }
+    Ok(usual)
+}
+
 /// A delay of that many milliseconds more than twice what is usual.
 pub(super) fn longer_than(usual: Duration, millis: u64) -> Duration {
     Duration::from_millis(millis + 2 * u64::try_from(usual.as_millis()).unwrap_or(0))
@@ -92,6 +109,66 @@ async fn delayed_passes(env: &Env) -> Proof {
     ensure_eq!(sorted(held_ids(&came)), sorted(ids(&quick)), "what comes before the delayed one");
     ack_all(came).await?;
     consumer.silence_then_canary(&client, "the delay has not ended").await
+}
+
+/// Delays in the order in which they are given: the longest first, each at least twice the next shorter one; and all once more, because
+/// the first one of its length may have to make the place where it waits, which takes time.
+pub(super) fn mixed(env: &Env, usual: Duration) -> [Duration; 8] {
+    let step = Duration::from_millis(env.record.limits.delay_precision_ms.unwrap_or(0).max(500));
+    [4, 1, 2, 0, 4, 1, 2, 0].map(|steps| longer_than(usual, 0).saturating_add(step) * steps)
+}
+
+/// What waits: how long, since when, and its id.
+pub(super) type Waiting = (Duration, u64, String);
+
+/// Acks what has waited; no message of the second four before one of them with a shorter delay, and none early.
+pub(super) async fn come_in_due_order(
+    env: &Env,
+    consumer: &mut Consumer<'_>,
+    waiting: Vec<Waiting>,
+    attempt: u32,
+) -> Proof {
+    let mut second = waiting[4..].to_vec();
+    second.sort_unstable();
+    let mut second = second.into_iter();
+    let mut by_due = waiting.clone();
+    by_due.sort_unstable_by_key(|(delay, since, _)| Duration::from_micros(*since) + *delay);
+    let mut turned = Duration::ZERO;
+    for (delay, _, _) in by_due {
+        // By hand it is turned from here on only.
+        if env.harness.clock().is_some() && delay > turned {
+            env.pass(delay - turned).await;
+            turned = delay;
+        }
+        let held = consumer.one().await?;
+        let Some(own) = waiting.iter().find(|(_, _, id)| *id == held.id()) else {
+            fail!("nobody asked for {}", held.id())
+        };
+        ensure!(env.has_waited(own.1, own.0), "a delay of {:?} had not ended", own.0);
+        if waiting[4..].contains(own) {
+            let next = second.next();
+            ensure_eq!(Some(own), next.as_ref(), "what comes next of those whose delay began last");
+        }
+        ensure_eq!(held.attempt(), attempt, "its attempt");
+        held.ack().await?;
+    }
+    Ok(())
+}
+
+async fn in_due_order(env: &Env) -> Proof {
+    let destination = env.destination("d");
+    let client = env.client().await?;
+    let mut consumer = client.subscribe(env.spec(&destination, &env.group("g"))).await?;
+    let usual = usual(env, &client, &mut consumer, &destination).await?;
+    let mut waiting = Vec::new();
+    for (number, delay) in mixed(env, usual).into_iter().enumerate() {
+        let message = client.message(&destination, format!("k{number}").as_str()).with_delay(delay);
+        let published = env.now();
+        client.publish_ok(vec![message.clone()]).await?;
+        waiting.push((delay, published, message.id().to_string()));
+    }
+    come_in_due_order(env, &mut consumer, waiting, 1).await?;
+    consumer.silence_then_canary(&client, "all were acked").await
 }
 
 async fn delay_limit(env: &Env) -> Proof {
