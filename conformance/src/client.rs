@@ -115,7 +115,7 @@ impl<'e> Client<'e> {
         ensure!(outcomes.len() == calls.len(), "{} outcomes for a batch of {}", outcomes.len(), calls.len());
         for (call, outcome) in calls.into_iter().zip(&outcomes) {
             self.record(match outcome {
-                Ok(receipt) => What::PublishOk { call, duplicate: receipt.duplicate },
+                Ok(receipt) => What::PublishOk { call, duplicate: receipt.duplicate, position: receipt.position },
                 Err(error) if error.effect() == Effect::NotDone => What::PublishFail { call, kind: error.kind() },
                 Err(error) => What::PublishInfo { call, kind: error.kind() },
             });

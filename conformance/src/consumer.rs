@@ -56,6 +56,7 @@ impl<'e> Consumer<'e> {
                         self.record(What::LaneLost { subscription, lane: lane.index });
                     }
                     SubscriptionEvent::Degraded { .. } => self.record(What::Degraded { subscription }),
+                    SubscriptionEvent::Recovered => self.record(What::Recovered { subscription }),
                     _ => {}
                 }
             }
@@ -78,6 +79,7 @@ impl<'e> Consumer<'e> {
             attempt: facts.attempt,
             deliveries: facts.deliveries,
             lane: facts.lane.index,
+            epoch: facts.lane.epoch,
             position: facts.position,
             excerpt: String::from_utf8_lossy(&excerpt).into_owned(),
         }));

@@ -62,6 +62,8 @@ pub(crate) enum What {
     PublishOk {
         call: u64,
         duplicate: bool,
+        #[serde(with = "position", default)]
+        position: Option<Position>,
     },
     /// It certainly is not stored.
     PublishFail {
@@ -126,8 +128,12 @@ pub(crate) enum What {
         subscription: u64,
         lane: u32,
     },
-    /// The connection was lost and is there again: what is out may be with somebody else.
+    /// It is not served, its connection being lost: what is out may be with somebody else.
     Degraded {
+        subscription: u64,
+    },
+    /// It is served again.
+    Recovered {
         subscription: u64,
     },
     /// Asked to close: what is unsettled may be with somebody else from here on.
@@ -206,6 +212,9 @@ pub(crate) struct Seen {
     pub(crate) attempt: u32,
     pub(crate) deliveries: Option<u32>,
     pub(crate) lane: u32,
+    /// Which assignment of the lane this was.
+    #[serde(default)]
+    pub(crate) epoch: u32,
     #[serde(with = "position")]
     pub(crate) position: Option<Position>,
     /// The first bytes of the payload, which name run, producer, key and sequence.

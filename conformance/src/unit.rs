@@ -53,7 +53,7 @@ impl<'c, 'e> Unit<'c, 'e> {
     pub(crate) async fn commit(self) -> Proof {
         self.client.env.bounded("commit", self.transaction.commit()).await??;
         for call in self.published {
-            self.client.record(What::PublishOk { call, duplicate: false });
+            self.client.record(What::PublishOk { call, duplicate: false, position: None });
         }
         for (client, delivery) in self.settled {
             self.client.env.history.record(client, What::SettleOk { delivery, level: AckLevel::Confirmed });

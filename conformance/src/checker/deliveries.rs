@@ -78,6 +78,7 @@ impl Checker {
         let (again, acked) = (story.deliveries > 0, story.acked > 0);
         let gone_before = story.outstanding_summary();
         let first_delivery = !again;
+        let is_as_published = first_delivery && !story.redriven;
         // It cannot have been leased before it was there, and neither can it have been before the member was.
         let leased = story.back_at().max(published_at).max(since);
         let lease_end = leased.saturating_add(lease).saturating_sub(PRECISION);
@@ -101,6 +102,7 @@ impl Checker {
             order: number,
         });
         self.deliveries.insert(seen.delivery, (place.clone(), seen.id.clone(), seen.subscription));
+        self.positioned(&group, seen, is_as_published);
 
         if again && justified {
             self.counts.duplicates_justified += 1;

@@ -6,6 +6,7 @@ mod faults;
 mod letters;
 mod members;
 mod order;
+mod positions;
 mod publishes;
 mod story;
 #[cfg(test)]
@@ -26,6 +27,7 @@ use faults::Faults;
 pub(crate) use faults::may_be_under_way;
 use letters::Letter;
 use members::Member;
+use positions::Positions;
 use publishes::Publish;
 use story::{Returned, Story};
 
@@ -175,6 +177,7 @@ struct Checker {
     deliveries: HashMap<u64, (Place, MessageId, u64)>,
     /// What was delivered for the first time, of each producer and key where that has an order.
     firsts: BTreeMap<Stream, Vec<MessageId>>,
+    positions: Positions,
     faults: Faults,
     anomalies: Vec<Anomaly>,
     counts: Counts,
@@ -254,7 +257,11 @@ impl Checker {
                 }
             }
             What::LaneLost { subscription, lane } => self.has_lost(event.at, *subscription, Some(*lane)),
-            What::Degraded { subscription } => self.has_lost(event.at, *subscription, None),
+            What::Degraded { subscription } => {
+                self.positions.degraded(event.at, *subscription);
+                self.has_lost(event.at, *subscription, None);
+            }
+            What::Recovered { subscription } => self.positions.recovered(*subscription),
             What::CloseInvoke { subscription } => self.leave(event.at, *subscription, false),
             What::Vanished { subscription } => self.leave(event.at, *subscription, true),
             What::Letter { scan, destination, group, id, digest, reason, attempts } => {

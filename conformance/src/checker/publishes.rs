@@ -1,6 +1,6 @@
 //! What was published: how many copies of a message there may be, and which place it has in the order of its key.
 
-use anybroker_core::{Destination, MessageId};
+use anybroker_core::{Destination, MessageId, Position};
 
 use super::Checker;
 use crate::history::{Event, What};
@@ -19,6 +19,8 @@ pub(super) struct Publish {
     pub(super) index: usize,
     pub(super) outcome: Option<bool>,
     pub(super) duplicate: bool,
+    /// Where its receipt says that it lies.
+    pub(super) position: Option<Position>,
     /// Its answer is there, whatever it says.
     pub(super) answered: bool,
     /// Faults that met it on its way: the client may have sent it again by itself.
@@ -46,14 +48,16 @@ impl Checker {
                     index,
                     outcome: None,
                     duplicate: false,
+                    position: None,
                     answered: false,
                     hits,
                 });
             }
-            What::PublishOk { call, duplicate } => {
+            What::PublishOk { call, duplicate, position } => {
                 self.counts.published_ok += 1;
                 if let Some(publish) = self.publish(*call) {
                     (publish.outcome, publish.duplicate, publish.answered) = (Some(true), *duplicate, true);
+                    publish.position = *position;
                 }
             }
             What::PublishFail { call, .. } => {

@@ -33,6 +33,12 @@ pub(super) const MUTANTS: &[Mutant] = &[
         make: || Arc::new(PublishesTwice(AtomicU64::new(0))),
     },
     Mutant {
+        name: "receipts-shifted",
+        fault: "a receipt tells the position of its neighbour in the batch",
+        killed_by: "delivery/what-is-published-arrives-once-and-unchanged",
+        make: || Arc::new(ReceiptsShifted),
+    },
+    Mutant {
         name: "publish-on-poll",
         fault: "a batch is handed over when its confirms are polled, not in the call",
         killed_by: "publish/a-dropped-confirm-loses-only-its-answer",
@@ -149,6 +155,17 @@ impl Fault for PublishesTwice {
         let again: Vec<_> = batch.iter().filter(|_| self.0.fetch_add(1, Ordering::Relaxed) % 5 == 4).cloned().collect();
         let outcomes = broker.publish(batch, terms.clone()).await.await;
         drop(broker.publish(again, terms).await.await);
+        Confirms::ready(outcomes)
+    }
+}
+
+struct ReceiptsShifted;
+
+#[async_trait]
+impl Fault for ReceiptsShifted {
+    async fn publish(&self, broker: &Arc<dyn Broker>, batch: Vec<Message>, terms: PublishTerms) -> Confirms {
+        let mut outcomes = broker.publish(batch, terms).await.await;
+        outcomes.rotate_left(1);
         Confirms::ready(outcomes)
     }
 }

@@ -218,7 +218,7 @@ impl Reading<'_> {
                 }
                 self.moment(line, if line.event == "closed" { "▪" } else { "✗" }, words);
             }
-            "degraded" | "lane_lost" => self.moment(line, "⚡", words),
+            "degraded" | "recovered" | "lane_lost" => self.moment(line, "⚡", words),
             "letter" => self.moment(line, "†", words),
             "redrive_invoke" | "redrive_info" => self.moment(line, "↻", words),
             "hang" => self.moment(line, "∞", words),

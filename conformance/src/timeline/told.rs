@@ -11,7 +11,7 @@ const STORIES: usize = 2;
 /// Lines of one of them.
 const LINES: usize = 40;
 /// What befell everybody at the time stands in each story.
-const COMMON: [&str; 4] = ["fault_begin", "fault_end", "degraded", "vanished"];
+const COMMON: [&str; 5] = ["fault_begin", "fault_end", "degraded", "recovered", "vanished"];
 
 /// Empty where nothing is wrong with a particular message.
 pub(crate) fn stories(case: &CaseReport, history: &str) -> String {

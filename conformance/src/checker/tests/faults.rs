@@ -13,9 +13,9 @@ impl Script {
         self.push(What::FaultEnd { fault: 2, connections: 0, bytes: 0 })
     }
 
-    /// The member says that its connection was lost.
+    /// The member says that its connection was lost, and that it has it again.
     pub(super) fn lost(&mut self) -> &mut Self {
-        self.push(What::Degraded { subscription: 1 })
+        self.push(What::Degraded { subscription: 1 }).push(What::Recovered { subscription: 1 })
     }
 
     fn faults(&self) -> (u64, u64) {
@@ -249,7 +249,7 @@ fn a_nack_that_was_confirmed_within_the_lease_counts_although_a_fault_met_it() {
 fn a_publish_that_a_fault_met_may_be_stored_once_more_and_not_twice_more() {
     let mut script = Script::new();
     let call = script.invoke("a", "k", 1);
-    script.fault(&[0]).push(What::PublishOk { call, duplicate: false });
+    script.fault(&[0]).push(What::PublishOk { call, duplicate: false, position: None });
     script.member().delivered(1, "a", 1).settled(1, Verb::Ack).delivered(2, "a", 1).settled(2, Verb::Ack);
     assert_eq!((script.names(), script.faults()), (vec![], (1, 1)));
     // And not at all where the broker remembers ids.

@@ -3,6 +3,7 @@
 mod burials;
 mod faults;
 mod letters;
+mod positions;
 mod uncertain;
 
 use anybroker_core::{Effect, ErrorKind, OnFailure, Order};
@@ -75,7 +76,7 @@ impl Script {
 
     fn published(&mut self, id: &str, key: &str, sequence: u64) -> &mut Self {
         let call = self.invoke(id, key, sequence);
-        self.push(What::PublishOk { call, duplicate: false })
+        self.push(What::PublishOk { call, duplicate: false, position: None })
     }
 
     fn delivered_to(&mut self, subscription: u64, delivery: u64, id: &str, attempt: u32) -> &mut Self {
@@ -88,6 +89,7 @@ impl Script {
             attempt,
             deliveries: None,
             lane: 0,
+            epoch: 0,
             position: None,
             excerpt: String::new(),
         }))
@@ -467,7 +469,7 @@ fn two_copies_may_be_delivered_twice_and_deduplicated_ones_once() {
         let mut script = Script::new();
         script.member().published("a", "k", 1);
         let call = script.invoke("a", "k", 2);
-        script.push(What::PublishOk { call, duplicate });
+        script.push(What::PublishOk { call, duplicate, position: None });
         script.delivered(1, "a", 1).settled(1, Verb::Ack).delivered(2, "a", 1).settled(2, Verb::Ack);
         script.names()
     };
