@@ -45,8 +45,9 @@ pub enum Level {
     Conformance,
     /// Faults: killed processes, cut connections.
     Reliability,
-    /// Several machines.
-    Cluster,
+    /// Minutes of time: windows, heartbeats and many leases outlived. By hand, or nightly.
+    #[serde(alias = "cluster")]
+    Long,
 }
 
 /// What became of a case.

@@ -68,7 +68,7 @@ pub struct Options {
     pub seed: u64,
     /// How many cases run at once. One where the clock is turned by hand.
     pub parallelism: usize,
-    /// How long one case may take.
+    /// How long one case may take; one of [`Level::Long`] five times that.
     pub case_timeout: Duration,
     /// Which faults of a case's schedule happen, by their numbers from 1; `None` for all. A report names them.
     pub schedule: Option<Vec<usize>>,
@@ -202,14 +202,15 @@ pub async fn run(harness: Arc<dyn Harness>, options: Options) -> Result<Report> 
                 Arc::new(env.with_schedule(only))
             };
             let whole = env(scope.clone(), options.schedule.clone());
-            let mut report = run_case(case, whole, options.case_timeout, &options.stop).await;
+            let timeout = options.case_timeout * if case.level == Level::Long { 5 } else { 1 };
+            let mut report = run_case(case, whole, timeout, &options.stop).await;
             if let Some(schedule) = &report.schedule {
                 let mut shrinking = Shrinking::new(schedule, options.shrink);
                 let mut number = 0;
                 while let Some(faults) = shrinking.next().filter(|_| !options.stop.is_requested()) {
                     number += 1;
                     let fewer = env(format!("{scope}.{number}"), Some(faults));
-                    let again = run_case(case, fewer, options.case_timeout, &options.stop).await;
+                    let again = run_case(case, fewer, timeout, &options.stop).await;
                     shrinking.tell(report.fails_like(&again));
                 }
                 let shrunk = shrinking.end();
@@ -223,7 +224,7 @@ pub async fn run(harness: Arc<dyn Harness>, options: Options) -> Result<Report> 
     };
     // Those that disturb others come last, one by one. So do those that share the one address that a proxy may listen on.
     let has_one_line = harness.routes().is_ok_and(|routes| routes.iter().any(|route| route.listen.is_some()));
-    let is_alone = |case: &Case| case.alone || has_one_line && case.level > Level::Conformance;
+    let is_alone = |case: &Case| case.alone || has_one_line && case.level == Level::Reliability;
     let (alone, together): (Vec<_>, Vec<_>) = chosen.into_iter().enumerate().partition(|(_, case)| is_alone(case));
     let mut reports: Vec<_> = stream::iter(together).map(&run_one).buffered(parallelism).collect().await;
     for case in alone {
@@ -298,7 +299,7 @@ async fn run_case(case: &'static Case, env: Arc<Env>, timeout: Duration, stop: &
         proof => proof,
     };
     let proof = match proof {
-        Ok(()) if refused.is_none() && case.level > Level::Conformance && counts.faults_met == 0 => {
+        Ok(()) if refused.is_none() && case.level == Level::Reliability && counts.faults_met == 0 => {
             Err(Breach::Inconclusive(format!("none of {} faults met an operation in flight", counts.faults)))
         }
         proof => proof,

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_conformance::mutants::{Mutant, mutants, unmutated};
-use anybroker_conformance::{CaseReport, Harness, Options, Outcome, UrlHarness, cases, run};
+use anybroker_conformance::{CaseReport, Harness, Level, Options, Outcome, UrlHarness, cases, run};
 use anybroker_memory::{Memory, MemoryBuilder};
 use futures_util::StreamExt;
 
@@ -46,12 +46,14 @@ async fn every_mutant_is_killed_by_the_case_named_for_it() {
     // What a mutant has lost does not come: the case that waits for it waits so long.
     const PATIENCE: Duration = Duration::from_secs(5);
     let mut survivors = Vec::new();
-    let mut runs =
-        futures_util::stream::iter(mutants())
-            .map(|mutant| async move {
-                (mutant, on(mutant, PATIENCE, Options::default().with_filter(mutant.killed_by)).await)
-            })
-            .buffered(8);
+    let mut runs = futures_util::stream::iter(mutants())
+        .map(|mutant| async move {
+            (
+                mutant,
+                on(mutant, PATIENCE, Options::default().with_level(Level::Long).with_filter(mutant.killed_by)).await,
+            )
+        })
+        .buffered(8);
     let mut count = 0;
     while let Some((mutant, reports)) = runs.next().await {
         count += 1;

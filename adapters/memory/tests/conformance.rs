@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anybroker_conformance::{Options, Report, UrlHarness, run};
+use anybroker_conformance::{Level, Options, Outcome, Report, UrlHarness, run};
 use anybroker_core::ManualClock;
 use anybroker_memory::{Memory, MemoryBuilder, Profile};
 
@@ -51,6 +51,16 @@ async fn it_passes_on_a_clock_that_is_turned_by_hand() {
     let harness =
         harness("memory on a manual clock", builder).with_clock(clock.clone()).with_lease(Duration::from_secs(30));
     must_be_green(harness.with_quiet(Duration::from_millis(30)), Options::default()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn minutes_pass_at_once_on_a_clock_that_is_turned_by_hand() {
+    let clock = ManualClock::new();
+    let builder = || Memory::builder().clock(clock.clone()).dedup_window(Duration::from_secs(120));
+    let harness = harness("memory with dedup, on a manual clock", builder).with_clock(clock.clone());
+    let options = Options::default().with_level(Level::Long).with_filter("long/*");
+    let report = must_be_green(harness.with_quiet(Duration::from_millis(30)), options).await;
+    assert!(report.cases.iter().all(|case| case.outcome == Outcome::Pass), "{}", report.summary());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

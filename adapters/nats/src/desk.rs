@@ -1,5 +1,7 @@
 //! What is told to the server about deliveries, and waited for: records, dead letters, acks, nacks.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -56,6 +58,7 @@ pub(crate) struct Telling {
 
 /// A record or dead letter to be stored.
 pub(crate) struct Writing {
+    pub(crate) feed: u32,
     pub(crate) subject: String,
     pub(crate) headers: HeaderMap,
     pub(crate) payload: Bytes,
@@ -143,8 +146,10 @@ impl Desk {
     pub(crate) async fn write(&self, writings: Vec<Writing>, deadline: Instant) -> Vec<Result<u64>> {
         let answers = self.link.board.open(writings.len(), deadline);
         let mut outcomes: Vec<Result<u64>> = Vec::with_capacity(writings.len());
+        let mut feeds = Vec::with_capacity(writings.len());
         for (index, writing) in writings.into_iter().enumerate() {
-            let Writing { subject, headers, payload } = writing;
+            let Writing { feed, subject, headers, payload } = writing;
+            feeds.push(feed);
             let subject = Subject::from(subject);
             let client = &self.link.client;
             let reply = answers.reply(index, &subject);
@@ -166,17 +171,42 @@ impl Desk {
             });
         }
         answers.wait(deadline).await;
+        let mut unserved: HashMap<u32, Error> = HashMap::new();
         for (index, outcome) in outcomes.iter_mut().enumerate() {
             if outcome.is_ok() {
-                *outcome = confirmed(answers.take(index), "settle").map(|(sequence, _)| sequence);
+                let reply = answers.take(index);
+                if !reply.as_ref().is_some_and(|reply| reply.is_unserved) {
+                    *outcome = confirmed(reply, "settle").map(|(sequence, _)| sequence);
+                    continue;
+                }
+                let error = match unserved.entry(feeds[index]) {
+                    Entry::Occupied(known) => known.into_mut(),
+                    Entry::Vacant(open) => open.insert(self.unserved(feeds[index], deadline).await),
+                };
+                *outcome = Err(error.duplicate());
             }
         }
         outcomes
     }
 
+    /// Why nobody took something for the group's records: it was deleted, or JetStream does not serve it at the moment.
+    async fn unserved(&self, feed: u32, deadline: Instant) -> Error {
+        let looking = self.topology.api.stream("settle", &self.scopes[feed as usize].records);
+        match tokio::time::timeout_at(deadline, looking).await {
+            Ok(Ok(None)) => Error::new(ErrorKind::NotFound, "settle", "the group does not exist any more"),
+            Ok(Ok(_)) | Err(_) => Error::new(
+                ErrorKind::Unavailable,
+                "settle",
+                "JetStream does not serve the group's records at the moment",
+            ),
+            Ok(Err(error)) => error,
+        }
+        .with_effect(Effect::NotDone)
+    }
+
     pub(crate) fn record_of(&self, feed: u32, sequence: u64, record: &Record) -> Writing {
         let subject = self.scopes[feed as usize].failure(sequence);
-        Writing { subject, headers: HeaderMap::new(), payload: record.encode().into() }
+        Writing { feed, subject, headers: HeaderMap::new(), payload: record.encode().into() }
     }
 
     /// The record of a message, and its place.

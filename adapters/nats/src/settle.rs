@@ -167,7 +167,7 @@ async fn store(desk: &Arc<Desk>, jobs: Vec<Job>, deadline: Instant) -> Vec<(usiz
                 let subject = desk.scopes[job.taken.feed as usize].letter(job.taken.sequence);
                 let headers = dead_letter::encode(job.delivery.message(), job.delivery.attempt(), verdict, &job.taken);
                 let payload = job.delivery.message().payload().cloned().unwrap_or_default();
-                Writing { subject, headers, payload }
+                Writing { feed: job.taken.feed, subject, headers, payload }
             }
             Then::Ack => unreachable!("acks store nothing"),
         })
@@ -252,6 +252,7 @@ pub(crate) async fn expire(desk: &Arc<Desk>, expired: Vec<Expired>) {
     let writings = expired
         .iter()
         .map(|(taken, message)| Writing {
+            feed: taken.feed,
             subject: desk.scopes[taken.feed as usize].letter(taken.sequence),
             headers: dead_letter::encode(message, taken.record.failures, &verdict, taken),
             payload: message.payload().cloned().unwrap_or_default(),

@@ -16,6 +16,7 @@ mod idempotency;
 mod lease;
 mod lifecycle;
 mod limits;
+mod long;
 mod modest;
 mod native;
 mod ordering;
@@ -65,6 +66,7 @@ const THEMES: &[&[Case]] = &[
     frozen::CASES,
     at_rest::CASES,
     processes::CASES,
+    long::CASES,
 ];
 
 static CASES: LazyLock<Vec<Case>> = LazyLock::new(|| THEMES.concat());

@@ -1,6 +1,6 @@
 //! A group's random life: whatever order things happen in, the history breaks no promise.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anybroker_core::{
     Destination, ErrorKind, Group, Nack, OnFailure, Order, Reason, RedriveOptions, Settlement, SubscribeSpec, Verdict,
@@ -65,6 +65,17 @@ struct Life<'e> {
 }
 
 async fn live(env: &Env, order: impl FnOnce(SubscribeSpec) -> SubscribeSpec) -> Proof {
+    live_on(env, order, STEPS, Duration::MAX).await
+}
+
+/// A life of so many steps, or until the time is over.
+pub(super) async fn live_on(
+    env: &Env,
+    order: impl FnOnce(SubscribeSpec) -> SubscribeSpec,
+    steps: usize,
+    time: Duration,
+) -> Proof {
+    let begin = Instant::now();
     let (destination, group) = (env.destination("d"), env.group("g"));
     let client = env.client().await?;
     let spec = order(env.spec(&destination, &group).with_max_attempts(3));
@@ -74,7 +85,10 @@ async fn live(env: &Env, order: impl FnOnce(SubscribeSpec) -> SubscribeSpec) -> 
     }
     let random = env.rng();
     let mut life = Life { env, client, destination, group, spec, members, random, published: 0 };
-    for _ in 0..STEPS {
+    for _ in 0..steps {
+        if begin.elapsed() >= time {
+            break;
+        }
         life.step().await?;
     }
     life.end().await

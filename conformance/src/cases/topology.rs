@@ -3,15 +3,15 @@
 use std::time::{Duration, Instant};
 
 use anybroker_core::{
-    AckLevel, Declared, Destination, Effect, ErrorKind, Figure, Group, Lag, OnFailure, Precision, SubscribeSpec,
-    TopologyMode, TopologySpec,
+    AckLevel, Declared, Destination, Effect, ErrorKind, Figure, Group, Lag, Nack, OnFailure, Precision, Reason,
+    Settlement, SubscribeSpec, TopologyMode, TopologySpec, Verdict,
 };
 
 use super::case;
 use crate::Case;
 use crate::case::{Breach, Proof, ensure, ensure_eq, fail};
 use crate::client::Client;
-use crate::consumer::{Consumer, Held, ack_all, held_ids, ids, sorted};
+use crate::consumer::{Consumer, Held, ack_all, held_ids, ids, settle, sorted};
 use crate::env::Env;
 use crate::need;
 
@@ -57,6 +57,12 @@ pub(super) const CASES: &[Case] = &[
         [need::DELETE, need::GROUPS],
         "A consumer deleted underneath ends in a typed error, never in silence; other groups are untouched.",
         delete_group_underneath
+    ),
+    case!(
+        "topology/what-failed-when-its-group-was-deleted-is-not-told-as-kept",
+        [need::DELETE, need::GROUPS, need::NACK, need::DEAD_LETTER],
+        "A dead letter or a retry that cannot be stored is not told as done, and comes to nobody else.",
+        fails_without_a_group
     ),
     case!(
         "topology/what-does-not-exist-is-not-found",
@@ -215,13 +221,49 @@ async fn delete_destination(env: &Env) -> Proof {
     other.bus.delete(&destination, None).await?;
     ends_with_not_found(env, &mut consumer, "destination").await?;
     // Settling what was out is harmless, and is not told a success that it is not.
-    if let Err((_, error)) = held.settle(anybroker_core::Settlement::Ack).await? {
+    if let Err((_, error)) = held.settle(Settlement::Ack).await? {
         ensure!(
             matches!(error.kind(), ErrorKind::StaleDelivery | ErrorKind::NotFound),
             "an ack after the deletion: {error:?}"
         );
     }
     must_be_not_found("deleting it again", other.bus.delete(&destination, None).await)
+}
+
+async fn fails_without_a_group(env: &Env) -> Proof {
+    let destination = env.destination("d");
+    let (gone, stays) = (env.group("gone"), env.group("stays"));
+    let (client, other) = (env.client().await?, env.client().await?);
+    let mut consumer = client.subscribe(env.spec(&destination, &gone)).await?;
+    let mut neighbour = client.subscribe(env.spec(&destination, &stays)).await?;
+    let nack = |delay| Settlement::Nack(Nack { delay, error_type: None });
+    let mut settlements = vec![nack(Duration::ZERO), Settlement::DeadLetter(Box::new(Verdict::new(Reason::Rejected)))];
+    if (need::NACK_DELAY.given)(&env.record) {
+        settlements.push(nack(Duration::from_millis(200)));
+    }
+    client.fill(&destination, "k", settlements.len()).await?;
+    let held = consumer.take(settlements.len()).await?;
+    ack_all(neighbour.take(settlements.len()).await?).await?;
+    if let Err(error) = other.bus.delete(&destination, Some(&gone)).await {
+        // Groups of a log have members, and are not deleted under them: what failed has its group.
+        ensure!(error.effect() == Effect::NotDone && error.kind() == ErrorKind::Unavailable, "deleting it: {error:?}");
+        for outcome in settle(held.into_iter().zip(settlements).collect()).await? {
+            outcome.map_err(|(_, error)| error)?;
+        }
+        ensure_eq!(client.letters_until(&destination, &gone, 1).await?.len(), 1, "dead letters");
+        return Ok(());
+    }
+    for (held, settlement) in held.into_iter().zip(settlements) {
+        let what = format!("{settlement:?}");
+        match held.settle(settlement).await? {
+            Ok(level) => fail!("{what} after the deletion of its group answers Ok ({level:?})"),
+            Err((_, error)) => ensure!(
+                matches!(error.kind(), ErrorKind::StaleDelivery | ErrorKind::NotFound),
+                "{what} after the deletion of its group: {error:?}"
+            ),
+        }
+    }
+    neighbour.silence_then_canary(&client, "nothing failed in this group").await
 }
 
 async fn delete_group_underneath(env: &Env) -> Proof {
@@ -251,7 +293,7 @@ async fn delete_group_underneath(env: &Env) -> Proof {
     }
     ends_with_not_found(env, &mut consumer, "group").await?;
     // What was out has no group any more in which it could be done.
-    match held.settle(anybroker_core::Settlement::Ack).await? {
+    match held.settle(Settlement::Ack).await? {
         Ok(level) => {
             ensure!(level != AckLevel::Confirmed, "an ack after the deletion of its group answers Ok, confirmed");
         }

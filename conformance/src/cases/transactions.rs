@@ -62,6 +62,12 @@ pub(super) const CASES: &[Case] = &[
         redriven_meanwhile
     ),
     case!(
+        "transactions/of-two-at-once-only-the-one-that-commits-is-seen",
+        [need::TRANSACTIONS],
+        "Transactions of several clients on one destination, and what is published outside of them, do not mix.",
+        side_by_side
+    ),
+    case!(
         "transactions/after-its-end-it-takes-nothing",
         [need::TRANSACTIONS],
         "Both ends of a transaction happen at most once; later calls answer Closed.",
@@ -93,6 +99,40 @@ async fn seen_together(env: &Env) -> Proof {
     }
     of_first.close().await?;
     of_second.close().await
+}
+
+async fn side_by_side(env: &Env) -> Proof {
+    let destination = env.destination("d");
+    let (one, another, plain) = (env.client().await?, env.client().await?, env.client().await?);
+    let mut consumer = plain.subscribe(env.spec(&destination, &env.group("g"))).await?;
+    let (mut kept, mut given_up) = (Unit::begin(&one).await?, Unit::begin(&another).await?);
+    let mut expected = Vec::new();
+    for _ in 0..5 {
+        let of_kept = one.messages(&destination, "k", 3);
+        kept.publish(of_kept.clone()).await?;
+        given_up.publish(another.messages(&destination, "k", 3)).await?;
+        expected.extend(of_kept);
+        expected.extend(plain.fill(&destination, "k", 1).await?);
+    }
+    given_up.abort().await?;
+    kept.commit().await?;
+    let came = consumer.take(expected.len()).await?;
+    ensure_eq!(
+        sorted(held_ids(&came)),
+        sorted(ids(&expected)),
+        "what is seen of two transactions and of what is in none"
+    );
+    crate::consumer::ack_all(came).await?;
+    consumer.silence_then_canary(&plain, "the rest was given up").await?;
+    // The client whose transaction was aborted goes on.
+    let mut next = Unit::begin(&another).await?;
+    let sent = another.messages(&destination, "k", 3);
+    next.publish(sent.clone()).await?;
+    next.commit().await?;
+    let came = consumer.take(3).await?;
+    ensure_eq!(held_ids(&came), ids(&sent), "what the next one brings");
+    crate::consumer::ack_all(came).await?;
+    consumer.close().await
 }
 
 /// How a transaction does not commit.

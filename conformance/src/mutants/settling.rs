@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anybroker_core::{
@@ -131,6 +132,12 @@ pub(super) const MUTANTS: &[Mutant] = &[
         fault: "a settle is handed over when its answer is polled, not in the call",
         killed_by: "settle/a-dropped-settle-still-settles",
         make: || Arc::new(SettleOnPoll),
+    },
+    Mutant {
+        name: "extends-once",
+        fault: "a lease is extended once; later extensions answer Ok and do nothing",
+        killed_by: "long/a-delivery-is-kept-for-as-long-as-it-is-extended",
+        make: || Arc::new(ExtendsOnce(AtomicBool::new(false))),
     },
     Mutant {
         name: "extend-no-op",
@@ -353,6 +360,18 @@ struct ExtendNoOp;
 impl Fault for ExtendNoOp {
     async fn extend(&self, _: &Inner, deliveries: &[&Delivery], _: Duration) -> Vec<Result<()>> {
         deliveries.iter().map(|_| Ok(())).collect()
+    }
+}
+
+struct ExtendsOnce(AtomicBool);
+
+#[async_trait]
+impl Fault for ExtendsOnce {
+    async fn extend(&self, inner: &Inner, deliveries: &[&Delivery], lease: Duration) -> Vec<Result<()>> {
+        if self.0.swap(true, Ordering::Relaxed) {
+            return deliveries.iter().map(|_| Ok(())).collect();
+        }
+        inner.settler.extend(deliveries, lease).await
     }
 }
 

@@ -149,7 +149,7 @@ fn count() -> Value {
 }
 
 fn level() -> Value {
-    json!({"enum": ["conformance", "reliability", "cluster"]})
+    json!({"enum": ["conformance", "reliability", "long"]})
 }
 
 fn counters(names: &[&'static str]) -> Value {

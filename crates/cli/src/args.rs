@@ -474,9 +474,9 @@ pub(crate) enum LevelArg {
     /// Faults: killed processes, cut connections
     #[value(alias = "L2", alias = "l2")]
     Reliability,
-    /// Several machines
+    /// Minutes of time: windows, heartbeats and many leases outlived
     #[value(alias = "L3", alias = "l3")]
-    Cluster,
+    Long,
 }
 
 #[derive(Debug, Subcommand)]

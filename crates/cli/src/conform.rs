@@ -145,7 +145,7 @@ fn level(level: LevelArg) -> Level {
     match level {
         LevelArg::Conformance => Level::Conformance,
         LevelArg::Reliability => Level::Reliability,
-        LevelArg::Cluster => Level::Cluster,
+        LevelArg::Long => Level::Long,
     }
 }
 

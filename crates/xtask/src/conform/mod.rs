@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
+use tempfile::TempDir;
 
 use crate::brokers::{Endpoint, How, PrivateInstance};
 use crate::child::{self, cargo};
@@ -46,7 +47,7 @@ pub(crate) struct Conform {
     /// Where the reports go; target/conformance when not given
     #[arg(long, value_name = "DIR")]
     report: Option<PathBuf>,
-    /// Up to this level: conformance, reliability or cluster. From reliability on, connections are disturbed by proxies, and
+    /// Up to this level: conformance, reliability or long. From reliability on, connections are disturbed by proxies, and
     /// servers that this command started are killed, frozen, filled and locked
     #[arg(long, default_value = "conformance")]
     level: String,
@@ -90,8 +91,8 @@ impl Conform {
         };
         let state = State::begin(&folder, self.resume, &self.level, &self.cases)?;
         let command = build(&chosen)?;
-        let ended = self.modes(&chosen, &state, &command)?;
-        self.conclude(&folder, &state, &command, &ended)
+        let ended = self.modes(&chosen, &state, &command.path)?;
+        self.conclude(&folder, &state, &command.path, &ended)
     }
 
     fn chosen(&self) -> Result<Vec<&'static Mode>> {
@@ -246,8 +247,14 @@ fn in_the_place_of(mode: &Mode, stands_in_for: Option<&str>) -> Option<String> {
     (!told.is_empty()).then(|| told.join("; "))
 }
 
-/// Builds the command with what the modes need, and answers where it is.
-pub(crate) fn build(chosen: &[&Mode]) -> Result<PathBuf> {
+/// The command, in a folder of this run's own: another run in the same target folder may build it anew, with other features.
+pub(crate) struct Program {
+    pub(crate) path: PathBuf,
+    _folder: TempDir,
+}
+
+/// Builds the command with what the modes need.
+pub(crate) fn build(chosen: &[&Mode]) -> Result<Program> {
     let mut features: Vec<&str> = chosen.iter().filter_map(|mode| mode.feature).collect();
     features.sort_unstable();
     features.dedup();
@@ -256,7 +263,12 @@ pub(crate) fn build(chosen: &[&Mode]) -> Result<PathBuf> {
         build.args(["--features", &features.join(",")]);
     }
     child::run(&mut build, BUILD_LIMIT)?;
-    Ok(workspace::target()?.join("debug").join("anybroker"))
+    let target = workspace::target()?;
+    let folder = tempfile::Builder::new().prefix("running-").tempdir_in(&target)?;
+    let path = folder.path().join("anybroker");
+    // The same file: what is built later is another one.
+    std::fs::hard_link(target.join("debug").join("anybroker"), &path).context("keeping the command for this run")?;
+    Ok(Program { path, _folder: folder })
 }
 
 #[cfg(test)]

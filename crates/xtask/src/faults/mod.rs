@@ -58,7 +58,7 @@ impl Faults {
         let command = build(&modes.iter().map(|(mode, _)| *mode).collect::<Vec<_>>())?;
         let mut failed = Vec::new();
         for (mode, broker) in modes {
-            let ended = self.run_mode(mode, broker, &folder.join(mode.name), &command);
+            let ended = self.run_mode(mode, broker, &folder.join(mode.name), &command.path);
             crate::interrupt::check()?;
             failed.extend(ended.err().map(|error| format!("{}: {error:#}", mode.name)));
         }
