@@ -16,6 +16,7 @@ use rand::rngs::StdRng;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
 use tokio::process::Command;
+use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use crate::UrlHarness;
@@ -31,8 +32,9 @@ pub const CHILD_JOB: &str = "CONFORMANCE_CHILD_JOB";
 
 /// Begins each line of a process that is one of its events. Others are not looked at.
 const MARK: &str = "conformance-event ";
-/// What the history calls the fault.
+/// What the history calls the faults.
 const ENDED: &str = "process killed";
+const STOPPED: &str = "process stopped";
 /// Numbers of calls, deliveries and subscriptions that one process may use.
 const NUMBERS: u64 = 1 << 20;
 /// How much of what a process says of its own failure is told.
@@ -45,6 +47,9 @@ const HELD: usize = 4;
 const ON_ITS_WAY: Duration = Duration::from_millis(4);
 /// How many each second of those that are left.
 const REDRIVE_RATE: f64 = 80.0;
+/// How long it may take a broker to miss a process that is stopped: two heartbeats of RabbitMQ's default, and a session of Kafka's,
+/// are shorter.
+pub(crate) const MISSED: Duration = Duration::from_secs(240);
 /// How many letters a process puts back, twice, before the redrive in which it ends.
 const REDRIVEN: usize = 4;
 
@@ -76,6 +81,8 @@ pub(crate) enum Point {
     Buried,
     /// A redrive of all dead letters was asked for.
     Redriving,
+    /// With deliveries in its hands, stopped there by SIGSTOP, and ended when it has settled them after a SIGCONT.
+    Stopped,
     /// Of [`BESIDE_HOLE`] messages of one key all acks but that of the one at [`HOLE`] were answered.
     Hole,
 }
@@ -121,6 +128,17 @@ struct Job {
 /// it was.
 /// Several that end at the same point differ by `number`.
 pub(crate) async fn end_at(env: &Env, point: Point, number: usize, spec: &SubscribeSpec) -> Proof<u32> {
+    end_after(env, point, number, spec, async |_| Ok(())).await
+}
+
+/// The same of a process that stops at that point; it goes on after what is done meanwhile, which is told which client it is.
+pub(crate) async fn end_after(
+    env: &Env,
+    point: Point,
+    number: usize,
+    spec: &SubscribeSpec,
+    meanwhile: impl AsyncFnOnce(u32) -> Proof,
+) -> Proof<u32> {
     let command = env.harness.child().map_err(Breach::NotRun)?;
     let client = env.next_client();
     let job = Job {
@@ -142,11 +160,25 @@ pub(crate) async fn end_at(env: &Env, point: Point, number: usize, spec: &Subscr
     let not_started = |error| Breach::NotRun(format!("no process could be started: {error}"));
     let mut process = command.spawn().map_err(not_started)?;
     let (output, errors) = (process.stdout.take().expect("piped"), process.stderr.take().expect("piped"));
+    let (stopped, is_stopped) = oneshot::channel();
+    let id = process.id();
     let working = async {
-        let (fault, told) = join(listen(env, output), beginning_of(errors)).await;
+        let (fault, told) = join(listen(env, output, stopped), beginning_of(errors)).await;
         Ok::<_, Breach>((fault?, told, process.wait().await))
     };
-    let (fault, told, status) = env.within("a process that ends by itself", env.patience() * 2, working).await??;
+    let between = async {
+        // Nothing comes from one that does not stop.
+        let (Ok(()), Some(id)) = (is_stopped.await, id) else { return Ok(()) };
+        let done = meanwhile(client).await;
+        // Also when that went wrong: it would be there for ever.
+        signal("-CONT", id).await?;
+        done
+    };
+    let whole = env.patience() * 2 + if point == Point::Stopped { env.patience() * 2 + MISSED } else { Duration::ZERO };
+    let both = join(working, between);
+    let (ended, between) = env.within("a process that ends by itself", whole, both).await?;
+    between?;
+    let (fault, told, status) = ended?;
     let Some(fault) = fault else {
         fail!("a process ended before it was {}: {status:?}; it said: {}", point.label(), told.trim());
     };
@@ -155,9 +187,9 @@ pub(crate) async fn end_at(env: &Env, point: Point, number: usize, spec: &Subscr
 }
 
 /// Takes in the events of a process; the fault that it noted, which is its own end.
-async fn listen(env: &Env, output: impl AsyncRead + Unpin) -> Proof<Option<u64>> {
+async fn listen(env: &Env, output: impl AsyncRead + Unpin, stopped: oneshot::Sender<()>) -> Proof<Option<u64>> {
     let mut lines = BufReader::new(output).lines();
-    let mut own_end = None;
+    let (mut own_end, mut stopped) = (None, Some(stopped));
     loop {
         let line =
             lines.next_line().await.map_err(|error| Breach::Failed(format!("listening to a process: {error}")))?;
@@ -165,11 +197,24 @@ async fn listen(env: &Env, output: impl AsyncRead + Unpin) -> Proof<Option<u64>>
         let Some(event) = line.strip_prefix(MARK) else { continue };
         let event: Event =
             serde_json::from_str(event).map_err(|error| Breach::Failed(format!("`{event}` of a process: {error}")))?;
-        if let What::FaultBegin { fault, .. } = event.what {
-            own_end = Some(fault);
+        let mut stops = false;
+        if let What::FaultBegin { fault, kind, .. } = &event.what {
+            stops = kind == STOPPED;
+            own_end = (!stops).then_some(*fault);
         }
         env.history.take_in(event);
+        if let Some(stopped) = stopped.take_if(|_| stops) {
+            let _ = stopped.send(());
+        }
     }
+}
+
+/// Sends a signal to a process.
+async fn signal(signal: &str, process: u32) -> Proof {
+    let not_sent = |why: String| Breach::NotRun(format!("`kill {signal}` of a process: {why}"));
+    let status = Command::new("kill").args([signal, &process.to_string()]).status().await;
+    let status = status.map_err(|error| not_sent(error.to_string()))?;
+    if status.success() { Ok(()) } else { Err(not_sent(status.to_string())) }
 }
 
 async fn beginning_of(errors: impl AsyncRead + Unpin) -> String {
@@ -238,6 +283,15 @@ fn end(env: &Env, client: &Client<'_>, subscription: Option<u64>) -> ! {
         client.record(What::Vanished { subscription });
     }
     std::process::abort()
+}
+
+/// Stops here, until it is told to go on.
+async fn stop(env: &Env, client: &Client<'_>) -> Proof {
+    let (fault, clients) = (env.history.number(), vec![client.number()]);
+    client.record(What::FaultBegin { fault, kind: STOPPED.into(), clients, connections: 0 });
+    let stopped = signal("-STOP", std::process::id()).await;
+    client.record(What::FaultEnd { fault, connections: 0, bytes: 0 });
+    stopped
 }
 
 async fn publish(env: &Env, client: &Client<'_>, job: &Job) -> Proof {
@@ -314,6 +368,17 @@ async fn consume(env: &Env, client: &Client<'_>, job: &Job) -> Proof {
                 tokio::time::sleep(TAKEN_IN).await;
             }
             drop_never(hole.into_iter().collect());
+            end(env, client, Some(subscription))
+        }
+        Point::Stopped => {
+            stop(env, client).await?;
+            for (number, held) in held.into_iter().enumerate() {
+                let nacks = number % 2 == 1 && env.record.nack.is_given();
+                let nack = Settlement::Nack(Nack { delay: Duration::ZERO, error_type: None });
+                if let Err((held, _)) = held.settle(if nacks { nack } else { Settlement::Ack }).await? {
+                    held.freeze();
+                }
+            }
             end(env, client, Some(subscription))
         }
         Point::Acked => {

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anybroker_core::{Bytes, Destination, Error, ErrorKind, Lane, Reason, Result, SubscriptionEvent, Verdict};
+use anybroker_core::{Bytes, Destination, Error, ErrorKind, Group, Lane, Reason, Result, SubscriptionEvent, Verdict};
 use futures_util::{FutureExt, StreamExt};
 use lapin::message::Delivery;
 use lapin::options::{BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions};
@@ -44,6 +44,8 @@ pub(crate) struct Feed {
     /// Whether later messages of a key wait for one that failed.
     pub(crate) blocks: bool,
     pub(crate) prefetch: u16,
+    /// What is bound again after a lost connection, where the subscription may create.
+    pub(crate) restores: Option<(Destination, Group)>,
     /// How far this member knows its group to be in the stream.
     pub(crate) known: Option<Place>,
 }
@@ -80,7 +82,15 @@ impl Feed {
         let (mut pause, mut is_degraded) = (FIRST_PAUSE, false);
         let mut denied_at = None;
         loop {
-            let ended = match self.attach().await {
+            let attached = match &self.restores {
+                Some(place) if is_degraded => self.bind_again(place).await,
+                _ => Ok(()),
+            };
+            let attached = match attached {
+                Ok(()) => self.attach().await,
+                Err(error) => Err(error),
+            };
+            let ended = match attached {
                 Ok(mut session) => {
                     if is_degraded {
                         shared.tell(SubscriptionEvent::Recovered);
@@ -154,6 +164,11 @@ impl Feed {
 
     pub(crate) fn queue(&self) -> &str {
         &self.desk.queues[self.index as usize]
+    }
+
+    async fn bind_again(&self, (destination, group): &(Destination, Group)) -> Result<()> {
+        let deadline = Instant::now() + REQUEST;
+        self.desk.topology.bind_again(destination, group, "receive", deadline).await
     }
 
     async fn attach(&self) -> Result<Session> {

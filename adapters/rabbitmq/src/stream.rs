@@ -119,11 +119,22 @@ impl Topology {
         let channel = self.channel(operation, deadline).await?;
         Self::make_exchange(&channel, exchange, operation, deadline).await?;
         Self::make_queue(&channel, &stream, arguments, operation, deadline).await?;
+        Self::bind_stream(&channel, exchange, operation, deadline).await?;
+        Ok(existed)
+    }
+
+    /// Binds the destination's stream to its exchange.
+    pub(crate) async fn bind_stream(
+        channel: &Channel,
+        exchange: &str,
+        operation: &'static str,
+        deadline: Instant,
+    ) -> Result<()> {
+        let stream = Names::stream(exchange);
         let options = QueueBindOptions::default();
         let binding =
             channel.queue_bind(stream.as_str().into(), exchange.into(), "".into(), options, FieldTable::default());
-        bounded(operation, deadline, binding).await?;
-        Ok(existed)
+        bounded(operation, deadline, binding).await
     }
 
     /// Creates a group that reads the stream, or finds it. Its queue holds what comes back to it: retries and redrives.

@@ -79,7 +79,9 @@ impl RabbitSubscription {
         let context = DeliveryContext::new(spec.group.clone(), spec.max_attempts, Arc::new(settler));
         for index in 0..count {
             let (desk, link) = (Arc::clone(&desk), Arc::clone(link));
-            tokio::spawn(Feed { index, desk, link, keeps_order, blocks, prefetch, known: None }.run());
+            let place = (spec.destinations[index as usize].clone(), spec.group.clone());
+            let restores = (spec.topology == TopologyMode::Declare).then_some(place);
+            tokio::spawn(Feed { index, desk, link, keeps_order, blocks, prefetch, restores, known: None }.run());
         }
         Ok(Self { shared, context })
     }

@@ -260,6 +260,28 @@ impl Topology {
         bounded(operation, deadline, binding).await
     }
 
+    /// Binds what the group reads to the destination's exchange, as it was when the group was made. A server that is killed again while it
+    /// starts may come back without a binding that it had confirmed, and routes nothing to the queue from then on (seen on 4.0.5: the
+    /// exchange and the queue were there). Creates nothing: whoever attaches to what is gone is told so.
+    pub(crate) async fn bind_again(
+        &self,
+        destination: &Destination,
+        group: &Group,
+        operation: &'static str,
+        deadline: Instant,
+    ) -> Result<()> {
+        let exchange = self.names.exchange(destination);
+        let channel = self.channel(operation, deadline).await?;
+        let bound = match self.queue.is_log() {
+            true => Self::bind_stream(&channel, &exchange, operation, deadline).await,
+            false => {
+                let queue = self.names.queue(destination, group);
+                Self::bind_group(&channel, (&queue, &exchange), group, operation, deadline).await
+            }
+        };
+        present(bound).map(drop)
+    }
+
     /// The queue where the members of a group that keep order agree who works: whoever holds a message of it. It has one
     /// active consumer, and goes on to the next when that one goes.
     /// With it the queue of the group's failures, where they are kept; answers whether that was made now.

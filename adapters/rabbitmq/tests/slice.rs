@@ -130,6 +130,53 @@ async fn a_missing_group_is_final_but_right_after_a_lost_connection() {
     direct.close(LONG).await.unwrap();
 }
 
+/// As a server does that was killed again while it started.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_binding_that_is_lost_is_there_again_after_the_connection_was() {
+    let Some(url) = url() else { return };
+    for queue in ["quorum", "classic", "stream"] {
+        let proxy = Proxy::start(&url).await;
+        let settings = format!("publish_timeout=5s&queue={queue}");
+        let (bus, direct) = (connect(&proxy.url, &settings).await, connect(&url, &settings).await);
+        let name = unique("unbound");
+        let mut subscriber = bus.subscribe(bus.subscription(name.as_str(), "g")).await.unwrap();
+        let send = async |number: u32| direct.send(Message::new(name.as_str(), number.to_string())).await;
+        send(0).await.unwrap();
+        let found = direct.describe(name.as_str()).await.unwrap();
+        let (exchange, group) = (found.physical.clone(), found.groups[0].physical.clone());
+        let mut own = lapin::types::FieldTable::default();
+        let bound = if queue == "stream" {
+            format!("{exchange}=stream")
+        } else {
+            own.insert("anybroker-group".into(), lapin::types::AMQPValue::LongString("g".into()));
+            group
+        };
+        let amqp = url.split('?').next().unwrap();
+        let bare = lapin::Connection::connect(amqp, lapin::ConnectionProperties::default()).await.unwrap();
+        let channel = bare.create_channel().await.unwrap();
+        channel.queue_unbind(bound.as_str().into(), exchange.as_str().into(), "".into(), own).await.unwrap();
+        assert_eq!(send(1).await.unwrap_err().effect(), Effect::NotDone, "{queue}: unbound");
+        proxy.cut();
+        let deadline = Instant::now() + LONG;
+        while let Err(error) = send(2).await {
+            assert!(error.effect() == Effect::NotDone && Instant::now() < deadline, "{queue}: {error:?}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let mut seen = Vec::new();
+        while seen.last() != Some(&2) {
+            for delivery in receive(&mut subscriber, 1).await {
+                seen.push(number(&delivery));
+                delivery.ack().await.unwrap();
+            }
+        }
+        assert!(!seen.contains(&1), "{queue}: {seen:?}");
+        bare.close(200, "done".into()).await.unwrap();
+        direct.delete(name.as_str(), None).await.unwrap();
+        bus.close(LONG).await.unwrap();
+        direct.close(LONG).await.unwrap();
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn cut_connections_lose_nothing_and_no_consumer_is_there_twice() {
     let Some(url) = url() else { return };

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use anybroker_core::Order;
 
+use super::processes::stopped_until_missed;
 use super::random::live_on;
 use crate::Case;
 use crate::case::{Breach, Proof, ensure, ensure_eq};
@@ -42,6 +43,12 @@ pub(super) const CASES: &[Case] = &[
         [],
         "Neither a publisher nor a member that has nothing to do for longer than any heartbeat or idle timeout is cut off in silence.",
         idle
+    ),
+    long!(
+        "long/a-process-that-stands-still-until-its-broker-misses-it-does-no-harm-when-it-goes-on",
+        [],
+        "What a stopped process had is with others when the broker misses it, and it settles nothing of that when it goes on.",
+        stopped_until_missed
     ),
     long!(
         "long/a-life-of-minutes-without-order-breaks-no-promise",

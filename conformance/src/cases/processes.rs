@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use anybroker_core::{AckGranularity, AckLevel, AttemptCount, RedriveOptions};
+use anybroker_core::{AckGranularity, AckLevel, AttemptCount, ErrorKind, LateAck, RedriveOptions, Support};
 use futures_util::future::try_join_all;
 use tokio::time::Instant;
 
@@ -12,7 +12,7 @@ use crate::checker::may_be_under_way;
 use crate::consumer::ids;
 use crate::env::Env;
 use crate::history::{Event, Seen, Verb, What};
-use crate::process::{LATER, Point, end_at};
+use crate::process::{LATER, MISSED, Point, end_after, end_at};
 use crate::{Case, Level, need};
 
 /// What is published for a member that ends.
@@ -45,6 +45,14 @@ pub(super) const CASES: &[Case] = &[
         needs: &[],
         alone: true,
         run: |env| Box::pin(told(env)),
+    },
+    Case {
+        name: "faults/a-member-that-stands-still-for-longer-than-its-lease-does-no-harm-when-it-goes-on",
+        level: Level::Reliability,
+        proves: "A process that was stopped settles nothing of what others have by then, and what nobody else has is not lost.",
+        needs: &[],
+        alone: true,
+        run: |env| Box::pin(stopped(env)),
     },
     Case {
         name: "faults/a-redrive-whose-process-is-killed-loses-no-letter-and-goes-on-when-it-is-asked-for-again",
@@ -81,6 +89,81 @@ async fn told(env: &Env) -> Proof {
         }
     };
     try_join_all(points.into_iter().map(one)).await.map(drop)
+}
+
+/// A short stop, and others get what was held only where the broker's own lease gives it to them.
+async fn stopped(env: &Env) -> Proof {
+    stands_still(env, matches!(env.record.lease, Support::Native), Duration::ZERO).await
+}
+
+/// A stop until the broker misses the process, by whatever it does: then others have all that was held.
+pub(super) async fn stopped_until_missed(env: &Env) -> Proof {
+    stands_still(env, true, MISSED).await
+}
+
+async fn stands_still(env: &Env, must_come: bool, missed: Duration) -> Proof {
+    let (destination, group) = (env.destination("stopped"), env.group("stopped"));
+    let longest = env.record.limits.lease_max_ms.map_or(Duration::MAX, Duration::from_millis);
+    let lease = env.lease().max(LEASE).min(longest);
+    let spec = env.spec(&destination, &group).with_lease(lease);
+    let client = env.client().await?;
+    client.subscribe(spec.clone()).await?.close().await?;
+    let message = |number| client.message(&destination, format!("key {}", number % KEYS).as_str());
+    client.publish_ok((0..MESSAGES).map(message).collect()).await?;
+    let others = async |process| {
+        let fresh = env.client().await?;
+        let mut consumer = fresh.subscribe(spec.clone()).await?;
+        let mut missing: BTreeSet<String> =
+            unsettled(&env.history.events(), process).into_iter().map(|seen| seen.id.to_string()).collect();
+        let begin = Instant::now();
+        while !missing.is_empty() && (must_come || begin.elapsed() < lease * 2) {
+            for held in consumer.receive(10, env.quiet()).await? {
+                missing.remove(&held.id());
+                held.ack().await?;
+            }
+            let limit = lease * 2 + env.patience() + missed;
+            ensure!(
+                begin.elapsed() < limit,
+                "a stopped process held {missing:?}, which others do not get within {limit:?}"
+            );
+        }
+        consumer.close().await?;
+        fresh.close().await
+    };
+    let process = end_after(env, Point::Stopped, 0, &spec, others).await?;
+    let fresh = env.client().await?;
+    fresh.drain(spec.clone()).await?;
+    let events = env.history.events();
+    for (index, event) in events.iter().enumerate().filter(|(_, event)| event.client == process) {
+        let What::SettleInvoke { delivery, verb, .. } = &event.what else { continue };
+        let Some(seen) = delivery_of(&events, *delivery) else { continue };
+        let is_with_others = events[..index]
+            .iter()
+            .any(|other| matches!(&other.what, What::Deliver(came) if other.client != process && came.id == seen.id));
+        let is_refused = events[index..].iter().any(|answer| {
+            matches!(&answer.what, What::SettleFail { delivery: of, kind: ErrorKind::StaleDelivery, .. } if of == delivery)
+        });
+        let may_be_accepted = env.record.late_ack != LateAck::Refused;
+        ensure!(
+            !is_with_others || is_refused || may_be_accepted,
+            "{verb:?} of {} is not refused as stale, although another member has had it since",
+            seen.id
+        );
+    }
+    client.close().await?;
+    fresh.close().await
+}
+
+/// What a client has and has not settled.
+fn unsettled(events: &[Event], client: u32) -> Vec<&Seen> {
+    let own = || events.iter().filter(|event| event.client == client);
+    let is_settled =
+        |number: u64| own().any(|event| matches!(event.what, What::SettleOk { delivery, .. } if delivery == number));
+    let seen = own().filter_map(|event| match &event.what {
+        What::Deliver(seen) => Some(seen),
+        _ => None,
+    });
+    seen.filter(|seen| !is_settled(seen.delivery)).collect()
 }
 
 /// How many letters each of those processes finds.

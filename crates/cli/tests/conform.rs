@@ -134,9 +134,12 @@ fn faults_that_cannot_be_brought_about_are_refused_before_anything_is_run() {
         assert_eq!(ran.code, Some(1), "{ran:?}");
         let mut cases = ran.objects();
         cases.pop();
-        let is_of_processes = |case: &serde_json::Value| case["name"].to_string().contains("-process-is-killed-");
+        let is_of_processes = |case: &serde_json::Value| {
+            let name = case["name"].to_string();
+            name.contains("-process-is-killed-") || name.contains("-stands-still-")
+        };
         let (processes, others): (Vec<_>, Vec<_>) = cases.into_iter().partition(is_of_processes);
-        assert!(processes.len() == 4 && processes.iter().all(|case| case["outcome"] == killed), "{ran:?}");
+        assert!(processes.len() == 5 && processes.iter().all(|case| case["outcome"] == killed), "{ran:?}");
         assert!(others.len() > 1 && others.iter().all(|case| case["outcome"] == "not_run"), "{ran:?}");
     }
 }
