@@ -1,6 +1,6 @@
 //! What the server's and the client's failures mean in the terms of the contract.
 
-use anybroker_core::{Effect, Error, ErrorKind};
+use anybroker_core::{Effect, Error, ErrorKind, Result};
 use lapin::ErrorKind as Lapin;
 
 /// Reply codes (AMQP 0-9-1, "Constants", and RabbitMQ's use of them).
@@ -83,4 +83,19 @@ pub(crate) fn is_about_trust(text: &str) -> bool {
 /// Nothing came within the time.
 pub(crate) fn late(operation: &'static str) -> Error {
     Error::new(ErrorKind::Timeout, operation, "no answer from the server in time")
+}
+/// Why nothing took a message, by what a second look at its queue has found: there is none, or its server does not route to it yet.
+pub(crate) fn untaken(found: Result<bool>, operation: &'static str, none: &str, not_yet: &str) -> Error {
+    match found {
+        Ok(false) => Error::new(ErrorKind::NotFound, operation, none),
+        Ok(true) => {
+            let text = format!("{not_yet}: its server is starting, or elects a leader");
+            Error::new(ErrorKind::Unavailable, operation, text)
+        }
+        Err(error) => {
+            let text = format!("{not_yet}, and why could not be asked: {}", error.message());
+            Error::new(ErrorKind::Unavailable, operation, text).with_source(error)
+        }
+    }
+    .with_effect(Effect::NotDone)
 }

@@ -82,15 +82,7 @@ impl Feed {
         let (mut pause, mut is_degraded) = (FIRST_PAUSE, false);
         let mut denied_at = None;
         loop {
-            let attached = match &self.restores {
-                Some(place) if is_degraded => self.bind_again(place).await,
-                _ => Ok(()),
-            };
-            let attached = match attached {
-                Ok(()) => self.attach().await,
-                Err(error) => Err(error),
-            };
-            let ended = match attached {
+            let ended = match self.attach(is_degraded).await {
                 Ok(mut session) => {
                     if is_degraded {
                         shared.tell(SubscriptionEvent::Recovered);
@@ -166,13 +158,12 @@ impl Feed {
         &self.desk.queues[self.index as usize]
     }
 
-    async fn bind_again(&self, (destination, group): &(Destination, Group)) -> Result<()> {
+    /// `again`: after a loss.
+    async fn attach(&self, again: bool) -> Result<Session> {
         let deadline = Instant::now() + REQUEST;
-        self.desk.topology.bind_again(destination, group, "receive", deadline).await
-    }
-
-    async fn attach(&self) -> Result<Session> {
-        let deadline = Instant::now() + REQUEST;
+        if let Some((destination, group)) = self.restores.as_ref().filter(|_| again) {
+            self.desk.topology.bind_again(destination, group, "receive", deadline).await?;
+        }
         let channel = Arc::new(self.link.channel("receive", deadline).await?);
         let owner = match self.keeps_order {
             true => Some({

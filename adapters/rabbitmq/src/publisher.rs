@@ -17,7 +17,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::codec::{Hop, encode};
 use crate::delay::millis;
-use crate::error::late;
+use crate::error::{late, untaken};
 use crate::link::Link;
 use crate::outlet::{Answer, Board, Outlet, Parcel};
 use crate::topology::Topology;
@@ -217,18 +217,7 @@ async fn takes_nothing(topology: &Topology, route: &Route, deadline: Instant) ->
         let none = "the destination has no group, and nothing is kept before one exists; declare a group first";
         (found, none, "the destination's groups take nothing yet")
     };
-    let error = match found {
-        Ok(false) => Error::new(ErrorKind::NotFound, "publish", none),
-        Ok(true) => {
-            let text = format!("{not_yet}: its server is starting, or elects a leader");
-            Error::new(ErrorKind::Unavailable, "publish", text)
-        }
-        Err(error) => {
-            let text = format!("{not_yet}, and why could not be asked: {}", error.message());
-            Error::new(ErrorKind::Unavailable, "publish", text).with_source(error)
-        }
-    };
-    error.with_effect(Effect::NotDone)
+    untaken(found, "publish", none, not_yet)
 }
 
 fn held_back() -> Error {

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::{
-    Declared, Description, Destination, Effect, Error, ErrorKind, Figure, Group, GroupDescription, Lag, Precision,
-    Result, Start, TopologySpec,
+    Declared, Description, Destination, Error, ErrorKind, Figure, Group, GroupDescription, Lag, Precision, Result,
+    Start, TopologySpec,
 };
 use lapin::options::{
     ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
@@ -19,7 +19,7 @@ use tokio::time::{Instant, timeout_at};
 use crate::admin::Admin;
 use crate::config::{QueueType, Settings};
 use crate::delay::Range;
-use crate::error::late;
+use crate::error::{late, untaken};
 use crate::link::{Link, bounded};
 use crate::names::Names;
 use crate::state::Share;
@@ -168,17 +168,9 @@ impl Topology {
 
     /// Why a queue took nothing that was sent to it by its name: it is gone, or its server has just started and does not route to it yet.
     pub(crate) async fn takes_nothing(&self, queue: &str, operation: &'static str, deadline: Instant) -> Error {
-        let error = match self.look(queue, operation, deadline).await {
-            Ok(None) => Error::new(ErrorKind::NotFound, operation, "its queue does not exist any more"),
-            Ok(Some(_)) => {
-                Error::new(ErrorKind::Unavailable, operation, "its queue takes nothing yet: its server is starting")
-            }
-            Err(error) => {
-                let text = format!("its queue took nothing, and why could not be asked: {}", error.message());
-                Error::new(ErrorKind::Unavailable, operation, text).with_source(error)
-            }
-        };
-        error.with_effect(Effect::NotDone).with("queue", queue)
+        let found = self.look(queue, operation, deadline).await.map(|found| found.is_some());
+        let none = "its queue does not exist any more";
+        untaken(found, operation, none, "its queue takes nothing yet").with("queue", queue)
     }
 
     /// Makes sure that a destination is there: creates it, or finds it.
