@@ -48,10 +48,8 @@ async fn every_mutant_is_killed_by_the_case_named_for_it() {
     let mut survivors = Vec::new();
     let mut runs = futures_util::stream::iter(mutants())
         .map(|mutant| async move {
-            (
-                mutant,
-                on(mutant, PATIENCE, Options::default().with_level(Level::Long).with_filter(mutant.killed_by)).await,
-            )
+            let options = Options::default().with_level(Level::Long).with_filter(mutant.killed_by);
+            (mutant, on(mutant, PATIENCE, options).await)
         })
         .buffered(8);
     let mut count = 0;

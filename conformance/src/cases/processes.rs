@@ -3,12 +3,15 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use anybroker_core::{AckGranularity, AckLevel, AttemptCount, ErrorKind, LateAck, RedriveOptions, Support};
+use anybroker_core::{
+    AckGranularity, AckLevel, AttemptCount, ErrorKind, LateAck, Message, RedriveOptions, SubscribeSpec, Support,
+};
 use futures_util::future::try_join_all;
 use tokio::time::Instant;
 
 use crate::case::{Breach, Proof, ensure, ensure_eq, fail};
 use crate::checker::may_be_under_way;
+use crate::client::Client;
 use crate::consumer::ids;
 use crate::env::Env;
 use crate::history::{Event, Seen, Verb, What};
@@ -102,14 +105,8 @@ pub(super) async fn stopped_until_missed(env: &Env) -> Proof {
 }
 
 async fn stands_still(env: &Env, must_come: bool, missed: Duration) -> Proof {
-    let (destination, group) = (env.destination("stopped"), env.group("stopped"));
-    let longest = env.record.limits.lease_max_ms.map_or(Duration::MAX, Duration::from_millis);
-    let lease = env.lease().max(LEASE).min(longest);
-    let spec = env.spec(&destination, &group).with_lease(lease);
-    let client = env.client().await?;
-    client.subscribe(spec.clone()).await?.close().await?;
-    let message = |number| client.message(&destination, format!("key {}", number % KEYS).as_str());
-    client.publish_ok((0..MESSAGES).map(message).collect()).await?;
+    let (client, spec, _) = prepared(env, Point::Stopped, MESSAGES).await?;
+    let lease = spec.lease;
     let others = async |process| {
         let fresh = env.client().await?;
         let mut consumer = fresh.subscribe(spec.clone()).await?;
@@ -232,9 +229,9 @@ struct Ended {
     letters: Vec<String>,
 }
 
-/// A process that ends at that point, and a fresh client that reads what is left. Each has a destination of its own: members
-/// that are gone keep lanes on some brokers until they are missed.
-async fn one(env: &Env, point: Point, messages: usize) -> Proof<Ended> {
+/// What a process finds that ends at that point: its group, which was there first, and as many messages. Each has a destination of its
+/// own: members that are gone keep lanes on some brokers until they are missed.
+async fn prepared(env: &Env, point: Point, messages: usize) -> Proof<(Client<'_>, SubscribeSpec, Vec<Message>)> {
     let (destination, group) = (env.destination(&point.label()), env.group(&point.label()));
     let longest = env.record.limits.lease_max_ms.map_or(Duration::MAX, Duration::from_millis);
     // Whoever waits until nothing that it has settled is under way holds the rest for as long.
@@ -243,17 +240,22 @@ async fn one(env: &Env, point: Point, messages: usize) -> Proof<Ended> {
     let lease = env.lease().max(LEASE + waits).min(longest);
     let spec = env.spec(&destination, &group).with_lease(lease);
     let client = env.client().await?;
-    // The group is there before anything is published.
     client.subscribe(spec.clone()).await?.close().await?;
     let keys = if point == Point::Hole { 1 } else { KEYS };
     let message = |number| client.message(&destination, format!("key {}", number % keys).as_str());
     let sent: Vec<_> = (0..messages).map(message).collect();
     client.publish_ok(sent.clone()).await?;
+    Ok((client, spec, sent))
+}
+
+/// A process that ends at that point, and a fresh client that reads what is left.
+async fn one(env: &Env, point: Point, messages: usize) -> Proof<Ended> {
+    let (client, spec, sent) = prepared(env, point, messages).await?;
     let ended = end_at(env, point, 0, &spec).await?;
     let fresh = env.client().await?;
-    fresh.drain(spec).await?;
+    fresh.drain(spec.clone()).await?;
     let letters = match point {
-        Point::Buried => fresh.letters(&destination, &group).await?,
+        Point::Buried => fresh.letters(&spec.destinations[0], &spec.group).await?,
         _ => Vec::new(),
     };
     client.close().await?;
