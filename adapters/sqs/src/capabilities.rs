@@ -13,6 +13,9 @@ const TWELVE_HOURS_MS: u64 = 12 * 3600 * 1000;
 /// An hour less than SQS's twelve: those run from the receive, and the handler takes its time too.
 const LONGEST_DELAY_MS: u64 = 11 * 3600 * 1000;
 
+/// Why a publish to a FIFO queue or topic is not delayed.
+pub(crate) const NO_DELAY: &str = "FIFO queues delay whole queues, not messages; set mode = \"standard\"";
+
 pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
     let (is_fifo, has_topics) = (settings.names.is_fifo, settings.names.has_topics);
     let refused = |text: &str| Support::refused(text);
@@ -67,7 +70,7 @@ pub(crate) fn capabilities(settings: &Settings) -> Capabilities {
         ),
         patterns: refused("a queue is read by its name; name the destinations one by one"),
         delayed_publish: match (is_fifo, has_topics) {
-            (true, _) => refused("FIFO queues delay whole queues, not messages; set mode = \"standard\""),
+            (true, _) => refused(NO_DELAY),
             (false, true) => Support::emulated("received once by each group and put back until it is due"),
             (false, false) => Support::emulated("by SQS up to 900 s; beyond that received once and put back"),
         },

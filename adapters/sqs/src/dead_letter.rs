@@ -48,15 +48,13 @@ pub(crate) struct Letters {
 pub(crate) struct Reading {
     url: String,
     seen: HashSet<String>,
-    leased: Vec<Bytes>,
+    leased: Vec<Leased>,
 }
 
 /// A letter that is leased.
 struct Found {
     id: String,
-    handle: Bytes,
-    /// When its lease ends.
-    until: Instant,
+    leased: Leased,
     decoded: Decoded,
 }
 
@@ -99,7 +97,7 @@ impl Letters {
             // Also when all of it came in this call already: then leases have ended meanwhile, and it begins anew.
             is_end = true;
             for letter in found {
-                reading.leased.push(letter.handle.clone());
+                reading.leased.push(letter.leased.clone());
                 if reading.seen.insert(letter.id.clone()) {
                     is_end = false;
                     again.insert(letter.id.clone());
@@ -134,7 +132,7 @@ impl Letters {
         tokio::spawn(async move {
             tokio::time::sleep(PATIENCE).await;
             let leased = readings.lock().get_mut(&key).map(|reading| std::mem::take(&mut reading.leased));
-            free(&clients, &url, leased.unwrap_or_default()).await;
+            requests::give_letters_back(&clients, &url, leased.unwrap_or_default()).await;
         });
         DeadLetterId(ByteString::from(place))
     }
@@ -149,8 +147,8 @@ impl Letters {
         self.give_back(url, held).await;
     }
 
-    async fn give_back(&self, url: &str, handles: Vec<Bytes>) {
-        free(&self.clients, url, handles).await;
+    async fn give_back(&self, url: &str, leased: Vec<Leased>) {
+        requests::give_letters_back(&self.clients, url, leased).await;
     }
 
     /// Receives once, or several times at once where many are wanted; empty means that there are none.
@@ -178,7 +176,11 @@ impl Letters {
                 Ok((messages, until)) => found.extend(messages.into_iter().filter_map(|mut message| {
                     let handle = Bytes::from(message.receipt_handle.take()?);
                     let raw = raw(message);
-                    Some(Found { id: raw.id.clone(), handle, until, decoded: codec::decode(raw, &scope.source) })
+                    Some(Found {
+                        id: raw.id.clone(),
+                        leased: (handle, until),
+                        decoded: codec::decode(raw, &scope.source),
+                    })
                 })),
                 Err(error) => problem = Some(error),
             }
@@ -216,7 +218,7 @@ impl Letters {
                 if wanted.remove(letter.id.as_str()) || chosen.contains_key(&letter.id) {
                     chosen.insert(letter.id.clone(), letter);
                 } else {
-                    others.push(letter.handle);
+                    others.push(letter.leased);
                 }
             }
             if !is_new {
@@ -225,7 +227,7 @@ impl Letters {
         }
         self.give_back(url, others).await;
         if let Some(error) = problem {
-            self.give_back(url, chosen.into_values().map(|letter| letter.handle).collect()).await;
+            self.give_back(url, chosen.into_values().map(|letter| letter.leased).collect()).await;
             return Err(error);
         }
         Ok(chosen)
@@ -272,11 +274,11 @@ impl Letters {
                 Some(letter) => match sent.next().expect("one outcome per letter") {
                     Ok(_) => {
                         places.push(place);
-                        done.push((letter.handle, letter.until));
+                        done.push(letter.leased);
                         Ok(())
                     }
                     Err(error) => {
-                        kept.push(letter.handle);
+                        kept.push(letter.leased);
                         Err(error)
                     }
                 },
@@ -299,7 +301,7 @@ impl Letters {
         };
         let missing = self.absence(&prepared.letters, ids, &found, operation).await;
         let handles: Vec<Option<Leased>> =
-            ids.iter().map(|id| found.remove(&*id.0).map(|letter| (letter.handle, letter.until))).collect();
+            ids.iter().map(|id| found.remove(&*id.0).map(|letter| letter.leased)).collect();
         let present: Vec<Leased> = handles.iter().flatten().cloned().collect();
         let mut deleted = requests::delete(&self.clients, &prepared.letters, &present).await.into_iter();
         let absent = || missing.as_ref().map_or_else(|| Error::closed(operation), Error::duplicate);
@@ -330,15 +332,6 @@ impl Letters {
         let is_complete = ids.iter().all(|id| found.contains_key(&*id.0));
         if is_complete { None } else { Some(self.missing(url, operation, found.len()).await) }
     }
-}
-
-/// Ends leases. Should it fail, they end by themselves.
-async fn free(clients: &Clients, url: &str, handles: Vec<Bytes>) {
-    if handles.is_empty() {
-        return;
-    }
-    let entries: Vec<_> = handles.into_iter().map(|handle| (handle, Duration::ZERO)).collect();
-    let _ = requests::change(&clients.queues, url, &entries, "dead letters").await;
 }
 
 fn note(letter: Option<&str>) -> Option<Note> {

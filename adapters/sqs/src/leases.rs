@@ -6,6 +6,7 @@ use anybroker_core::Bytes;
 use tokio::time::Instant;
 
 use crate::codec::Carried;
+use crate::requests::Leased;
 
 /// How many messages' uncounted hand-overs are remembered.
 const REMEMBERED: usize = 10_000;
@@ -30,7 +31,7 @@ pub(crate) struct Leases {
     groups: HashMap<String, u32>,
     /// What goes back to its place as soon as nothing of its message group is out: SQS would hand it to another member
     /// while this one holds later messages of the key.
-    returning: HashMap<String, Vec<Bytes>>,
+    returning: HashMap<String, Vec<Leased>>,
 }
 
 impl Leases {
@@ -58,9 +59,10 @@ impl Leases {
         (lease.until > Instant::now()).then_some(lease)
     }
 
-    /// Whether the lease still holds.
-    pub(crate) fn holds(&self, handle: &Bytes) -> bool {
-        self.out.get(handle).is_some_and(|lease| lease.until > Instant::now())
+    /// The lease, unless it is over.
+    pub(crate) fn held(&self, handle: &Bytes) -> Option<Leased> {
+        let until = self.out.get(handle)?.until;
+        (until > Instant::now()).then(|| (handle.clone(), until))
     }
 
     /// The lease was extended.
@@ -81,12 +83,12 @@ impl Leases {
     }
 
     /// Remembers what goes back when the last of its message group is settled.
-    pub(crate) fn return_later(&mut self, group: String, handle: Bytes) {
-        self.returning.entry(group).or_default().push(handle);
+    pub(crate) fn return_later(&mut self, group: String, leased: Leased) {
+        self.returning.entry(group).or_default().push(leased);
     }
 
     /// What can go back now, of these message groups.
-    pub(crate) fn take_returning<'g>(&mut self, groups: impl Iterator<Item = &'g String>) -> Vec<Bytes> {
+    pub(crate) fn take_returning<'g>(&mut self, groups: impl Iterator<Item = &'g String>) -> Vec<Leased> {
         if self.returning.is_empty() {
             return Vec::new();
         }
@@ -101,7 +103,7 @@ impl Leases {
     }
 
     /// Everything that was to go back later.
-    pub(crate) fn drain_returning(&mut self) -> Vec<Bytes> {
+    pub(crate) fn drain_returning(&mut self) -> Vec<Leased> {
         self.returning.drain().flat_map(|(_, returning)| returning).collect()
     }
 }

@@ -174,6 +174,9 @@ impl Publisher {
             Err(_) => return refused(ErrorKind::Unavailable, "the queue could not be looked up in time".into()),
         };
         let delay = message.delay().unwrap_or_default();
+        if self.is_fifo && !delay.is_zero() {
+            return refused(ErrorKind::Unsupported, crate::capabilities::NO_DELAY.into());
+        }
         let mut carried = Carried::default();
         if let Some(ttl) = message.ttl() {
             carried.expires_at = Some(Timestamp::now().after(ttl));

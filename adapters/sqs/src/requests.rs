@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use anybroker_core::{Bytes, Effect, Error, ErrorKind, Result};
-use aws_sdk_sqs::Client;
 use aws_sdk_sqs::types::{
     BatchResultErrorEntry, ChangeMessageVisibilityBatchRequestEntry, DeleteMessageBatchRequestEntry,
 };
@@ -11,7 +10,7 @@ use futures_util::future::join_all;
 use tokio::time::Instant;
 
 use crate::clients::Clients;
-use crate::error::{failed, failed_entry, unmentioned};
+use crate::error::{failed_entry, unmentioned};
 use crate::parcel::BATCH;
 
 /// How often something is asked for while nobody knows whether it is done.
@@ -22,6 +21,14 @@ const ANSWER: Duration = Duration::from_secs(10);
 /// A receipt handle, and when the lease ends that it stands for.
 pub(crate) type Leased = (Bytes, Instant);
 
+/// A leased message, and how long from now its lease is to last. None at all gives it back.
+pub(crate) type Change = (Leased, Duration);
+
+/// Gives back at once.
+pub(crate) fn give_back(leased: Leased) -> Change {
+    (leased, Duration::ZERO)
+}
+
 /// Deletes; one outcome per handle, in order. Asked again where an answer is lost: then "no such receipt handle" may say that
 /// the earlier request has deleted it, and comes as [`ErrorKind::StaleDelivery`] with an unknown effect.
 ///
@@ -29,18 +36,48 @@ pub(crate) type Leased = (Bytes, Instant);
 /// request will succeed, but the message might not be deleted"
 /// (<https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/API_DeleteMessage.html>).
 pub(crate) async fn delete(clients: &Clients, url: &str, leased: &[Leased]) -> Vec<Result<()>> {
-    let requests = leased.chunks(BATCH).map(|chunk| delete_ten(clients, url, chunk));
+    let requests = leased.chunks(BATCH).map(|chunk| {
+        let until = chunk.iter().map(|(_, until)| *until).collect();
+        ask(until, "settle", |_| true, |left| delete_ten(clients, url, chunk, left))
+    });
     join_all(requests).await.into_iter().flatten().collect()
 }
 
-/// Changes visibility timeouts; one outcome per entry, in order.
+/// Changes visibility timeouts; one outcome per entry, in order. Asked again while the lease lasts, but for what is given back:
+/// when the answer is lost another one may have received it already, and the second request would take it from him. It comes
+/// back at the end of its lease at the latest.
 pub(crate) async fn change(
-    client: &Client,
+    clients: &Clients,
     url: &str,
-    entries: &[(Bytes, Duration)],
+    changes: &[Change],
     operation: &'static str,
 ) -> Vec<Result<()>> {
-    let requests = entries.chunks(BATCH).map(|chunk| change_ten(client, url, chunk, operation));
+    change_by(clients, url, changes, operation, false).await
+}
+
+/// Gives dead letters back. Asked again whatever becomes of the answer: another reader may lose some of its time by that, and
+/// without it nobody would see them until their leases end.
+pub(crate) async fn give_letters_back(clients: &Clients, url: &str, leased: Vec<Leased>) {
+    let changes: Vec<Change> = leased.into_iter().map(give_back).collect();
+    // Should it fail, they come back by themselves.
+    let _ = change_by(clients, url, &changes, "dead letters", true).await;
+}
+
+async fn change_by(
+    clients: &Clients,
+    url: &str,
+    changes: &[Change],
+    operation: &'static str,
+    is_shared: bool,
+) -> Vec<Result<()>> {
+    let now = Instant::now();
+    let requests = changes.chunks(BATCH).map(|chunk| {
+        // A lease that is made shorter may be over before the old one was.
+        let until = |((_, until), lease): &Change| if lease.is_zero() { *until } else { (*until).min(now + *lease) };
+        let is_repeatable = move |index: usize| is_shared || !chunk[index].1.is_zero();
+        let send = move |left| change_ten(clients, url, chunk, left, operation);
+        ask(chunk.iter().map(until).collect(), operation, is_repeatable, send)
+    });
     join_all(requests).await.into_iter().flatten().collect()
 }
 
@@ -54,25 +91,24 @@ fn text(handle: &Bytes) -> String {
     String::from_utf8_lossy(handle).into_owned()
 }
 
-/// By the client without retries of its own: it would not tell that an answer before was lost.
-async fn delete_ten(clients: &Clients, url: &str, leased: &[Leased]) -> Vec<Result<()>> {
+/// Asks until each of up to ten entries has its answer, which `send` brings for those that are left. An entry is not asked for
+/// again when its lease is over, nor where it may be done already and must not be done twice.
+async fn ask<F>(
+    until: Vec<Instant>,
+    operation: &'static str,
+    is_repeatable: impl Fn(usize) -> bool,
+    send: impl Fn(Vec<usize>) -> F,
+) -> Vec<Result<()>>
+where
+    F: Future<Output = Result<Vec<Result<()>>>>,
+{
     let mut answers: Vec<Option<Result<()>>> = Vec::new();
-    answers.resize_with(leased.len(), || None);
-    let mut left: Vec<usize> = (0..leased.len()).collect();
+    answers.resize_with(until.len(), || None);
+    let mut left: Vec<usize> = (0..until.len()).collect();
     let mut may_be_done = false;
     for asked in 1.. {
-        let entries = left.iter().map(|index| {
-            DeleteMessageBatchRequestEntry::builder()
-                .id(index.to_string())
-                .receipt_handle(text(&leased[*index].0))
-                .build()
-                .expect("id and handle are set")
-        });
-        let request = clients.sender.delete_message_batch().queue_url(url).set_entries(Some(entries.collect()));
-        let error = match tokio::time::timeout(ANSWER, request.send()).await {
-            Ok(Ok(answer)) => {
-                let done = answer.successful().iter().map(|entry| entry.id());
-                let mut told = outcomes("settle", leased.len(), done, answer.failed());
+        let error = match tokio::time::timeout(ANSWER, send(left.clone())).await {
+            Ok(Ok(mut told)) => {
                 for index in left {
                     let answer = std::mem::replace(&mut told[index], Ok(()));
                     answers[index] = Some(answer.map_err(|error| match error.kind() {
@@ -82,8 +118,8 @@ async fn delete_ten(clients: &Clients, url: &str, leased: &[Leased]) -> Vec<Resu
                 }
                 break;
             }
-            Ok(Err(error)) => clients.failed("settle", &error),
-            Err(_) => Error::new(ErrorKind::Timeout, "settle", format!("no answer within {ANSWER:?}")),
+            Ok(Err(error)) => error,
+            Err(_) => Error::new(ErrorKind::Timeout, operation, format!("no answer within {ANSWER:?}")),
         };
         may_be_done |= error.effect() == Effect::Unknown;
         let error = if may_be_done { error.with_effect(Effect::Unknown) } else { error };
@@ -93,7 +129,7 @@ async fn delete_ten(clients: &Clients, url: &str, leased: &[Leased]) -> Vec<Resu
         }
         let now = Instant::now();
         left.retain(|index| {
-            let is_over = is_last || leased[*index].1 <= now;
+            let is_over = is_last || until[*index] <= now || may_be_done && !is_repeatable(*index);
             if is_over {
                 answers[*index] = Some(Err(error.duplicate()));
             }
@@ -104,6 +140,21 @@ async fn delete_ten(clients: &Clients, url: &str, leased: &[Leased]) -> Vec<Resu
         }
     }
     answers.into_iter().map(|answer| answer.expect("it ends when nothing is left")).collect()
+}
+
+/// By the client without retries of its own: it would not tell that an answer before was lost.
+async fn delete_ten(clients: &Clients, url: &str, leased: &[Leased], left: Vec<usize>) -> Result<Vec<Result<()>>> {
+    let entries = left.into_iter().map(|index| {
+        DeleteMessageBatchRequestEntry::builder()
+            .id(index.to_string())
+            .receipt_handle(text(&leased[index].0))
+            .build()
+            .expect("id and handle are set")
+    });
+    let request = clients.sender.delete_message_batch().queue_url(url).set_entries(Some(entries.collect()));
+    let answer = request.send().await.map_err(|error| clients.failed("settle", &error))?;
+    let done = answer.successful().iter().map(|entry| entry.id());
+    Ok(outcomes("settle", leased.len(), done, answer.failed()))
 }
 
 /// Whether it is worth to ask again.
@@ -117,32 +168,27 @@ pub(crate) fn pause(asked: u32) -> Duration {
     Duration::from_millis(200 * u64::from(asked * asked) + u64::from(spread))
 }
 
+/// As [`delete_ten`], and for the same reason.
 async fn change_ten(
-    client: &Client,
+    clients: &Clients,
     url: &str,
-    changes: &[(Bytes, Duration)],
+    changes: &[Change],
+    left: Vec<usize>,
     operation: &'static str,
-) -> Vec<Result<()>> {
-    let entries = changes.iter().enumerate().map(|(index, (handle, duration))| {
+) -> Result<Vec<Result<()>>> {
+    let entries = left.into_iter().map(|index| {
+        let ((handle, _), lease) = &changes[index];
         ChangeMessageVisibilityBatchRequestEntry::builder()
             .id(index.to_string())
             .receipt_handle(text(handle))
-            .visibility_timeout(seconds(*duration))
+            .visibility_timeout(seconds(*lease))
             .build()
             .expect("id and handle are set")
     });
-    let request = client.change_message_visibility_batch().queue_url(url).set_entries(Some(entries.collect()));
-    match request.send().await {
-        Ok(answer) => {
-            let done = answer.successful().iter().map(|entry| entry.id());
-            outcomes(operation, changes.len(), done, answer.failed())
-        }
-        Err(error) => all(changes.len(), &failed(operation, &error)),
-    }
-}
-
-fn all(count: usize, error: &Error) -> Vec<Result<()>> {
-    (0..count).map(|_| Err(error.duplicate())).collect()
+    let request = clients.sender.change_message_visibility_batch().queue_url(url).set_entries(Some(entries.collect()));
+    let answer = request.send().await.map_err(|error| clients.failed(operation, &error))?;
+    let done = answer.successful().iter().map(|entry| entry.id());
+    Ok(outcomes(operation, changes.len(), done, answer.failed()))
 }
 
 fn outcomes<'a>(

@@ -15,7 +15,7 @@ use crate::codec::{self, Carried};
 use crate::config::LONGEST_POLL;
 use crate::error::failed;
 use crate::parcel::{self, LONGEST_DELAY, Parcel, Route};
-use crate::requests;
+use crate::requests::{self, Change};
 use crate::settle::{Entry, REQUEST, delete_copied};
 use crate::source::{Source, raw, receiving};
 
@@ -96,12 +96,11 @@ pub(crate) fn bring_back(source: &Arc<Source>) {
 }
 
 async fn once(source: &Source, retry: &str) -> Result<()> {
-    let queues = &source.clients.queues;
     let wait = requests::seconds(LONGEST_POLL);
     let answer = receiving(&source.clients.polls, retry, parcel::BATCH, wait, LEASE).send().await;
     let answer = answer.map_err(|error| failed("receive", &error))?;
     let (now, until) = (Timestamp::now(), Instant::now() + LEASE);
-    let (mut early, mut due, mut parcels): (Vec<(Bytes, Duration)>, Vec<Bytes>, Vec<Parcel>) = Default::default();
+    let (mut early, mut due, mut parcels): (Vec<Change>, Vec<Bytes>, Vec<Parcel>) = Default::default();
     for mut message in answer.messages.unwrap_or_default() {
         let Some(handle) = message.receipt_handle.take().map(Bytes::from) else { continue };
         let raw = raw(message);
@@ -111,7 +110,7 @@ async fn once(source: &Source, retry: &str) -> Result<()> {
         match decoded.carried.not_before.take().filter(|not_before| *not_before > now) {
             Some(not_before) => {
                 let left = u64::try_from(not_before.as_millis() - now.as_millis()).unwrap_or(0);
-                early.push((handle, Duration::from_millis(left)));
+                early.push(((handle, until), Duration::from_millis(left)));
             }
             None => {
                 let mut parcel = Parcel::new(codec::encode(&decoded.message, &decoded.carried, None));
@@ -135,7 +134,7 @@ async fn once(source: &Source, retry: &str) -> Result<()> {
         }
     }
     let deleted = requests::delete(&source.clients, retry, &brought).await;
-    let changed = requests::change(queues, retry, &early, "receive").await;
+    let changed = requests::change(&source.clients, retry, &early, "receive").await;
     let failed = deleted.into_iter().chain(changed).filter_map(Result::err).next();
     problem.or(failed).map_or(Ok(()), Err)
 }

@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use crate::inbox::Arrival;
 use crate::leases::Lease;
 use crate::letters::bury;
-use crate::requests::{self, Leased};
+use crate::requests::{self, Change, Leased};
 use crate::retry::send_copies;
 use crate::source::Source;
 
@@ -102,21 +102,20 @@ impl Settler for SqsSettler {
 
     async fn extend(&self, deliveries: &[&Delivery], lease: Duration) -> Vec<Result<()>> {
         let mut outcomes: Vec<Result<()>> = Vec::with_capacity(deliveries.len());
-        let mut shares: Vec<(Vec<usize>, Vec<(Bytes, Duration)>)> = vec![Default::default(); self.sources.len()];
+        let mut shares: Vec<(Vec<usize>, Vec<Change>)> = vec![Default::default(); self.sources.len()];
         for (place, delivery) in deliveries.iter().enumerate() {
             let lane = delivery.lane().index as usize;
-            let held = handle(delivery.token())
-                .filter(|handle| self.sources.get(lane).is_some_and(|source| source.leases.lock().holds(handle)));
-            if let Some(handle) = held {
+            let held = handle(delivery.token()).and_then(|handle| self.sources.get(lane)?.leases.lock().held(&handle));
+            if let Some(leased) = held {
                 shares[lane].0.push(place);
-                shares[lane].1.push((handle, lease));
+                shares[lane].1.push((leased, lease));
             }
             outcomes.push(Err(stale_error(delivery)));
         }
-        for (source, (places, entries)) in self.sources.iter().zip(shares) {
+        for (source, (places, changes)) in self.sources.iter().zip(shares) {
             let until = Instant::now() + lease;
-            let answers = source.change(&entries, "extend").await;
-            for ((place, answer), (handle, _)) in places.into_iter().zip(answers).zip(&entries) {
+            let answers = source.change(&changes, "extend").await;
+            for ((place, answer), ((handle, _), _)) in places.into_iter().zip(answers).zip(&changes) {
                 if answer.is_ok() {
                     source.leases.lock().extend(handle, until);
                 }
@@ -132,18 +131,18 @@ impl Settler for SqsSettler {
         let Some(lease) = source.leases.lock().take(&handle) else { return };
         // A hand-over without an outcome: it counts towards the crash limit.
         let behind = source.take_behind(lease.group.as_slice());
-        let mut now = Some(handle);
+        let mut now = Some((handle, lease.until));
         if let Some(group) = &lease.group {
             let mut leases = source.leases.lock();
             if leases.has_out(group)
-                && let Some(handle) = now.take()
+                && let Some(leased) = now.take()
             {
-                leases.return_later(group.clone(), handle);
+                leases.return_later(group.clone(), leased);
             }
         }
         self.runtime.spawn(async move {
             // Should it fail, the message comes back when its lease ends.
-            let now: Vec<_> = now.into_iter().map(|handle| (handle, Duration::ZERO)).collect();
+            let now: Vec<_> = now.into_iter().map(requests::give_back).collect();
             let _ = source.change(&now, "release").await;
             source.return_waiting(lease.group.iter()).await;
             source.give_back(behind).await;
@@ -171,7 +170,7 @@ impl Share {
         for entry in std::mem::take(&mut self.changes) {
             match &entry.lease.group {
                 Some(group) if leases.has_out(group) => {
-                    leases.return_later(group.clone(), entry.handle);
+                    leases.return_later(group.clone(), (entry.handle, entry.lease.until));
                     outcomes[entry.place] = Some(Ok(AckLevel::Recorded));
                 }
                 _ => self.changes.push(entry),
@@ -225,9 +224,15 @@ pub(crate) async fn delete_copied(entries: Vec<Entry>, source: &Source) -> Vec<(
 }
 
 async fn give_back(entries: Vec<Entry>, source: &Source) -> Vec<(usize, SettleOutcome)> {
-    let changes: Vec<_> = entries.iter().map(|entry| (entry.handle.clone(), Duration::ZERO)).collect();
+    let leased = entries.iter().map(|entry| (entry.handle.clone(), entry.lease.until));
+    let changes: Vec<_> = leased.map(requests::give_back).collect();
     let answers = source.change(&changes, "settle").await;
-    entries.into_iter().zip(answers).map(|(entry, answer)| entry.outcome(answer, source)).collect()
+    let outcomes = entries.into_iter().zip(answers).map(|(entry, answer)| match answer {
+        // It may be with another member already: whatever was asked for now could be done to that one's.
+        Err(error) if error.effect() == Effect::Unknown => entry.failed(error),
+        answer => entry.outcome(answer, source),
+    });
+    outcomes.collect()
 }
 
 impl Entry {
@@ -241,15 +246,20 @@ impl Entry {
     }
 
     pub(crate) fn outcome(self, answer: Result<()>, source: &Source) -> (usize, SettleOutcome) {
-        let Self { place, delivery, handle, lease } = self;
-        let outcome = answer.map(|()| AckLevel::Confirmed).map_err(|error| {
-            if error.kind() != ErrorKind::StaleDelivery {
-                source.leases.lock().hand_out(handle, lease);
+        match answer {
+            Ok(()) => (self.place, Ok(AckLevel::Confirmed)),
+            Err(error) => {
+                if error.kind() != ErrorKind::StaleDelivery {
+                    source.leases.lock().hand_out(self.handle.clone(), self.lease.clone());
+                }
+                self.failed(error)
             }
-            let error = error.with("group", delivery.group()).with("id", delivery.message().id());
-            SettleError::new(delivery, error)
-        });
-        (place, outcome)
+        }
+    }
+
+    fn failed(self, error: Error) -> (usize, SettleOutcome) {
+        let error = error.with("group", self.delivery.group()).with("id", self.delivery.message().id());
+        (self.place, Err(SettleError::new(self.delivery, error)))
     }
 }
 

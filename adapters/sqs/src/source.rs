@@ -22,7 +22,7 @@ use crate::inbox::{Arrival, Inbox};
 use crate::leases::{Delays, Forgiven, Lease, Leases};
 use crate::letters;
 use crate::parcel::BATCH;
-use crate::requests;
+use crate::requests::{self, Change, give_back};
 use crate::topology::Prepared;
 
 /// How long an answer is taken to travel, at most.
@@ -199,7 +199,7 @@ impl Source {
             let millis = arrival.carried.not_before.map_or(0, |due| due.as_millis() - now.as_millis());
             let left = Duration::from_millis(u64::try_from(millis).unwrap_or(0)).min(LONGEST_LEASE);
             self.delays.lock().add(&self.queues.queue, Instant::now() + left);
-            (arrival.handle, left)
+            ((arrival.handle, arrival.until), left)
         });
         let changes: Vec<_> = changes.collect();
         for error in self.change(&changes, "receive").await.into_iter().filter_map(Result::err) {
@@ -208,12 +208,8 @@ impl Source {
     }
 
     /// Changes visibility timeouts.
-    pub(crate) async fn change(
-        &self,
-        entries: &[(Bytes, Duration)],
-        operation: &'static str,
-    ) -> Vec<Result<(), Error>> {
-        requests::change(&self.clients.queues, &self.queues.queue, entries, operation).await
+    pub(crate) async fn change(&self, changes: &[Change], operation: &'static str) -> Vec<Result<(), Error>> {
+        requests::change(&self.clients, &self.queues.queue, changes, operation).await
     }
 
     /// Gives back what nobody has taken for a while: its caller was cancelled, and other members could have it. Not at once where
@@ -245,7 +241,7 @@ impl Source {
         if waiting.is_empty() {
             return;
         }
-        let waiting: Vec<_> = waiting.into_iter().map(|handle| (handle, Duration::ZERO)).collect();
+        let waiting: Vec<_> = waiting.into_iter().map(give_back).collect();
         // Should it fail, they come back when their leases end.
         let _ = self.change(&waiting, "release").await;
     }
@@ -272,14 +268,14 @@ impl Source {
         if arrivals.is_empty() {
             return;
         }
-        let entries: Vec<(Bytes, Duration)> = arrivals
+        let changes: Vec<Change> = arrivals
             .into_iter()
             .map(|arrival| {
                 self.forgiven.lock().forgive(arrival.message_id);
-                (arrival.handle, Duration::ZERO)
+                give_back((arrival.handle, arrival.until))
             })
             .collect();
-        for error in self.change(&entries, "release").await.into_iter().filter_map(Result::err) {
+        for error in self.change(&changes, "release").await.into_iter().filter_map(Result::err) {
             tracing::warn!(%error, "a message could not be given back; it comes back when its lease ends");
         }
     }
@@ -290,11 +286,11 @@ impl Source {
         let out = self.leases.lock().drain();
         let held = out.into_iter().map(|(handle, lease)| {
             self.forgiven.lock().forgive(lease.message_id);
-            (handle, Duration::ZERO)
+            give_back((handle, lease.until))
         });
-        let mut entries: Vec<_> = held.collect();
-        entries.extend(self.leases.lock().drain_returning().into_iter().map(|handle| (handle, Duration::ZERO)));
-        let (..) = tokio::join!(self.give_back(mine), self.change(&entries, "release"));
+        let mut changes: Vec<_> = held.collect();
+        changes.extend(self.leases.lock().drain_returning().into_iter().map(give_back));
+        let (..) = tokio::join!(self.give_back(mine), self.change(&changes, "release"));
     }
 
     /// The delivery of an arrival, unless its lease ended while it lay here.

@@ -8,7 +8,7 @@ use rand::rngs::StdRng;
 
 use super::faults::{any, disturbed_on, millis};
 use crate::case::{Breach, Proof};
-use crate::consumer::settle;
+use crate::consumer::{ack_all, settle};
 use crate::env::Env;
 use crate::faults::{Answers, Kind, Network, Planned, is_settling_in_a_fault};
 use crate::{Case, Level};
@@ -21,6 +21,14 @@ pub(super) const CASES: &[Case] = &[
         needs: &[],
         alone: false,
         run: |env| Box::pin(errors(env)),
+    },
+    Case {
+        name: "faults/what-is-given-back-without-an-answer-stays-with-who-gets-it-next",
+        level: Level::Reliability,
+        proves: "A member that gave messages back, and never heard that it was done, does not take them from the one that has got them since.",
+        needs: &[],
+        alone: false,
+        run: |env| Box::pin(given_back_without_an_answer(env)),
     },
     Case {
         name: "faults/what-is-throttled-is-asked-for-again-and-loses-nothing",
@@ -81,6 +89,45 @@ async fn acked_without_an_answer(env: &Env, network: &Network<'_>) -> Proof {
         client.close().await?;
     }
     Ok(())
+}
+
+/// A request to give back that is sent again finds the message with another member: then it may take it from that one, whose
+/// lease lasts for long. The history says whether it came once more within it.
+async fn given_back_without_an_answer(env: &Env) -> Proof {
+    let network = Network::open_to_answer(env).await?;
+    let line = network.line()?;
+    let (first, second) = (line.client(env).await?, env.client().await?);
+    let spec = env.spec(&env.destination("d"), &env.group("g")).with_lease(env.lease() * 4);
+    let count = env.at_once(5);
+    let mut giver = first.subscribe(spec.clone()).await?;
+    let message = |number| second.message(&spec.destinations[0], format!("key {number}").as_str());
+    second.publish_ok((0..count).map(message).collect()).await?;
+    let held = giver.take(count).await?;
+    // It asks for nothing more while it gives back, so that they come to the other one.
+    let mut next = second.subscribe(spec.clone()).await?;
+    let planned =
+        Planned { kind: Kind::Answered(Answers::DoneButUnavailable), lasts: ANSWERS_LOST, publishing: false, whom: 0 };
+    let giving = settle(held.into_iter().map(|held| (held, Settlement::Release)).collect());
+    let ((), given, taken) = futures_util::join!(line.suffer(env, &planned), giving, next.take(count));
+    for outcome in given? {
+        if let Err((_, error)) = outcome {
+            is_settling_in_a_fault(&error)?;
+        }
+    }
+    let taken = taken?;
+    next.silence("the next member holds all that there is").await?;
+    ack_all(taken).await?;
+    for consumer in [giver, next] {
+        consumer.close().await?;
+    }
+    second.drain(spec).await?;
+    for client in [first, second] {
+        client.close().await?;
+    }
+    match network.answered() {
+        0 => Err(Breach::Inconclusive("no request came while a proxy answered in the server's place".into())),
+        _ => Ok(()),
+    }
 }
 
 async fn throttled(env: &Env) -> Proof {

@@ -93,6 +93,9 @@ struct Stage {
     faults: Vec<String>,
 }
 
+/// The mutants that are run on it.
+type Act<'a> = (&'a [&'a Patch], Stage);
+
 /// The theme of those cases.
 const FAULTS: &str = "faults/";
 /// What happens in them.
@@ -144,38 +147,38 @@ impl Mutants {
         if chosen.is_empty() {
             return Ok(Vec::new());
         }
-        let adapters: Vec<&[&Patch]> = chosen.chunk_by(|one, other| one.adapter == other.adapter).collect();
+        let mut chosen = chosen.to_vec();
+        chosen.sort_by_key(|patch| (&patch.adapter, &patch.mode));
+        let adapters: Vec<&[&Patch]> = chosen.chunk_by(|one, other| one.mode == other.mode).collect();
         let stages = self.stages(&adapters, instance)?;
+        let acts: Vec<Act<'_>> = adapters.into_iter().zip(stages).collect();
         let command = build(tree, folder)?;
         // They wait for different servers.
         let survivors = Mutex::new(Vec::new());
         let matrix = Mutex::new(matrix);
         std::thread::scope(|scope| {
-            let threads: Vec<_> = adapters
-                .iter()
-                .zip(&stages)
-                .map(|(patches, stage)| {
-                    let run = || -> Result<()> {
-                        stage.control(&command, patches, &folder.join("reports").join(&patches[0].adapter))?;
-                        for patch in *patches {
-                            let report = folder.join("reports").join(&patch.adapter).join(&patch.stem);
-                            let report = stage.run(&command, Some(patch), &[&patch.killed_by], &report)?;
-                            let case = report.cases.first().context("a report without a case")?;
-                            let entry =
-                                Entry::new(patch, &case.outcome, &case.found(), &report.endpoint.server, revision);
-                            println!("{:9} {:55} {}", entry.outcome(), patch.name(), entry.verdict);
-                            if !entry.killed {
-                                survivors.lock().expect("no thread panics with it").push(patch.name());
-                            }
-                            let mut matrix = matrix.lock().expect("no thread panics with it");
-                            matrix.put(entry);
-                            matrix.write()?;
-                        }
-                        Ok(())
-                    };
-                    scope.spawn(run)
-                })
-                .collect();
+            let act = |(patches, stage): &Act<'_>| -> Result<()> {
+                let reports = folder.join("reports").join(stage.mode.name);
+                stage.control(&command, patches, &reports)?;
+                for patch in *patches {
+                    let report = stage.run(&command, Some(patch), &[&patch.killed_by], &reports.join(&patch.stem))?;
+                    let case = report.cases.first().context("a report without a case")?;
+                    let entry = Entry::new(patch, &case.outcome, &case.found(), &report.endpoint.server, revision);
+                    println!("{:9} {:55} {}", entry.outcome(), patch.name(), entry.verdict);
+                    if !entry.killed {
+                        survivors.lock().expect("no thread panics with it").push(patch.name());
+                    }
+                    let mut matrix = matrix.lock().expect("no thread panics with it");
+                    matrix.put(entry);
+                    matrix.write()?;
+                }
+                Ok(())
+            };
+            // Those of one server after one another: a case may kill it.
+            let servers: Vec<&[Act<'_>]> =
+                acts.chunk_by(|(_, one), (_, other)| one.mode.broker == other.mode.broker).collect();
+            let threads: Vec<_> =
+                servers.into_iter().map(|acts| scope.spawn(move || acts.iter().try_for_each(act))).collect();
             threads.into_iter().try_for_each(|thread| thread.join().expect("a run that panics is a mistake here"))
         })?;
         Ok(survivors.into_inner().expect("no thread panics with it"))
@@ -185,9 +188,9 @@ impl Mutants {
         let mut stages = Vec::new();
         let mut names = Vec::new();
         for patches in adapters {
-            let adapter = &patches[0].adapter;
-            let mode = MODES.iter().find(|mode| mode.name == *adapter && mode.is_default);
-            let mode = mode.with_context(|| format!("{adapter} has no default mode"))?;
+            let Patch { adapter, mode: name, .. } = patches[0];
+            let mode = MODES.iter().find(|mode| mode.name == *name && mode.feature == Some(adapter));
+            let mode = mode.with_context(|| format!("{adapter} has no mode `{name}` that mutants can be run in"))?;
             names.push(mode.broker.context("an adapter with a server")?.to_owned());
             stages.push((mode, String::new()));
         }

@@ -15,6 +15,8 @@ pub(super) const FOLDER: &str = "conformance/mutants";
 pub(super) struct Patch {
     pub(super) file: PathBuf,
     pub(super) adapter: String,
+    /// The mode that it is run in, as `cargo xtask conform` calls it.
+    pub(super) mode: String,
     /// The name of the file, without its end.
     pub(super) stem: String,
     pub(super) breaks: String,
@@ -48,10 +50,11 @@ impl Patch {
         let name = |path: Option<&Path>| {
             path.and_then(Path::file_stem).map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
         };
-        let field = |field: &str| {
+        let optional = |field: &str| {
             let value = text.lines().take_while(|line| !line.is_empty()).find_map(|line| line.strip_prefix(field));
-            value.map(|value| value.trim().to_owned()).with_context(|| format!("{}: no `{field}`", file.display()))
+            value.map(|value| value.trim().to_owned())
         };
+        let field = |field: &str| optional(field).with_context(|| format!("{}: no `{field}`", file.display()));
         let (adapter, stem) = (name(file.parent()), name(Some(&file)));
         let within = format!("adapters/{adapter}/src/");
         for line in text.lines().filter(|line| line.starts_with("+++ ")) {
@@ -59,7 +62,8 @@ impl Patch {
         }
         let blob = output_of(Command::new("git").arg("hash-object").arg(&file))?.trim().to_owned();
         let (breaks, killed_by, says) = (field("Breaks:")?, field("Killed-by:")?, field("Says:")?);
-        Ok(Self { breaks, killed_by, says, blob, adapter, stem, file })
+        let mode = optional("On:").unwrap_or_else(|| adapter.clone());
+        Ok(Self { breaks, killed_by, says, blob, adapter, mode, stem, file })
     }
 
     pub(super) fn name(&self) -> String {
