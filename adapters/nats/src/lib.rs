@@ -4,6 +4,7 @@
 //! this crate.
 
 mod ack;
+mod agreement;
 mod api;
 mod authentication;
 mod board;

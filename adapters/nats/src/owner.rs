@@ -11,6 +11,7 @@ use async_nats::{HeaderMap, Subject};
 use serde_json::json;
 use tokio::time::Instant;
 
+use crate::agreement;
 use crate::error::WRONG_LAST_SEQUENCE;
 use crate::link::Link;
 use crate::publisher::refused;
@@ -21,6 +22,11 @@ const STAND_BY: Duration = Duration::from_millis(200);
 /// How long the server may take to confirm a claim.
 const ANSWER: Duration = Duration::from_secs(5);
 const EXPECTED: &str = "Nats-Expected-Last-Subject-Sequence";
+
+/// The subject of a group's claim.
+pub(crate) fn claim(record: &str) -> String {
+    format!("{record}.o")
+}
 
 /// The claim of one member on one destination of a group.
 pub(crate) struct Owner {
@@ -110,11 +116,17 @@ impl Owner {
                 record.seq
             }
         };
-        Ok(match self.write(expected).await? {
-            true if expected == 0 => Change::Gained,
-            true => Change::TakenOver,
-            false => Change::None,
-        })
+        if agreement::is_unordered(&self.link, &self.stream, "receive").await? || !self.write(expected).await? {
+            return Ok(Change::None);
+        }
+        // Now that the claim shows, nobody without order comes any more; somebody may have come before it did. Then the claim is
+        // not renewed, and the next one counts as taken over.
+        let held = self.held.take();
+        if agreement::is_unordered(&self.link, &self.stream, "receive").await? {
+            return Ok(Change::None);
+        }
+        self.held = held;
+        Ok(if expected == 0 { Change::Gained } else { Change::TakenOver })
     }
 
     /// Gives the claim up, so that the next member need not wait.

@@ -12,13 +12,14 @@ use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+use crate::agreement::{self, Keepers, Stand, Unordered};
 use crate::config::Settings;
 use crate::desk::{Desk, Scope};
 use crate::feed::Feed;
 use crate::link::{Link, by};
 use crate::lookup::look_up;
 use crate::names::Names;
-use crate::owner::Owner;
+use crate::owner::{self, Owner};
 use crate::settle::{self, NatsSettler};
 use crate::state::{FeedState, Renewal, Shared, Tasks};
 use crate::topology::{Topology, ack_wait};
@@ -81,11 +82,16 @@ impl NatsSubscription {
         let mut working = Vec::new();
         for (index, destination) in (0..).zip(&spec.destinations) {
             let scope = &desk.scopes[index as usize];
-            let owner = keeps_order.then(|| {
-                let record = (scope.records.clone(), format!("{}.o", scope.record));
-                Owner::new(Arc::clone(link), Arc::clone(topology), record, settings.member_timeout)
-            });
-            working.push(Feed::new(index, destination.clone(), Arc::clone(&desk), owner).await?);
+            let claim = owner::claim(&scope.record);
+            let keepers = Keepers::new(&scope.records, claim.clone(), settings.member_timeout);
+            let stand = if keeps_order {
+                agreement::expect_no_unordered(link, topology, keepers).await?;
+                let record = (scope.records.clone(), claim);
+                Stand::InTurn(Owner::new(Arc::clone(link), Arc::clone(topology), record, settings.member_timeout))
+            } else {
+                Stand::Any(Unordered::new(link, topology, keepers).await?)
+            };
+            working.push(Feed::new(index, destination.clone(), Arc::clone(&desk), stand).await?);
         }
         for feed in working {
             tokio::spawn(feed.run());

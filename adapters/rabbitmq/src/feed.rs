@@ -14,6 +14,7 @@ use lapin::types::FieldTable;
 use lapin::{Channel, Consumer};
 use tokio::time::Instant;
 
+use crate::agreement;
 use crate::codec::{decode, is_mark, notes, offset};
 use crate::desk::Desk;
 use crate::error::failed;
@@ -275,8 +276,16 @@ impl Feed {
             let (unacked, last) = shared.unacked(self.index);
             let room = usize::from(self.prefetch).saturating_sub(unacked);
             let Some(room) = u16::try_from(room).ok().filter(|room| *room > 0) else { return Ok(()) };
+            let topology = &self.desk.topology;
+            agreement::agree(topology, self.queue(), false, "receive", deadline).await?;
             session.consumer = Some(self.consume(&session.channel, room, deadline).await?);
             session.narrow = (unacked > 0).then_some(last);
+            if agreement::is_kept(topology, self.queue(), "receive", deadline).await? {
+                // What has come to this consumer nobody has seen: it goes back with the channel.
+                session.consumer = None;
+                let text = "members that keep order came at the same moment";
+                return Err(Error::new(ErrorKind::Unavailable, "receive", text).with("queue", self.queue()));
+            }
         }
         Ok(())
     }
@@ -418,7 +427,9 @@ impl Feed {
     /// Why an attachment ended: a queue that is gone is told apart from a connection that is.
     async fn ended(&self, error: Error, session: &mut Session) -> Ended {
         let is_refused = error.kind() == ErrorKind::Unauthenticated && !passes(&error);
-        if is_refused || matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::Closed) {
+        let is_final =
+            matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::Closed | ErrorKind::AlreadyExists);
+        if is_refused || is_final {
             return Ended::Over(error);
         }
         if session.channel.status().connected() || error.kind() == ErrorKind::NotFound {

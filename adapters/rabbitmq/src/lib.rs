@@ -5,6 +5,7 @@
 //! this crate.
 
 mod admin;
+mod agreement;
 mod broker;
 mod capabilities;
 mod codec;

@@ -34,7 +34,7 @@ const LAST_LOOK: Duration = Duration::from_millis(200);
 const REQUEST: Duration = Duration::from_secs(10);
 /// The server asks a quorum queue for 250 ms how many messages and consumers it has, and then tells 0 and 0
 /// (`rabbit_quorum_queue:stat/2` of 4.0.5). What took that long was no answer.
-const NO_ANSWER: Duration = Duration::from_millis(200);
+pub(crate) const NO_ANSWER: Duration = Duration::from_millis(200);
 
 /// One member's stand.
 pub(crate) struct Owner {

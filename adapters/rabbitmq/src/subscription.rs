@@ -10,6 +10,7 @@ use async_trait::async_trait;
 use tokio::runtime::Handle;
 use tokio::time::Instant;
 
+use crate::agreement;
 use crate::config::Settings;
 use crate::desk::Desk;
 use crate::feed::Feed;
@@ -60,7 +61,11 @@ impl RabbitSubscription {
             }
             let feed = FeedState::new(destination.clone(), group.clone(), keeps_order, share);
             feeds.push(if blocks { feed.blocking(spec.order) } else { feed });
-            queues.push(topology.names.queue(destination, group));
+            let queue = topology.names.queue(destination, group);
+            if !is_log {
+                agreement::agree(topology, &queue, keeps_order, "subscribe", Instant::now() + DROPPED).await?;
+            }
+            queues.push(queue);
             if is_log {
                 streams.push(Names::stream(&topology.names.exchange(destination)));
             }

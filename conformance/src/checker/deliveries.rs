@@ -127,17 +127,18 @@ impl Checker {
             let detail = format!("attempt {} of at most {}", seen.attempt, max_attempts.unwrap_or_default());
             self.anomaly("attempt-mismatch", &group, &seen.id, detail);
         }
-        if order == Order::None || (order == Order::Key && key.is_none()) || instructed {
+        if instructed {
             return;
         }
-        if first_delivery {
+        let is_ordered = order == Order::Total || order == Order::Key && key.is_some();
+        if first_delivery && is_ordered {
             let lane = if order == Order::Total { None } else { key.clone() };
             self.firsts.entry((place.clone(), producer, lane)).or_default().push(seen.id.clone());
         }
         if copies != 1 {
             return;
         }
-        if on_failure != OnFailure::GoPast {
+        if is_ordered && on_failure != OnFailure::GoPast {
             self.overtaken(&place, &group, producer, &key, sequence, order, seen);
         }
         // Whoever has not been told of a loss has its keys still, and cannot know who else has them by now.

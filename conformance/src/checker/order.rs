@@ -67,7 +67,7 @@ impl Checker {
         }
     }
 
-    /// In ordered modes the unsettled deliveries of a key are with one member.
+    /// The unsettled deliveries of a key are with one member, where that or the one that holds them was promised an order.
     pub(super) fn held_by_another(
         &mut self,
         at: u64,
@@ -83,15 +83,21 @@ impl Checker {
         let other = self.stories.get(place).and_then(|stories| {
             stories.iter().find(|(id, story)| {
                 // First what few of them are: this is asked of every story at every delivery.
-                let is_held = story.held().any(|held| {
-                    held.member != seen.subscription
+                let holders = story.held().filter_map(|held| {
+                    let is_held = held.member != seen.subscription
                         && held.until > at
-                        && moved.is_none_or(|moved| held.at > moved)
-                        && members.get(&held.member).is_some_and(|member| !member.gone)
+                        && moved.is_none_or(|moved| held.at > moved);
+                    members.get(&held.member).filter(|member| is_held && !member.gone)
                 });
+                // What they have promised between them.
+                let (mut total, mut keyed) = (false, false);
+                for promised in holders.flat_map(|member| [member.order, order]) {
+                    total |= promised == Order::Total;
+                    keyed |= promised == Order::Key && key.is_some();
+                }
                 let of = || self.by_id.get(&(seen.destination.clone(), (*id).clone()));
                 let has_its_key = |call: &usize| self.publishes[*call].key == *key;
-                is_held && (order == Order::Total || of().is_some_and(|calls| calls.iter().any(has_its_key)))
+                total || keyed && of().is_some_and(|calls| calls.iter().any(has_its_key))
             })
         });
         if let Some((other, _)) = other {

@@ -173,6 +173,10 @@ pub enum Start {
 }
 
 /// The order that a subscription keeps.
+///
+/// It is the group's as well: a member that asks for another one than the members that are there is refused with
+/// [`AlreadyExists`](crate::ErrorKind::AlreadyExists), gets nothing as long as they are there, or keeps what they keep. So a service that
+/// changes its order ends its old members first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Order {

@@ -27,9 +27,12 @@ impl Feed {
         if state.epoch != self.epoch {
             self.take_buffered();
             self.epoch = state.epoch;
-            self.is_ready = false;
+            (self.is_ready, self.has_agreed) = (false, false);
+            if let Some(unordered) = &mut self.unordered {
+                unordered.keepers.forget();
+            }
             if self.owner.is_none() {
-                // Not handed out before it is known whether the server still knows that it is here.
+                // Not handed out before it is known whether the server still knows that it is here, and whether others keep order.
                 self.desk.shared.hold(self.index, true);
             }
             if !state.is_connected {
@@ -67,7 +70,9 @@ impl Feed {
             self.desk.shared.forget_prefetched(self.index);
         }
         self.server = server;
-        self.desk.shared.hold(self.index, false);
+        if self.has_agreed {
+            self.desk.shared.hold(self.index, false);
+        }
     }
 
     /// What came before the connection was lost.

@@ -18,6 +18,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::ack::{self, Ack};
+use crate::agreement::{Stand, Unordered};
 use crate::codec::{self, Stored};
 use crate::desk::Desk;
 use crate::inbox::Inbox;
@@ -41,7 +42,11 @@ pub(crate) struct Feed {
     index: u32,
     destination: Destination,
     desk: Arc<Desk>,
+    /// Under order: the claim on the turn.
     owner: Option<Owner>,
+    /// Without order: nobody keeps one in the group, which is looked at again on each new connection.
+    unordered: Option<Unordered>,
+    has_agreed: bool,
     link: watch::Receiver<link::State>,
     epoch: u64,
     /// The server's process.
@@ -72,12 +77,11 @@ pub(crate) struct Feed {
 }
 
 impl Feed {
-    pub(crate) async fn new(
-        index: u32,
-        destination: Destination,
-        desk: Arc<Desk>,
-        owner: Option<Owner>,
-    ) -> Result<Self> {
+    pub(crate) async fn new(index: u32, destination: Destination, desk: Arc<Desk>, stand: Stand) -> Result<Self> {
+        let (owner, unordered) = match stand {
+            Stand::InTurn(owner) => (Some(owner), None),
+            Stand::Any(unordered) => (None, Some(unordered)),
+        };
         let link = desk.link.state.clone();
         let epoch = link.borrow().epoch;
         let server = desk.link.client.server_info().server_id;
@@ -89,6 +93,8 @@ impl Feed {
             destination,
             desk,
             owner,
+            unordered,
+            has_agreed: true,
             link,
             epoch,
             server,
@@ -245,8 +251,21 @@ impl Feed {
         }
     }
 
-    /// After every (re)connect: which messages have records although the server's count may not show it.
+    /// After every (re)connect: whether others keep order now, and which messages have records although the server's count may not show it.
     async fn get_ready(&mut self) -> Result<()> {
+        if let Some(unordered) = self.unordered.as_mut().filter(|_| !self.has_agreed) {
+            if !unordered.keepers.are_gone(&self.desk.topology, "receive").await? {
+                return Err(Error::new(
+                    ErrorKind::Unavailable,
+                    "receive",
+                    "whether others keep order is not known yet",
+                ));
+            }
+            self.has_agreed = true;
+            if !self.is_degraded {
+                self.desk.shared.hold(self.index, false);
+            }
+        }
         let scope = &self.desk.scopes[self.index as usize];
         let filter = format!("{}.f.>", scope.record);
         let subjects = self.desk.topology.api.subjects("receive", &scope.records, &filter).await?;
@@ -431,5 +450,5 @@ impl Feed {
 
 /// What trying again does not change.
 fn is_final(error: &Error) -> bool {
-    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::PermissionDenied)
+    matches!(error.kind(), ErrorKind::NotFound | ErrorKind::PermissionDenied | ErrorKind::AlreadyExists)
 }

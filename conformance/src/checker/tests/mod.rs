@@ -339,6 +339,22 @@ fn what_passes_a_failed_message_of_its_key_is_a_reorder_only_where_it_blocks() {
 }
 
 #[test]
+fn a_key_is_with_one_member_where_either_of_two_was_promised_an_order() {
+    for (orders, expected) in [
+        ((Order::None, Order::None), vec![]),
+        ((Order::Key, Order::None), vec!["concurrent-key"]),
+        ((Order::None, Order::Key), vec!["concurrent-key"]),
+        ((Order::None, Order::Total), vec!["concurrent-key"]),
+    ] {
+        let mut script = Script::new();
+        script.subscribed(1, orders.0, OnFailure::GoPast).subscribed(2, orders.1, OnFailure::GoPast);
+        script.published("a", "k", 1).published("b", "k", 2);
+        script.delivered_to(1, 1, "a", 1).delivered_to(2, 2, "b", 1);
+        assert_eq!(script.names(), expected, "{orders:?}");
+    }
+}
+
+#[test]
 fn a_key_held_by_two_members_is_a_concurrent_key() {
     let mut script = Script::new();
     script.subscribed(1, Order::Key, OnFailure::GoPast).subscribed(2, Order::Key, OnFailure::GoPast);
