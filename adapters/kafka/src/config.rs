@@ -170,7 +170,7 @@ pub(crate) struct Settings {
     compression: String,
     linger: Duration,
     delivery_timeout: Duration,
-    session_timeout: Duration,
+    pub(crate) session_timeout: Duration,
     prefetch_kib: i64,
 }
 

@@ -64,9 +64,25 @@ pub(crate) struct Feeder {
 }
 
 /// Why a feeder stopped.
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Fed {
     Closing,
     ShutOut,
+    /// The process stood still for so long that the member counts as gone.
+    StoodStill,
+}
+
+impl Fed {
+    /// What a close answers when there was no member any more that could commit.
+    fn uncommitted(self) -> Error {
+        let (kind, why) = match self {
+            Self::StoodStill => {
+                (ErrorKind::StaleDelivery, "the process stood still, and others may have its partitions")
+            }
+            _ => (ErrorKind::Unauthenticated, "the cluster refused the credentials"),
+        };
+        Error::new(kind, "close", format!("{why}: the last acks were not committed"))
+    }
 }
 
 impl Feeder {
@@ -93,20 +109,24 @@ impl Feeder {
         loop {
             match self.feed(&consumer, &made) {
                 Fed::Closing => break,
-                Fed::ShutOut => {
+                gone @ (Fed::ShutOut | Fed::StoodStill) => {
                     give_up(&self, consumer);
-                    match self.join_again(&mut made) {
+                    // What has come meanwhile is not passed over.
+                    self.start = Start::Earliest;
+                    match self.join_again(&mut made, gone) {
                         Some(fresh) => consumer = Arc::new(fresh),
                         None => {
-                            let text = "the cluster refused the credentials: the last acks were not committed";
-                            let _ = ended.send(Err(Error::new(ErrorKind::Unauthenticated, "close", text)));
+                            let _ = ended.send(Err(gone.uncommitted()));
                             return;
                         }
                     }
                 }
             }
         }
-        let _ = ended.send(self.flush(&consumer));
+        let _ = ended.send(match consumer.context().stood_still() {
+            true => Err(Fed::StoodStill.uncommitted()),
+            false => self.flush(&consumer),
+        });
         // Leaving the group may take as long as a rebalance: after the answer, on this thread (rust-rdkafka #509).
         leave(&consumer);
         drop(consumer);
@@ -119,6 +139,9 @@ impl Feeder {
         let mut fetching = Fetching { consumer, is_paused: false, full_since: None, queues: BTreeMap::new() };
         let (mut last_commit, mut is_refused) = (Instant::now(), false);
         while !self.shared.is_closing.load(Ordering::Acquire) {
+            if consumer.context().stood_still() {
+                return Fed::StoodStill;
+            }
             fetching.step(self);
             if last_commit.elapsed() >= self.settings.commit_interval {
                 // A failure is logged, and what was not committed is committed next time.
@@ -138,20 +161,31 @@ impl Feeder {
         Fed::Closing
     }
 
-    /// A member in the place of one that was not let in; `None` when the subscription closes meanwhile.
-    fn join_again(&self, made: &mut Made) -> Option<Client> {
+    /// A member in the place of one that was not let in, or is gone; `None` when the subscription closes meanwhile.
+    fn join_again(&self, made: &mut Made, gone: Fed) -> Option<Client> {
         loop {
             *made = Made::now(&self.settings, &self.runtime);
-            match self.join() {
+            let joined = self.join();
+            if self.shared.is_closing.load(Ordering::Acquire) {
+                // As it is for who closes while it is a member: joining tells that it was in vain.
+                return joined.ok();
+            }
+            match joined {
                 Ok(consumer) => return Some(consumer),
                 Err(error) => {
-                    tracing::warn!(%error, topic = self.topic, "the group could not be joined with other credentials");
-                    self.shared.degraded(Some(error.message().to_owned()));
-                    made.refused();
+                    tracing::warn!(%error, topic = self.topic, "the group could not be joined again");
+                    let may_pass = gone == Fed::ShutOut || self.settings.may_be_let_in();
+                    match error.kind() {
+                        ErrorKind::NotFound => self.shared.fail(error),
+                        ErrorKind::PermissionDenied | ErrorKind::Unauthenticated if !may_pass => {
+                            self.shared.fail(error);
+                        }
+                        _ => {
+                            self.shared.degraded(Some(error.message().to_owned()));
+                            made.refused();
+                        }
+                    }
                 }
-            }
-            if self.shared.is_closing.load(Ordering::Acquire) {
-                return None;
             }
             std::thread::sleep(PAUSE);
         }
@@ -184,6 +218,7 @@ impl Feeder {
             revoke_wait: self.settings.revoke_wait,
             patience: self.settings.transaction_timeout,
             has_joined: AtomicBool::new(false),
+            stops: self.shared.pulse.stops(),
             is_refused: AtomicBool::new(false),
             is_given_up: AtomicBool::new(false),
             has_changed: AtomicBool::new(false),
@@ -260,7 +295,7 @@ fn leave(consumer: &Client) {
     }
 }
 
-/// Ends a member that the cluster does not let in. What is out of it comes again: nobody can commit for it any more.
+/// Ends a member that the cluster does not let in, or has missed for too long. What is out of it comes again: nobody can commit for it any more.
 fn give_up(feeder: &Feeder, consumer: Arc<Client>) {
     consumer.context().is_given_up.store(true, Ordering::Release);
     feeder.shared.lose_all(feeder.number);

@@ -24,6 +24,7 @@ mod names;
 mod note;
 mod progress;
 mod publisher;
+mod pulse;
 mod settle;
 mod state;
 mod subscription;

@@ -32,6 +32,8 @@ pub(crate) struct Member {
     /// How long the group's offsets are waited for.
     pub(crate) patience: Duration,
     pub(crate) has_joined: AtomicBool,
+    /// How often the process had stood still when it was made.
+    pub(crate) stops: u64,
     /// The cluster does not take its credentials.
     pub(crate) is_refused: AtomicBool,
     /// Another one has taken its place: what it is told has no effect on what that one has.
@@ -107,7 +109,9 @@ impl Member {
             progress = self.progress(consumer, &both);
         }
         progress.resize(partitions.len() + companions.len(), None);
-        for (index, partition) in partitions.iter().enumerate() {
+        // Then the member is given up, and nothing of it is handed out.
+        let is_new = !self.stood_still();
+        for (index, partition) in partitions.iter().enumerate().filter(|_| is_new) {
             let name = format!("{}/{partition}", self.topic);
             let retry = companions.iter().position(|companion| companion == partition);
             let retry = retry.and_then(|place| progress[partitions.len() + place].take());
@@ -133,7 +137,9 @@ impl Member {
                 Ok(progress) => return progress,
                 Err(error) => {
                     let is_transient = matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Timeout);
-                    let is_over = self.shared.is_closing.load(Ordering::Acquire) || consumer.assignment_lost();
+                    let is_over = self.shared.is_closing.load(Ordering::Acquire)
+                        || consumer.assignment_lost()
+                        || self.stood_still();
                     if !is_transient || is_over || Instant::now() >= deadline {
                         // What was settled above a prefix comes again: better than not to go on.
                         tracing::warn!(%error, topic = self.topic, "what was settled out of order could not be read");
@@ -142,6 +148,11 @@ impl Member {
                 }
             }
         }
+    }
+
+    /// Whether the process has stood still since this member was made.
+    pub(crate) fn stood_still(&self) -> bool {
+        self.shared.pulse.stops() != self.stops
     }
 
     fn revoke(&self, consumer: &BaseConsumer<Self>, revoked: &TopicPartitionList) {

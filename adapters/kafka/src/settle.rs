@@ -70,7 +70,7 @@ impl Settler for KafkaSettler {
         }
         let mut outcomes: Vec<Option<SettleOutcome>> = Vec::with_capacity(batch.len());
         let mut hops = Vec::new();
-        let mut state = self.shared.lock();
+        let mut state = self.shared.lock_awake();
         for (index, (delivery, settlement)) in batch.into_iter().enumerate() {
             let (lane, token) = (delivery.lane(), delivery.token());
             let hop = match settlement {
@@ -128,7 +128,7 @@ impl Settler for KafkaSettler {
         };
         let mut outcomes: Vec<Option<SettleOutcome>> = Vec::with_capacity(batch.len());
         let (mut acked, mut hops): (Vec<Place>, Vec<Joining>) = (Vec::new(), Vec::new());
-        let mut state = self.shared.lock();
+        let mut state = self.shared.lock_awake();
         for (index, (delivery, settlement)) in batch.into_iter().enumerate() {
             let hop = match settlement {
                 Settlement::Ack => None,
@@ -221,7 +221,7 @@ impl Settler for KafkaSettler {
 
 impl KafkaSettler {
     fn ack(&self, batch: Vec<(Delivery, Settlement)>) -> Vec<SettleOutcome> {
-        let mut state = self.shared.lock();
+        let mut state = self.shared.lock_awake();
         let acked: Vec<bool> = batch.iter().map(|(delivery, _)| state.ack(delivery.lane(), delivery.token())).collect();
         self.shared.has_settled(&mut state);
         // The messages are dropped without the lock.

@@ -15,10 +15,12 @@ use tokio::sync::Notify;
 
 use crate::blocks::Blocks;
 use crate::codec::Chunk;
+use crate::config::Settings;
 use crate::joined::Joining;
 use crate::lanes::{Log, Partition, Stage};
 use crate::note::{self, Origin, Retry};
 use crate::progress::{Commit, Progress};
+use crate::pulse::Pulse;
 
 /// More than any delay that this adapter writes: a note that says more is not its own.
 const LONGEST_WAIT: Duration = Duration::from_secs(48 * 3600);
@@ -42,6 +44,7 @@ pub(crate) struct Shared {
     feeders: Mutex<Vec<std::thread::Thread>>,
     /// What transactions need of the subscription.
     pub(crate) joining: Joining,
+    pub(crate) pulse: Pulse,
 }
 
 /// A record in a subscription.
@@ -76,7 +79,7 @@ pub(crate) struct State {
 }
 
 impl Shared {
-    pub(crate) fn new(max_in_flight: usize, held_retries: usize, held_bytes: usize, blocks: bool) -> Self {
+    pub(crate) fn new(max_in_flight: usize, settings: &Settings, blocks: bool) -> Self {
         Self {
             state: Mutex::new(State { blocks: Blocks::new(blocks), ..State::default() }),
             arrived: Notify::new(),
@@ -85,15 +88,33 @@ impl Shared {
             is_paused: AtomicBool::new(false),
             is_degraded: AtomicBool::new(false),
             max_in_flight,
-            held_retries,
-            held_bytes,
+            held_retries: settings.held_retries,
+            held_bytes: settings.held_bytes,
             feeders: Mutex::default(),
             joining: Joining::default(),
+            pulse: Pulse::new(settings.session_timeout),
         }
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock()
+    }
+
+    /// The same for who settles or receives: what the process has held for longer than it may stand still is lost before.
+    pub(crate) fn lock_awake(&self) -> MutexGuard<'_, State> {
+        let mut state = self.state.lock();
+        if !self.is_closing.load(Ordering::Acquire) && self.pulse.beat() {
+            let all: Vec<(usize, i32)> = state.by_name.keys().copied().collect();
+            tracing::warn!(
+                "the process has stood still for so long that others may have its partitions; it joins again"
+            );
+            for (feeder, partition) in all {
+                self.lose_one(&mut state, feeder, partition);
+            }
+            self.arrived.notify_one();
+            self.wake_feeders();
+        }
+        state
     }
 
     pub(crate) fn add_feeder(&self, thread: std::thread::Thread) {
@@ -241,20 +262,27 @@ impl Shared {
     pub(crate) fn lose(&self, feeder: usize, partitions: &[i32]) {
         let mut state = self.lock();
         for partition in partitions {
-            let Some(index) = state.by_name.get(&(feeder, *partition)).copied() else { continue };
-            let partition = &mut state.partitions[index as usize];
-            if !partition.is_owned {
-                continue;
-            }
-            let lane = partition.lane;
-            let lost = partition.lose();
-            state.unsettled -= lost.unsettled;
-            state.held_count -= lost.held;
-            state.held_bytes -= lost.held_bytes;
-            state.blocks.lose(lane.index);
-            state.events.push_back(SubscriptionEvent::Lost { lane });
+            self.lose_one(&mut state, feeder, *partition);
         }
         self.arrived.notify_one();
+    }
+
+    fn lose_one(&self, state: &mut State, feeder: usize, partition: i32) {
+        let Some(index) = state.by_name.get(&(feeder, partition)).copied() else { return };
+        let partition = &mut state.partitions[index as usize];
+        if !partition.is_owned {
+            return;
+        }
+        let lane = partition.lane;
+        let lost = partition.lose();
+        state.unsettled -= lost.unsettled;
+        state.held_count -= lost.held;
+        state.held_bytes -= lost.held_bytes;
+        state.blocks.lose(lane.index);
+        state.events.push_back(SubscriptionEvent::Lost { lane });
+        if state.is_revoking {
+            self.settled.notify_all();
+        }
     }
 
     /// The feeder's member is gone, with all that it had.
@@ -313,7 +341,7 @@ impl Shared {
 
     /// What there is to hand out now, at most `max`; or until when to wait for something held back.
     pub(crate) fn take(&self, max: usize, context: &Arc<DeliveryContext>) -> Result<Received, Taken> {
-        let mut state = self.lock();
+        let mut state = self.lock_awake();
         let events: Vec<SubscriptionEvent> = state.events.drain(..).collect();
         let is_paused = self.is_paused.load(Ordering::Acquire);
         if let Some(error) = state.failure.as_ref().filter(|_| events.is_empty()) {
@@ -335,7 +363,7 @@ impl Shared {
         token: &Token,
         act: impl FnOnce(&mut State, Place) -> R,
     ) -> Option<R> {
-        let mut state = self.lock();
+        let mut state = self.lock_awake();
         self.with_entry_locked(&mut state, lane, token, act)
     }
 

@@ -16,6 +16,7 @@ use tokio::time::Instant;
 use crate::config::Settings;
 use crate::feeder::Feeder;
 use crate::names;
+use crate::pulse;
 use crate::settle::{KafkaSettler, OwnTopics};
 use crate::state::{Shared, Taken};
 use crate::topology::{Shape, Topology};
@@ -40,8 +41,7 @@ impl KafkaSubscription {
         transactions: &Arc<Transactions>,
     ) -> Result<Self> {
         let blocks = spec.on_failure == OnFailure::Block;
-        let (count, bytes) = (settings.held_retries, settings.held_bytes);
-        let shared = Arc::new(Shared::new(spec.max_in_flight, count, bytes, blocks));
+        let shared = Arc::new(Shared::new(spec.max_in_flight, settings, blocks));
         let mut prepared = Vec::with_capacity(spec.destinations.len());
         for destination in &spec.destinations {
             prepared.push(prepare(spec, topology, destination).await?);
@@ -57,6 +57,7 @@ impl KafkaSubscription {
         let context = DeliveryContext::new(spec.group.clone(), spec.max_attempts, Arc::new(settler));
         // Dropped on the way, it ends what was started.
         let mut subscription = Self { shared, context, ended: Vec::new(), left: Vec::new() };
+        pulse::keep_beating(&subscription.shared).map_err(no_thread)?;
         for (number, Prepared { destination, topic, partitions, own }) in prepared.into_iter().enumerate() {
             let feeder = Feeder {
                 number,
@@ -81,9 +82,7 @@ impl KafkaSubscription {
         let (leave, left) = oneshot::channel();
         let name = "anybroker-kafka-feeder".to_owned();
         let thread =
-            std::thread::Builder::new().name(name).spawn(move || feeder.run(start, end, leave)).map_err(|error| {
-                Error::new(ErrorKind::Unavailable, "subscribe", "no thread could be started").with_source(error)
-            })?;
+            std::thread::Builder::new().name(name).spawn(move || feeder.run(start, end, leave)).map_err(no_thread)?;
         self.shared.add_feeder(thread.thread().clone());
         started.await.unwrap_or_else(|_| Err(Error::new(ErrorKind::Unexpected, "subscribe", "its thread ended")))?;
         self.ended.push(ended);
@@ -95,6 +94,10 @@ impl KafkaSubscription {
     pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.shared
     }
+}
+
+fn no_thread(error: std::io::Error) -> Error {
+    Error::new(ErrorKind::Unavailable, "subscribe", "no thread could be started").with_source(error)
 }
 
 /// One destination of a subscription, as the cluster has it.
