@@ -2,12 +2,21 @@
 
 use std::sync::Arc;
 
-use anybroker_core::{AckLevel, Effect, ErrorKind, Message, PublishOptions, Settlement, Transaction, settle_in};
+use anybroker_core::{AckLevel, Effect, Error, ErrorKind, Message, PublishOptions, Settlement, Transaction, settle_in};
 
 use crate::case::Proof;
 use crate::client::Client;
 use crate::consumer::Held;
 use crate::history::What;
+
+/// How a transaction ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    Commit,
+    Abort,
+    /// Without a word.
+    Drop,
+}
 
 /// A transaction of a client.
 pub(crate) struct Unit<'c, 'e> {
@@ -24,19 +33,78 @@ impl<'c, 'e> Unit<'c, 'e> {
         Ok(Self { client, transaction, published: Vec::new(), settled: Vec::new() })
     }
 
+    /// The same, where it may fail.
+    pub(crate) async fn try_begin(client: &'c Client<'e>) -> Proof<Result<Self, Error>> {
+        let begun = client.env.bounded("begin", client.bus.begin()).await?;
+        Ok(begun.map(|transaction| Self { client, transaction, published: Vec::new(), settled: Vec::new() }))
+    }
+
+    /// Publishes and settles, and ends so; gives it up where something of that fails.
+    pub(crate) async fn try_all(
+        mut self,
+        batch: Vec<Message>,
+        settled: Vec<(Held<'e>, Settlement)>,
+        end: End,
+    ) -> Proof<Result<(), Error>> {
+        let filled = match self.try_publish(batch).await? {
+            Ok(()) => self.try_settle(settled).await?,
+            // What was to be settled is dropped with it.
+            Err(error) => Err(error),
+        };
+        if let Err(error) = filled {
+            self.is_taken_back();
+            // Whether or not the broker says so, nothing of it becomes visible.
+            let _ = self.client.env.bounded("abort", self.transaction.abort()).await?;
+            return Ok(Err(error));
+        }
+        if end != End::Commit {
+            self.is_taken_back();
+            return match end {
+                End::Abort => self.client.env.bounded("abort", self.transaction.abort()).await,
+                _ => Ok(Ok(())),
+            };
+        }
+        match self.client.env.bounded("commit", self.transaction.commit()).await? {
+            Ok(()) => self.is_done(),
+            Err(error) if error.effect() == Effect::NotDone => {
+                self.is_taken_back();
+                return Ok(Err(error));
+            }
+            Err(error) => {
+                let kind = error.kind();
+                for call in &self.published {
+                    self.client.record(What::PublishInfo { call: *call, kind });
+                }
+                for (client, delivery) in &self.settled {
+                    let history = &self.client.env.history;
+                    history.record(*client, What::SettleFail { delivery: *delivery, kind, effect: error.effect() });
+                    history.record(*client, What::Dropped { delivery: *delivery });
+                }
+                return Ok(Err(error));
+            }
+        }
+        Ok(Ok(()))
+    }
+
     /// Publishes messages that must all be accepted.
     pub(crate) async fn publish(&mut self, batch: Vec<Message>) -> Proof {
+        Ok(self.try_publish(batch).await??)
+    }
+
+    async fn try_publish(&mut self, batch: Vec<Message>) -> Proof<Result<(), Error>> {
         self.published.extend(self.client.invoke(&batch));
         let options = PublishOptions::default().with_transaction(Arc::clone(&self.transaction));
         let publishing = async { self.client.bus.submit(batch, &options).await.await };
-        for outcome in self.client.env.bounded("publish", publishing).await? {
-            outcome?;
-        }
-        Ok(())
+        let outcomes = self.client.env.bounded("publish", publishing).await?;
+        Ok(outcomes.into_iter().collect::<Result<Vec<_>, _>>().map(drop))
     }
 
     /// Settles deliveries; a failure fails the case.
     pub(crate) async fn settle(&mut self, batch: Vec<(Held<'e>, Settlement)>) -> Proof {
+        Ok(self.try_settle(batch).await??)
+    }
+
+    async fn try_settle(&mut self, batch: Vec<(Held<'e>, Settlement)>) -> Proof<Result<(), Error>> {
         let mut entries = Vec::with_capacity(batch.len());
         for (held, settlement) in batch {
             let (client, delivery, entry) = held.take();
@@ -44,21 +112,24 @@ impl<'c, 'e> Unit<'c, 'e> {
             self.settled.push((client, delivery));
             entries.push((entry, settlement));
         }
-        for outcome in self.client.env.bounded("settle", settle_in(&self.transaction, entries)).await? {
-            outcome?;
-        }
-        Ok(())
+        let outcomes = self.client.env.bounded("settle", settle_in(&self.transaction, entries)).await?;
+        Ok(outcomes.into_iter().collect::<Result<Vec<_>, _>>().map(drop).map_err(Error::from))
     }
 
     pub(crate) async fn commit(self) -> Proof {
         self.client.env.bounded("commit", self.transaction.commit()).await??;
-        for call in self.published {
-            self.client.record(What::PublishOk { call, duplicate: false, position: None });
-        }
-        for (client, delivery) in self.settled {
-            self.client.env.history.record(client, What::SettleOk { delivery, level: AckLevel::Confirmed });
-        }
+        self.is_done();
         Ok(())
+    }
+
+    fn is_done(&self) {
+        for call in &self.published {
+            self.client.record(What::PublishOk { call: *call, duplicate: false, position: None });
+        }
+        for (client, delivery) in &self.settled {
+            let level = AckLevel::Confirmed;
+            self.client.env.history.record(*client, What::SettleOk { delivery: *delivery, level });
+        }
     }
 
     pub(crate) async fn abort(self) -> Proof {

@@ -21,6 +21,7 @@ mod modest;
 mod native;
 mod ordering;
 mod processes;
+mod processing;
 mod publish;
 mod random;
 mod redelivery;
@@ -62,6 +63,7 @@ const THEMES: &[&[Case]] = &[
     burials::CASES,
     answers::CASES,
     connections::CASES,
+    processing::CASES,
     server::CASES,
     frozen::CASES,
     at_rest::CASES,
