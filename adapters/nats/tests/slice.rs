@@ -325,6 +325,41 @@ async fn what_was_sent_to_a_connection_that_stands_still_comes_first_at_the_next
     bus.close(LONG).await.unwrap();
 }
 
+/// Its claim is gone: it cannot renew it when it goes on, and makes a new one when nobody without order is there any more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_silent_member_that_kept_order_stands_by_for_one_without_order_that_came_meanwhile() {
+    let Some(url) = url() else { return };
+    let line = Line::to(&url).await;
+    let (silent, bus) = (connect(&line.url, "member_timeout=1s").await, connect(&url, "member_timeout=1s").await);
+    let name = unique("silent");
+    let spec = bus.subscription(name.as_str(), "g").with_lease(Duration::from_secs(2));
+    let mut keeper = silent.subscribe(spec.clone().with_order(Order::Key)).await.unwrap();
+    publish(&bus, numbered(&name, 0..1)).await;
+    receive(&mut keeper, 1).await.remove(0).ack().await.unwrap();
+    line.stand_still();
+    let mut other = bus.subscribe(spec.clone()).await.unwrap();
+    line.go_on();
+    publish(&bus, numbered(&name, 1..21)).await;
+    let mut seen: Vec<u32> = Vec::new();
+    while seen.len() < 20 {
+        let came = receive(&mut other, 1).await.remove(0);
+        seen.push(number(&came));
+        came.ack().await.unwrap();
+        assert!(keeper.receive(1, Duration::from_millis(20)).await.unwrap().is_empty(), "after {seen:?}");
+    }
+    // What was on its way to the silent one comes later.
+    seen.sort_unstable();
+    assert_eq!(seen, (1..21).collect::<Vec<_>>());
+    other.close(LONG).await.unwrap();
+    publish(&bus, numbered(&name, 21..22)).await;
+    let came = receive(&mut keeper, 1).await.remove(0);
+    assert_eq!(number(&came), 21);
+    came.ack().await.unwrap();
+    keeper.close(LONG).await.unwrap();
+    bus.delete(name.as_str(), None).await.unwrap();
+    bus.close(LONG).await.unwrap();
+}
+
 /// Told again, it would be taken from whoever has the message by then: the server looks at the message, not at the delivery.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_nack_whose_confirmation_is_late_takes_the_message_from_nobody_else() {
