@@ -479,7 +479,12 @@ impl Feed {
     }
 
     async fn leave(&self, session: &mut Session, deadline: Instant) {
-        let _ = self.stop(session, deadline).await;
+        // Under order nothing is cancelled: what a quorum queue sends to a consumer that is being cancelled its channel gives back
+        // at once (4.0.5, `rabbit_fifo_client:handle_delivery/4`), and so before what is older and out. When the channel goes, all of
+        // it comes back in one step, in its order (`rabbit_fifo:return_all/6`).
+        if !self.keeps_order {
+            let _ = self.stop(session, deadline).await;
+        }
         if let Some(reader) = &mut session.reader {
             reader.finish(&self.desk.shared, self.index, deadline).await;
         }
@@ -489,6 +494,8 @@ impl Feed {
         if session.channel.status().connected() {
             let _ = tokio::time::timeout_at(deadline, session.channel.close(200, "closed".into())).await;
         }
+        // The client cancels a consumer that is dropped while its channel is open.
+        session.consumer = None;
         if let Some(owner) = session.owner.take() {
             owner.release(deadline).await;
         }
