@@ -1,7 +1,7 @@
 //! Whether the members of a group agree about order.
 //!
 //! Members that keep order work one at a time, by a record that one of them renews ([`crate::owner`]); members that keep none
-//! just pull. Together they would break the order that some of them have promised. So each shows itself first, by that record or by a
+//! just pull. Together they would break the order that some of them have promised. So each shows itself, by that record or by a
 //! subscription that answers, and looks for the others then: of two that come at the same time one sees the other at least.
 
 use std::time::Duration;

@@ -2,7 +2,7 @@
 //!
 //! Members that keep order stand at a queue of their own, and one of them works ([`crate::owner`]); members that keep none just
 //! consume from the group's queue. Together they would break the order that some of them have promised. So each shows itself
-//! first, as a consumer of the one queue or of the other, and looks for the others then: of two that come at the same time one
+//! as a consumer of the one queue or of the other, and looks for the others then: of two that come at the same time one
 //! sees the other at least.
 
 use std::time::Duration;

@@ -84,6 +84,7 @@ pub(crate) fn is_about_trust(text: &str) -> bool {
 pub(crate) fn late(operation: &'static str) -> Error {
     Error::new(ErrorKind::Timeout, operation, "no answer from the server in time")
 }
+
 /// Why nothing took a message, by what a second look at its queue has found: there is none, or its server does not route to it yet.
 pub(crate) fn untaken(found: Result<bool>, operation: &'static str, none: &str, not_yet: &str) -> Error {
     match found {
