@@ -29,8 +29,7 @@ pub(crate) struct Unit<'c, 'e> {
 
 impl<'c, 'e> Unit<'c, 'e> {
     pub(crate) async fn begin(client: &'c Client<'e>) -> Proof<Self> {
-        let transaction = client.env.bounded("begin", client.bus.begin()).await??;
-        Ok(Self { client, transaction, published: Vec::new(), settled: Vec::new() })
+        Ok(Self::try_begin(client).await??)
     }
 
     /// The same, where it may fail.
@@ -52,24 +51,26 @@ impl<'c, 'e> Unit<'c, 'e> {
             Err(error) => Err(error),
         };
         if let Err(error) = filled {
-            self.is_taken_back();
             // Whether or not the broker says so, nothing of it becomes visible.
-            let _ = self.client.env.bounded("abort", self.transaction.abort()).await?;
+            let _ = self.try_abort().await?;
             return Ok(Err(error));
         }
-        if end != End::Commit {
-            self.is_taken_back();
-            return match end {
-                End::Abort => self.client.env.bounded("abort", self.transaction.abort()).await,
-                _ => Ok(Ok(())),
-            };
-        }
-        match self.client.env.bounded("commit", self.transaction.commit()).await? {
-            Ok(()) => self.is_done(),
-            Err(error) if error.effect() == Effect::NotDone => {
-                self.is_taken_back();
-                return Ok(Err(error));
+        match end {
+            End::Commit => self.try_commit().await,
+            End::Abort => self.try_abort().await,
+            End::Drop => {
+                self.vanish();
+                Ok(Ok(()))
             }
+        }
+    }
+
+    /// Commits, and records what is known of it.
+    async fn try_commit(&self) -> Proof<Result<(), Error>> {
+        let committed = self.client.env.bounded("commit", self.transaction.commit()).await?;
+        match &committed {
+            Ok(()) => self.is_done(),
+            Err(error) if error.effect() == Effect::NotDone => self.is_taken_back(),
             Err(error) => {
                 let kind = error.kind();
                 for call in &self.published {
@@ -80,10 +81,14 @@ impl<'c, 'e> Unit<'c, 'e> {
                     history.record(*client, What::SettleFail { delivery: *delivery, kind, effect: error.effect() });
                     history.record(*client, What::Dropped { delivery: *delivery });
                 }
-                return Ok(Err(error));
             }
         }
-        Ok(Ok(()))
+        Ok(committed)
+    }
+
+    async fn try_abort(&self) -> Proof<Result<(), Error>> {
+        self.is_taken_back();
+        self.client.env.bounded("abort", self.transaction.abort()).await
     }
 
     /// Publishes messages that must all be accepted.
@@ -117,9 +122,7 @@ impl<'c, 'e> Unit<'c, 'e> {
     }
 
     pub(crate) async fn commit(self) -> Proof {
-        self.client.env.bounded("commit", self.transaction.commit()).await??;
-        self.is_done();
-        Ok(())
+        Ok(self.try_commit().await??)
     }
 
     fn is_done(&self) {
@@ -133,9 +136,7 @@ impl<'c, 'e> Unit<'c, 'e> {
     }
 
     pub(crate) async fn abort(self) -> Proof {
-        self.is_taken_back();
-        self.client.env.bounded("abort", self.transaction.abort()).await??;
-        Ok(())
+        Ok(self.try_abort().await??)
     }
 
     /// Drops it without an end.

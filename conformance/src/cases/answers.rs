@@ -61,7 +61,12 @@ async fn errors(env: &Env) -> Proof {
 }
 
 /// So long that a first answer is lost, and so short that an ack that is asked for again has one.
-const ANSWERS_LOST: Duration = Duration::from_millis(500);
+const ANSWERS_LOST: Planned = Planned {
+    kind: Kind::Answered(Answers::DoneButUnavailable),
+    lasts: Duration::from_millis(500),
+    publishing: false,
+    whom: 0,
+};
 
 /// The acks of one member are done, and the answers say nothing. What it is told of them at last is true: the history says of each
 /// that was certainly not done that it has to come again.
@@ -73,11 +78,9 @@ async fn acked_without_an_answer(env: &Env, network: &Network<'_>) -> Proof {
     let message = |number| publisher.message(&spec.destinations[0], format!("key {number}").as_str());
     publisher.publish_ok((0..env.at_once(5)).map(message).collect()).await?;
     let held = consumer.take(env.at_once(5)).await?;
-    let kind = Kind::Answered(Answers::DoneButUnavailable);
-    let planned = Planned { kind, lasts: ANSWERS_LOST, publishing: false, whom: 0 };
     let settling = settle(held.into_iter().map(|held| (held, Settlement::Ack)).collect());
     // The first is polled first: the fault has begun when the acks are asked for.
-    let ((), outcomes) = futures_util::join!(line.suffer(env, &planned), settling);
+    let ((), outcomes) = futures_util::join!(line.suffer(env, &ANSWERS_LOST), settling);
     for outcome in outcomes? {
         if let Err((_, error)) = outcome {
             is_settling_in_a_fault(&error)?;
@@ -105,10 +108,8 @@ async fn given_back_without_an_answer(env: &Env) -> Proof {
     let held = giver.take(count).await?;
     // It asks for nothing more while it gives back, so that they come to the other one.
     let mut next = second.subscribe(spec.clone()).await?;
-    let planned =
-        Planned { kind: Kind::Answered(Answers::DoneButUnavailable), lasts: ANSWERS_LOST, publishing: false, whom: 0 };
     let giving = settle(held.into_iter().map(|held| (held, Settlement::Release)).collect());
-    let ((), given, taken) = futures_util::join!(line.suffer(env, &planned), giving, next.take(count));
+    let ((), given, taken) = futures_util::join!(line.suffer(env, &ANSWERS_LOST), giving, next.take(count));
     for outcome in given? {
         if let Err((_, error)) = outcome {
             is_settling_in_a_fault(&error)?;
@@ -124,10 +125,7 @@ async fn given_back_without_an_answer(env: &Env) -> Proof {
     for client in [first, second] {
         client.close().await?;
     }
-    match network.answered() {
-        0 => Err(Breach::Inconclusive("no request came while a proxy answered in the server's place".into())),
-        _ => Ok(()),
-    }
+    has_answered(&network)
 }
 
 async fn throttled(env: &Env) -> Proof {
@@ -163,6 +161,11 @@ async fn answered_on(
         false => spec,
     };
     disturbed_on(env, network, in_order, count, draw).await?;
+    has_answered(network)
+}
+
+/// Otherwise nothing is shown.
+fn has_answered(network: &Network<'_>) -> Proof {
     match network.answered() {
         0 => Err(Breach::Inconclusive("no request came while a proxy answered in the server's place".into())),
         _ => Ok(()),

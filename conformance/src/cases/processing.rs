@@ -14,7 +14,7 @@ use tokio::time::Instant;
 use super::faults::{any, fault, millis};
 use crate::case::{Breach, Proof, ensure};
 use crate::client::Client;
-use crate::consumer::{Consumer, ack_all, ids};
+use crate::consumer::{Consumer, Held, ack_all, ids};
 use crate::env::Env;
 use crate::faults::{
     KILLED, Line, Network, Planned, is_publishing_in_a_fault, is_settling_in_a_fault, of_server, plan,
@@ -108,13 +108,10 @@ async fn exactly_once(env: &Env, workers: Vec<Client<'_>>, hit: Hit) -> Proof {
             }
             ensure!(last.elapsed() < env.patience(), "{missing} of {} have no result", found.len());
             let came = consumer.receive(100, env.quiet()).await?;
-            for held in &came {
+            if !came.is_empty() {
                 last = Instant::now();
-                let key = held.message().key().map(String::from_utf8_lossy).unwrap_or_default();
-                let of_nothing = || Breach::Failed(format!("a result of {key}, which was not sent"));
-                found.get_mut(&*key).ok_or_else(of_nothing)?.count += 1;
             }
-            ack_all(came).await?;
+            count(came, &mut found).await?;
         }
         Ok::<_, Breach>(found)
     };
@@ -132,11 +129,7 @@ async fn exactly_once(env: &Env, workers: Vec<Client<'_>>, hit: Hit) -> Proof {
         if came.is_empty() {
             break;
         }
-        for held in &came {
-            let key = held.message().key().map(String::from_utf8_lossy).unwrap_or_default();
-            found.entry(key.into_owned()).or_default().count += 1;
-        }
-        ack_all(came).await?;
+        count(came, &mut found).await?;
     }
     let wrong: Vec<_> = found.iter().filter(|(_, result)| result.count > 1 || result.is_missing()).collect();
     ensure!(wrong.is_empty(), "not there once: {wrong:?}");
@@ -165,6 +158,16 @@ impl Found {
     fn is_missing(&self) -> bool {
         self.is_certain && self.count == 0
     }
+}
+
+/// Counts results by what they were made of, and acks them.
+async fn count(came: Vec<Held<'_>>, found: &mut BTreeMap<String, Found>) -> Proof {
+    for held in &came {
+        let key = held.message().key().map(String::from_utf8_lossy).unwrap_or_default();
+        let of_nothing = || Breach::Failed(format!("a result of {key}, which was not sent"));
+        found.get_mut(&*key).ok_or_else(of_nothing)?.count += 1;
+    }
+    ack_all(came).await
 }
 
 /// What the seed draws, one after another.
