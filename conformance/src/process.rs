@@ -20,7 +20,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use crate::UrlHarness;
-use crate::case::{Breach, Proof, fail};
+use crate::case::{Breach, Proof, ensure, fail};
 use crate::checker::may_be_under_way;
 use crate::client::Client;
 use crate::consumer::{Held, ack_all, settle};
@@ -81,7 +81,8 @@ pub(crate) enum Point {
     Buried,
     /// A redrive of all dead letters was asked for.
     Redriving,
-    /// With deliveries in its hands, stopped there by SIGSTOP, and ended when it has settled them after a SIGCONT.
+    /// With deliveries in its hands, stopped there by SIGSTOP, and ended when it has settled them after a SIGCONT and the end of its
+    /// standard input.
     Stopped,
     /// Of [`BESIDE_HOLE`] messages of one key all acks but that of the one at [`HOLE`] were answered.
     Hole,
@@ -156,12 +157,12 @@ pub(crate) async fn end_after(
     };
     let text = serde_json::to_string(&job).map_err(|error| Breach::Failed(error.to_string()))?;
     let mut command = Command::from(command);
-    command.env(CHILD_JOB, text).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+    command.env(CHILD_JOB, text).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
     let not_started = |error| Breach::NotRun(format!("no process could be started: {error}"));
     let mut process = command.spawn().map_err(not_started)?;
     let (output, errors) = (process.stdout.take().expect("piped"), process.stderr.take().expect("piped"));
     let (stopped, is_stopped) = oneshot::channel();
-    let id = process.id();
+    let (id, input) = (process.id(), process.stdin.take());
     let working = async {
         let (fault, told) = join(listen(env, output, stopped), beginning_of(errors)).await;
         Ok::<_, Breach>((fault?, told, process.wait().await))
@@ -170,9 +171,11 @@ pub(crate) async fn end_after(
         // Nothing comes from one that does not stop.
         let (Ok(()), Some(id)) = (is_stopped.await, id) else { return Ok(()) };
         let done = meanwhile(client).await;
-        // Also when that went wrong: it would be there for ever.
-        signal("-CONT", id).await?;
-        done
+        // Before it goes on, so that nothing keeps it from settling at once.
+        drop(input);
+        // Also when something went wrong: it would be there for ever.
+        let goes_on = signal("-CONT", id).await;
+        done.and(goes_on)
     };
     let whole = env.patience() * 2 + if point == Point::Stopped { env.patience() * 2 + MISSED } else { Duration::ZERO };
     let both = join(working, between);
@@ -214,7 +217,8 @@ async fn signal(signal: &str, process: u32) -> Proof {
     let not_sent = |why: String| Breach::NotRun(format!("`kill {signal}` of a process: {why}"));
     let status = Command::new("kill").args([signal, &process.to_string()]).status().await;
     let status = status.map_err(|error| not_sent(error.to_string()))?;
-    if status.success() { Ok(()) } else { Err(not_sent(status.to_string())) }
+    ensure!(status.success(), "`kill {signal}` of a process, which should be there: {status}");
+    Ok(())
 }
 
 async fn beginning_of(errors: impl AsyncRead + Unpin) -> String {
@@ -228,7 +232,7 @@ async fn beginning_of(errors: impl AsyncRead + Unpin) -> String {
 
 /// What a process of [`Harness::child`](crate::Harness::child) does: publishes or consumes as the suite says in [`CHILD_JOB`],
 /// tells its events on standard output, and ends in the middle of it, by `abort`. `connect` gives a client of the broker that
-/// the suite runs against.
+/// the suite runs against. Standard input is the suite's as well.
 ///
 /// ```no_run
 /// # async fn example(connect: impl Fn() -> futures_util::future::BoxFuture<'static, anybroker_core::Result<anybroker_core::Bus>> + Send + Sync + 'static)
@@ -285,11 +289,13 @@ fn end(env: &Env, client: &Client<'_>, subscription: Option<u64>) -> ! {
     std::process::abort()
 }
 
-/// Stops here, until it is told to go on.
+/// Stops here, until it is told to go on. A signal reaches a process of many threads when one of them is scheduled next, and the
+/// others run until then: what keeps this one from going on meanwhile is that its input has no end yet.
 async fn stop(env: &Env, client: &Client<'_>) -> Proof {
     let (fault, clients) = (env.history.number(), vec![client.number()]);
     client.record(What::FaultBegin { fault, kind: STOPPED.into(), clients, connections: 0 });
     let stopped = signal("-STOP", std::process::id()).await;
+    let _ = tokio::io::stdin().read(&mut [0]).await;
     client.record(What::FaultEnd { fault, connections: 0, bytes: 0 });
     stopped
 }
