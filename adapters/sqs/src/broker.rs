@@ -1,6 +1,6 @@
 //! One connection to SQS.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -124,6 +124,7 @@ impl SqsBroker {
             forgiven: Arc::clone(&self.forgiven),
             delays: Arc::clone(&self.delays),
             inbox: Arc::clone(inbox),
+            received: AtomicU64::new(0),
             asked: AtomicUsize::new(0),
             open: AtomicUsize::new(0),
             width: AtomicUsize::new(1),

@@ -24,6 +24,8 @@ pub(crate) struct Inbox {
 /// A message that is leased and not handed out.
 pub(crate) struct Arrival {
     pub(crate) lane: u32,
+    /// See [`Lease::place`](crate::leases::Lease::place).
+    pub(crate) place: u64,
     pub(crate) since: Instant,
     pub(crate) until: Instant,
     pub(crate) handle: Bytes,

@@ -11,9 +11,19 @@ use crate::requests::Leased;
 /// How many messages' uncounted hand-overs are remembered.
 const REMEMBERED: usize = 10_000;
 
+/// A message that goes back to its place in the queue.
+#[derive(Debug)]
+pub(crate) struct Back {
+    /// See [`Lease::place`].
+    pub(crate) place: u64,
+    pub(crate) leased: Leased,
+}
+
 /// A message that is out.
 #[derive(Debug, Clone)]
 pub(crate) struct Lease {
+    /// Where among all that this source has received: of a message group, the order of the queue.
+    pub(crate) place: u64,
     pub(crate) until: Instant,
     /// SQS's own id of the message.
     pub(crate) message_id: String,
@@ -21,6 +31,13 @@ pub(crate) struct Lease {
     pub(crate) group: Option<String>,
     /// What it brought along.
     pub(crate) carried: Carried,
+}
+
+impl Lease {
+    /// The message that it is of, to be put back.
+    pub(crate) fn back(&self, handle: Bytes) -> Back {
+        Back { place: self.place, leased: (handle, self.until) }
+    }
 }
 
 /// The messages that are out.
@@ -31,7 +48,7 @@ pub(crate) struct Leases {
     groups: HashMap<String, u32>,
     /// What goes back to its place as soon as nothing of its message group is out: SQS would hand it to another member
     /// while this one holds later messages of the key.
-    returning: HashMap<String, Vec<Leased>>,
+    returning: HashMap<String, Vec<Back>>,
 }
 
 impl Leases {
@@ -83,17 +100,20 @@ impl Leases {
     }
 
     /// Remembers what goes back when the last of its message group is settled.
-    pub(crate) fn return_later(&mut self, group: String, leased: Leased) {
-        self.returning.entry(group).or_default().push(leased);
+    pub(crate) fn return_later(&mut self, (group, back): (String, Back)) {
+        self.returning.entry(group).or_default().push(back);
     }
 
     /// What can go back now, of these message groups.
-    pub(crate) fn take_returning<'g>(&mut self, groups: impl Iterator<Item = &'g String>) -> Vec<Leased> {
+    pub(crate) fn take_returning(&mut self, groups: &[String]) -> Vec<Back> {
         if self.returning.is_empty() {
             return Vec::new();
         }
-        let free = groups.filter(|group| !self.groups.contains_key(*group));
-        free.filter_map(|group| self.returning.remove(group)).flatten().collect()
+        let free = groups.iter().filter(|group| !self.groups.contains_key(*group));
+        let now = Instant::now();
+        let backs = free.filter_map(|group| self.returning.remove(group)).flatten();
+        // The others are back by themselves.
+        backs.filter(|back| back.leased.1 > now).collect()
     }
 
     /// Everything that is out.
@@ -103,7 +123,7 @@ impl Leases {
     }
 
     /// Everything that was to go back later.
-    pub(crate) fn drain_returning(&mut self) -> Vec<Leased> {
+    pub(crate) fn drain_returning(&mut self) -> Vec<Back> {
         self.returning.drain().flat_map(|(_, returning)| returning).collect()
     }
 }

@@ -1,5 +1,6 @@
 //! Settling: acks delete, failures change the visibility, dead letters are stored first. In requests of ten.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,12 +14,11 @@ use tokio::runtime::Handle;
 use tokio::sync::RwLock;
 use tokio::time::Instant;
 
-use crate::inbox::Arrival;
-use crate::leases::Lease;
+use crate::leases::{Back, Lease};
 use crate::letters::bury;
 use crate::requests::{self, Change, Leased};
 use crate::retry::send_copies;
-use crate::source::Source;
+use crate::source::{Source, not_back};
 
 /// How long a copy or a dead letter may take to be stored.
 pub(crate) const REQUEST: Duration = Duration::from_secs(30);
@@ -72,16 +72,14 @@ impl Settler for SqsSettler {
             shares[lane].add(Entry { place, delivery, handle, lease }, settlement, &self.sources[lane]);
         }
         for (share, source) in shares.iter_mut().zip(&self.sources).filter(|(_, source)| source.is_fifo()) {
-            share.put_off(source, &mut outcomes);
-        }
-        if outcomes.iter().all(Option::is_some) && shares.iter().all(|share| share.returning.is_empty()) {
-            return Settling::ready(outcomes.into_iter().flatten().collect());
-        }
-        let work = self.sources.iter().zip(shares).map(|(source, share)| {
             // Held back from this moment on, not from when the request is answered.
             let behind = source.take_behind(&share.returning);
-            share.settle(Arc::clone(source), behind)
-        });
+            share.put_off(behind, source, &mut outcomes);
+        }
+        if outcomes.iter().all(Option::is_some) {
+            return Settling::ready(outcomes.into_iter().flatten().collect());
+        }
+        let work = self.sources.iter().zip(shares).map(|(source, share)| share.settle(Arc::clone(source)));
         let work: Vec<_> = work.collect();
         // Not of the caller's future: the requests go out whether or not somebody waits for them.
         let on_its_way = Arc::clone(&self.on_their_way).try_read_owned();
@@ -130,22 +128,25 @@ impl Settler for SqsSettler {
         let Some(source) = self.sources.get(lane.index as usize).map(Arc::clone) else { return };
         let Some(lease) = source.leases.lock().take(&handle) else { return };
         // A hand-over without an outcome: it counts towards the crash limit.
-        let behind = source.take_behind(lease.group.as_slice());
-        let mut now = Some((handle, lease.until));
-        if let Some(group) = &lease.group {
-            let mut leases = source.leases.lock();
-            if leases.has_out(group)
-                && let Some(leased) = now.take()
-            {
-                leases.return_later(group.clone(), leased);
+        let back = lease.back(handle);
+        let backs = match &lease.group {
+            None => vec![back],
+            Some(group) => {
+                let behind = source.take_behind(std::slice::from_ref(group));
+                let mut leases = source.leases.lock();
+                for back in behind.into_iter().chain([(group.clone(), back)]) {
+                    leases.return_later(back);
+                }
+                leases.take_returning(std::slice::from_ref(group))
             }
+        };
+        if backs.is_empty() {
+            return;
         }
+        let on_its_way = Arc::clone(&self.on_their_way).try_read_owned();
         self.runtime.spawn(async move {
-            // Should it fail, the message comes back when its lease ends.
-            let now: Vec<_> = now.into_iter().map(requests::give_back).collect();
-            let _ = source.change(&now, "release").await;
-            source.return_waiting(lease.group.iter()).await;
-            source.give_back(behind).await;
+            source.put_back_quietly(backs).await;
+            drop(on_its_way);
         });
     }
 }
@@ -164,13 +165,15 @@ impl Share {
         }
     }
 
-    /// What goes back while others of its message group are out waits for them: recorded here, and SQS's lease behind it.
-    fn put_off(&mut self, source: &Source, outcomes: &mut [Option<SettleOutcome>]) {
+    /// What goes back while others of its message group are out waits for them: recorded here, and SQS's lease behind it. So does
+    /// what is behind it.
+    fn put_off(&mut self, behind: Vec<(String, Back)>, source: &Source, outcomes: &mut [Option<SettleOutcome>]) {
         let mut leases = source.leases.lock();
+        behind.into_iter().for_each(|back| leases.return_later(back));
         for entry in std::mem::take(&mut self.changes) {
             match &entry.lease.group {
                 Some(group) if leases.has_out(group) => {
-                    leases.return_later(group.clone(), (entry.handle, entry.lease.until));
+                    leases.return_later((group.clone(), entry.lease.back(entry.handle)));
                     outcomes[entry.place] = Some(Ok(AckLevel::Recorded));
                 }
                 _ => self.changes.push(entry),
@@ -184,14 +187,12 @@ impl Share {
         all.chain(self.letters.iter().map(|(entry, _)| entry)).filter_map(|entry| entry.lease.group.clone()).collect()
     }
 
-    async fn settle(self, source: Arc<Source>, behind: Vec<Arrival>) -> Vec<(usize, SettleOutcome)> {
+    async fn settle(self, source: Arc<Source>) -> Vec<(usize, SettleOutcome)> {
         let groups = self.groups();
         let (acks, copies, letters) =
             tokio::join!(delete(self.acks, &source), send_copies(self.copies, &source), bury(self.letters, &source));
         // Behind the others: in a FIFO queue what goes back could be with another member before they are gone.
-        let changes = give_back(self.changes, &source).await;
-        source.return_waiting(groups.iter()).await;
-        source.give_back(behind).await;
+        let changes = give_back(self.changes, &groups, &source).await;
         acks.into_iter().chain(changes).chain(copies).chain(letters).collect()
     }
 }
@@ -223,16 +224,24 @@ pub(crate) async fn delete_copied(entries: Vec<Entry>, source: &Source) -> Vec<(
     deleted.map(|(place, outcome)| (place, outcome.map_err(told))).collect()
 }
 
-async fn give_back(entries: Vec<Entry>, source: &Source) -> Vec<(usize, SettleOutcome)> {
-    let leased = entries.iter().map(|entry| (entry.handle.clone(), entry.lease.until));
-    let changes: Vec<_> = leased.map(requests::give_back).collect();
-    let answers = source.change(&changes, "settle").await;
-    let outcomes = entries.into_iter().zip(answers).map(|(entry, answer)| match answer {
-        // It may be with another member already: whatever was asked for now could be done to that one's.
-        Err(error) if error.effect() == Effect::Unknown => entry.failed(error),
-        answer => entry.outcome(answer, source),
-    });
-    outcomes.collect()
+/// Gives back, and with it what waited until nothing of these message groups was out.
+async fn give_back(entries: Vec<Entry>, groups: &[String], source: &Source) -> Vec<(usize, SettleOutcome)> {
+    let mut backs = source.leases.lock().take_returning(groups);
+    backs.extend(entries.iter().map(|entry| entry.lease.back(entry.handle.clone())));
+    let mut asked: HashMap<u64, Entry> = entries.into_iter().map(|entry| (entry.lease.place, entry)).collect();
+    let mut outcomes = Vec::with_capacity(asked.len());
+    for (place, answer) in source.put_back(backs, "settle").await {
+        outcomes.extend(match (asked.remove(&place), answer) {
+            // It may be with another member already: whatever was asked for now could be done to that one's.
+            (Some(entry), Err(error)) if error.effect() == Effect::Unknown => Some(entry.failed(error)),
+            (Some(entry), answer) => Some(entry.outcome(answer, source)),
+            (None, answer) => {
+                not_back(answer);
+                None
+            }
+        });
+    }
+    outcomes
 }
 
 impl Entry {

@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anybroker_core::{
@@ -19,7 +19,7 @@ use crate::codec::{self, Raw};
 use crate::config::{LONGEST_POLL, Polls};
 use crate::error::failed;
 use crate::inbox::{Arrival, Inbox};
-use crate::leases::{Delays, Forgiven, Lease, Leases};
+use crate::leases::{Back, Delays, Forgiven, Lease, Leases};
 use crate::letters;
 use crate::parcel::BATCH;
 use crate::requests::{self, Change, give_back};
@@ -50,6 +50,8 @@ pub(crate) struct Source {
     pub(crate) forgiven: Arc<Mutex<Forgiven>>,
     pub(crate) delays: Arc<Mutex<Delays>>,
     pub(crate) inbox: Arc<Inbox>,
+    /// How many messages have come.
+    pub(crate) received: AtomicU64,
     /// How many messages the open receives may bring.
     pub(crate) asked: AtomicUsize,
     pub(crate) open: AtomicUsize,
@@ -186,7 +188,8 @@ impl Source {
         let mut carried = decoded.carried;
         carried.first_at = carried.first_at.or(first_at);
         let (lane, message) = (self.lane, decoded.message);
-        Some(Arrival { lane, since, until, handle, message_id, group, count, carried, message })
+        let place = self.received.fetch_add(1, Ordering::Relaxed);
+        Some(Arrival { lane, place, since, until, handle, message_id, group, count, carried, message })
     }
 
     /// Puts back what is not due yet, until it is. SQS counts the hand-over; this connection does not.
@@ -222,28 +225,48 @@ impl Source {
             tokio::time::sleep(limit - UNTAKEN).await;
         }
         let arrivals = self.inbox.remove(|arrival| arrival.lane == self.lane && arrival.since.elapsed() >= limit);
-        self.give_back(arrivals).await;
+        let mut now = Vec::with_capacity(arrivals.len());
+        {
+            let mut leases = self.leases.lock();
+            for mut arrival in arrivals {
+                match arrival.group.take().filter(|group| leases.has_out(group)) {
+                    // Nobody is to have it before what this member holds of its message group.
+                    Some(group) => leases.return_later((group, self.back(arrival))),
+                    None => now.push(self.back(arrival)),
+                }
+            }
+        }
+        self.put_back_quietly(now).await;
     }
 
-    /// Takes what has arrived of message groups, because something before it goes back.
-    pub(crate) fn take_behind(&self, groups: &[String]) -> Vec<Arrival> {
+    /// Takes what has arrived of message groups, because something before it goes back, and tells of which it is.
+    pub(crate) fn take_behind(&self, groups: &[String]) -> Vec<(String, Back)> {
         if groups.is_empty() {
             return Vec::new();
         }
-        self.inbox.remove(|arrival| {
+        let behind = self.inbox.remove(|arrival| {
             arrival.lane == self.lane && arrival.group.as_ref().is_some_and(|group| groups.contains(group))
-        })
+        });
+        behind.into_iter().filter_map(|mut arrival| Some((arrival.group.take()?, self.back(arrival)))).collect()
     }
 
-    /// Puts back what waited until nothing of its message group was out.
-    pub(crate) async fn return_waiting<'g>(&self, groups: impl Iterator<Item = &'g String>) {
-        let waiting = self.leases.lock().take_returning(groups);
-        if waiting.is_empty() {
-            return;
+    /// Puts messages back, in the order of the queue: where something of a message group is seen as soon as it is back, as on
+    /// LocalStack (4.13.1), whoever gets it is to get the rest behind it. The outcome of each.
+    pub(crate) async fn put_back(
+        &self,
+        mut backs: Vec<Back>,
+        operation: &'static str,
+    ) -> Vec<(u64, Result<(), Error>)> {
+        backs.sort_unstable_by_key(|back| back.place);
+        let (places, changes): (Vec<u64>, Vec<Change>) =
+            backs.into_iter().map(|back| (back.place, give_back(back.leased))).unzip();
+        let mut answers = Vec::with_capacity(changes.len());
+        // All requests at once where no order is kept.
+        let size = if self.is_fifo() { BATCH } else { changes.len().max(1) };
+        for part in changes.chunks(size) {
+            answers.extend(self.change(part, operation).await);
         }
-        let waiting: Vec<_> = waiting.into_iter().map(give_back).collect();
-        // Should it fail, they come back when their leases end.
-        let _ = self.change(&waiting, "release").await;
+        places.into_iter().zip(answers).collect()
     }
 
     async fn trouble(&self, error: Error) {
@@ -265,19 +288,22 @@ impl Source {
 
     /// Ends the leases of messages that nobody gets.
     pub(crate) async fn give_back(&self, arrivals: Vec<Arrival>) {
-        if arrivals.is_empty() {
+        let backs = arrivals.into_iter().map(|arrival| self.back(arrival)).collect();
+        self.put_back_quietly(backs).await;
+    }
+
+    /// What nobody got, to be put back: that it was handed over is forgiven.
+    fn back(&self, arrival: Arrival) -> Back {
+        self.forgiven.lock().forgive(arrival.message_id);
+        Back { place: arrival.place, leased: (arrival.handle, arrival.until) }
+    }
+
+    /// Puts messages back for which nobody waits.
+    pub(crate) async fn put_back_quietly(&self, backs: Vec<Back>) {
+        if backs.is_empty() {
             return;
         }
-        let changes: Vec<Change> = arrivals
-            .into_iter()
-            .map(|arrival| {
-                self.forgiven.lock().forgive(arrival.message_id);
-                give_back((arrival.handle, arrival.until))
-            })
-            .collect();
-        for error in self.change(&changes, "release").await.into_iter().filter_map(Result::err) {
-            tracing::warn!(%error, "a message could not be given back; it comes back when its lease ends");
-        }
+        self.put_back(backs, "release").await.into_iter().for_each(|(_, answer)| not_back(answer));
     }
 
     /// Gives back what has arrived for nobody, and what is out.
@@ -285,12 +311,14 @@ impl Source {
         let mine = self.inbox.remove(|arrival| arrival.lane == self.lane);
         let out = self.leases.lock().drain();
         let held = out.into_iter().map(|(handle, lease)| {
+            let back = lease.back(handle);
             self.forgiven.lock().forgive(lease.message_id);
-            give_back((handle, lease.until))
+            back
         });
-        let mut changes: Vec<_> = held.collect();
-        changes.extend(self.leases.lock().drain_returning().into_iter().map(give_back));
-        let (..) = tokio::join!(self.give_back(mine), self.change(&changes, "release"));
+        let mut backs: Vec<_> = held.collect();
+        backs.extend(self.leases.lock().drain_returning());
+        backs.extend(mine.into_iter().map(|arrival| self.back(arrival)));
+        self.put_back_quietly(backs).await;
     }
 
     /// The delivery of an arrival, unless its lease ended while it lay here.
@@ -299,7 +327,7 @@ impl Source {
         if arrival.until <= now {
             return None;
         }
-        let Arrival { until, handle, message_id, group, count, carried, message, .. } = arrival;
+        let Arrival { place, until, handle, message_id, group, count, carried, message, .. } = arrival;
         let handed_over = self.forgiven.lock().handed_over(&message_id, count);
         let facts = DeliveryFacts {
             attempt: carried.failed.saturating_add(1),
@@ -308,7 +336,7 @@ impl Source {
             lease_until: Some(Timestamp::now().after(until - now)),
             ..DeliveryFacts::new(Token::Bytes(handle.clone()))
         };
-        self.leases.lock().hand_out(handle, Lease { until, message_id, group, carried });
+        self.leases.lock().hand_out(handle, Lease { place, until, message_id, group, carried });
         Some(Delivery::new(message, facts, context))
     }
 
@@ -320,6 +348,13 @@ impl Source {
     /// The message group and the deduplication id of a copy that goes to this source.
     pub(crate) fn lane_of(&self, message: &Message, dedup: String) -> (String, String) {
         crate::parcel::lane_of(message, self.is_total, dedup)
+    }
+}
+
+/// What became of a message that goes back and that nobody waits for.
+pub(crate) fn not_back(answer: Result<(), Error>) {
+    if let Err(error) = answer {
+        tracing::warn!(%error, "a message could not be given back; it comes back when its lease ends");
     }
 }
 

@@ -29,6 +29,7 @@ mod redrives;
 mod server;
 mod settle;
 mod shapes;
+mod sharing;
 mod time;
 mod topology;
 mod transactions;
@@ -41,6 +42,7 @@ use crate::Case;
 const THEMES: &[&[Case]] = &[
     delivery::CASES,
     ordering::CASES,
+    sharing::CASES,
     settle::CASES,
     redelivery::CASES,
     groups::CASES,
