@@ -83,7 +83,11 @@ impl Inbox {
 
     /// Takes arrivals out.
     pub(crate) fn remove(&self, chosen: impl Fn(&Arrival) -> bool) -> Vec<Arrival> {
-        let mut ready = self.ready.lock();
+        Self::remove_of(&mut self.ready.lock(), chosen)
+    }
+
+    /// Takes arrivals out of those.
+    pub(crate) fn remove_of(ready: &mut Arrivals, chosen: impl Fn(&Arrival) -> bool) -> Vec<Arrival> {
         if !ready.iter().any(&chosen) {
             return Vec::new();
         }

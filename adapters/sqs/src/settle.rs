@@ -14,7 +14,7 @@ use tokio::runtime::Handle;
 use tokio::sync::RwLock;
 use tokio::time::Instant;
 
-use crate::leases::{Back, Lease};
+use crate::leases::{Back, Lease, Taken};
 use crate::letters::bury;
 use crate::requests::{self, Change, Leased};
 use crate::retry::send_copies;
@@ -50,39 +50,46 @@ struct Share {
     letters: Vec<(Entry, Box<Verdict>)>,
     /// Message groups of which something goes back to its place.
     returning: Vec<String>,
+    /// What is behind that, where nothing of its message group is out.
+    behind: Vec<Back>,
+    /// Message groups of which a lease was over.
+    over: Vec<String>,
 }
 
 #[async_trait]
 impl Settler for SqsSettler {
     fn settle(&self, batch: Vec<(Delivery, Settlement)>) -> Settling {
+        // Not of the caller's future: the requests go out whether or not somebody waits for them. A close waits for them.
+        let on_its_way = Arc::clone(&self.on_their_way).try_read_owned();
         let mut outcomes: Vec<Option<SettleOutcome>> = Vec::with_capacity(batch.len());
         let mut shares: Vec<Share> = Vec::new();
         shares.resize_with(self.sources.len(), Share::default);
         for (place, (delivery, settlement)) in batch.into_iter().enumerate() {
             let lane = delivery.lane().index as usize;
-            let taken = handle(delivery.token()).and_then(|handle| {
-                let lease = self.sources.get(lane)?.leases.lock().take(&handle)?;
-                Some((handle, lease))
-            });
-            let Some((handle, lease)) = taken else {
-                outcomes.push(Some(Err(stale(delivery))));
-                continue;
-            };
-            outcomes.push(None);
-            shares[lane].add(Entry { place, delivery, handle, lease }, settlement, &self.sources[lane]);
+            let taken = handle(delivery.token())
+                .zip(self.sources.get(lane))
+                .map(|(handle, source)| (handle.clone(), source.leases.lock().take(&handle)));
+            match taken {
+                Some((handle, Taken::Held(lease))) => {
+                    outcomes.push(None);
+                    shares[lane].add(Entry { place, delivery, handle, lease }, settlement, &self.sources[lane]);
+                    continue;
+                }
+                Some((_, Taken::Over(group))) => shares[lane].over.extend(group),
+                Some((_, Taken::Unknown)) | None => {}
+            }
+            outcomes.push(Some(Err(stale(delivery))));
         }
         for (share, source) in shares.iter_mut().zip(&self.sources).filter(|(_, source)| source.is_fifo()) {
             // Held back from this moment on, not from when the request is answered.
             let behind = source.take_behind(&share.returning);
             share.put_off(behind, source, &mut outcomes);
         }
-        if outcomes.iter().all(Option::is_some) {
+        if outcomes.iter().all(Option::is_some) && shares.iter().all(|share| share.over.is_empty()) {
             return Settling::ready(outcomes.into_iter().flatten().collect());
         }
         let work = self.sources.iter().zip(shares).map(|(source, share)| share.settle(Arc::clone(source)));
         let work: Vec<_> = work.collect();
-        // Not of the caller's future: the requests go out whether or not somebody waits for them.
-        let on_its_way = Arc::clone(&self.on_their_way).try_read_owned();
         let work = self.runtime.spawn(async move {
             let settled = join_all(work).await;
             drop(on_its_way);
@@ -126,24 +133,12 @@ impl Settler for SqsSettler {
     fn abandoned(&self, token: &Token, lane: Lane) {
         let Some(handle) = handle(token) else { return };
         let Some(source) = self.sources.get(lane.index as usize).map(Arc::clone) else { return };
-        let Some(lease) = source.leases.lock().take(&handle) else { return };
+        let on_its_way = Arc::clone(&self.on_their_way).try_read_owned();
         // A hand-over without an outcome: it counts towards the crash limit.
-        let back = lease.back(handle);
-        let backs = match &lease.group {
-            None => vec![back],
-            Some(group) => {
-                let behind = source.take_behind(std::slice::from_ref(group));
-                let mut leases = source.leases.lock();
-                for back in behind.into_iter().chain([(group.clone(), back)]) {
-                    leases.return_later(back);
-                }
-                leases.take_returning(std::slice::from_ref(group))
-            }
-        };
+        let backs = source.drop_out(handle);
         if backs.is_empty() {
             return;
         }
-        let on_its_way = Arc::clone(&self.on_their_way).try_read_owned();
         self.runtime.spawn(async move {
             source.put_back_quietly(backs).await;
             drop(on_its_way);
@@ -167,24 +162,23 @@ impl Share {
 
     /// What goes back while others of its message group are out waits for them: recorded here, and SQS's lease behind it. So does
     /// what is behind it.
-    fn put_off(&mut self, behind: Vec<(String, Back)>, source: &Source, outcomes: &mut [Option<SettleOutcome>]) {
+    fn put_off(&mut self, behind: Vec<Back>, source: &Source, outcomes: &mut [Option<SettleOutcome>]) {
         let mut leases = source.leases.lock();
-        behind.into_iter().for_each(|back| leases.return_later(back));
-        for entry in std::mem::take(&mut self.changes) {
-            match &entry.lease.group {
-                Some(group) if leases.has_out(group) => {
-                    leases.return_later((group.clone(), entry.lease.back(entry.handle)));
-                    outcomes[entry.place] = Some(Ok(AckLevel::Recorded));
-                }
-                _ => self.changes.push(entry),
+        self.behind = behind.into_iter().filter_map(|back| leases.return_later(back)).collect();
+        self.changes.retain(|entry| {
+            let goes_now = leases.return_later(entry.lease.back(entry.handle.clone())).is_some();
+            if !goes_now {
+                outcomes[entry.place] = Some(Ok(AckLevel::Recorded));
             }
-        }
+            goes_now
+        });
     }
 
     /// The message groups of all that is settled.
     fn groups(&self) -> Vec<String> {
         let all = self.acks.iter().chain(&self.changes).chain(self.copies.iter().map(|(entry, _)| entry));
-        all.chain(self.letters.iter().map(|(entry, _)| entry)).filter_map(|entry| entry.lease.group.clone()).collect()
+        let all = all.chain(self.letters.iter().map(|(entry, _)| entry)).filter_map(|entry| entry.lease.group.clone());
+        all.chain(self.over.iter().cloned()).collect()
     }
 
     async fn settle(self, source: Arc<Source>) -> Vec<(usize, SettleOutcome)> {
@@ -192,7 +186,7 @@ impl Share {
         let (acks, copies, letters) =
             tokio::join!(delete(self.acks, &source), send_copies(self.copies, &source), bury(self.letters, &source));
         // Behind the others: in a FIFO queue what goes back could be with another member before they are gone.
-        let changes = give_back(self.changes, &groups, &source).await;
+        let changes = give_back(self.changes, self.behind, &groups, &source).await;
         acks.into_iter().chain(changes).chain(copies).chain(letters).collect()
     }
 }
@@ -225,11 +219,30 @@ pub(crate) async fn delete_copied(entries: Vec<Entry>, source: &Source) -> Vec<(
 }
 
 /// Gives back, and with it what waited until nothing of these message groups was out.
-async fn give_back(entries: Vec<Entry>, groups: &[String], source: &Source) -> Vec<(usize, SettleOutcome)> {
-    let mut backs = source.leases.lock().take_returning(groups);
-    backs.extend(entries.iter().map(|entry| entry.lease.back(entry.handle.clone())));
-    let mut asked: HashMap<u64, Entry> = entries.into_iter().map(|entry| (entry.lease.place, entry)).collect();
-    let mut outcomes = Vec::with_capacity(asked.len());
+async fn give_back(
+    entries: Vec<Entry>,
+    behind: Vec<Back>,
+    groups: &[String],
+    source: &Source,
+) -> Vec<(usize, SettleOutcome)> {
+    let mut outcomes = Vec::with_capacity(entries.len());
+    let mut asked: HashMap<u64, Entry> = HashMap::new();
+    let backs = {
+        let mut leases = source.leases.lock();
+        let mut backs = leases.take_returning(groups);
+        // What was settled beside them may have failed, and be out again.
+        backs.extend(behind.into_iter().filter_map(|back| leases.return_later(back)));
+        for entry in entries {
+            match leases.return_later(entry.lease.back(entry.handle.clone())) {
+                None => outcomes.push((entry.place, Ok(AckLevel::Recorded))),
+                Some(back) => {
+                    asked.insert(back.place, entry);
+                    backs.push(back);
+                }
+            }
+        }
+        backs
+    };
     for (place, answer) in source.put_back(backs, "settle").await {
         outcomes.extend(match (asked.remove(&place), answer) {
             // It may be with another member already: whatever was asked for now could be done to that one's.

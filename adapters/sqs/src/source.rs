@@ -11,6 +11,7 @@ use anybroker_core::{
     Token,
 };
 use aws_sdk_sqs::types::{Message as Received, MessageSystemAttributeName as System};
+use futures_util::future::join_all;
 use parking_lot::Mutex;
 use tokio::time::Instant;
 
@@ -19,7 +20,7 @@ use crate::codec::{self, Raw};
 use crate::config::{LONGEST_POLL, Polls};
 use crate::error::failed;
 use crate::inbox::{Arrival, Inbox};
-use crate::leases::{Back, Delays, Forgiven, Lease, Leases};
+use crate::leases::{self, Back, Delays, Forgiven, Lease, Leases, Taken};
 use crate::letters;
 use crate::parcel::BATCH;
 use crate::requests::{self, Change, give_back};
@@ -46,6 +47,7 @@ pub(crate) struct Source {
     pub(crate) lease: Duration,
     pub(crate) is_total: bool,
     pub(crate) polls: Polls,
+    /// Locked after the inbox, where both are.
     pub(crate) leases: Mutex<Leases>,
     pub(crate) forgiven: Arc<Mutex<Forgiven>>,
     pub(crate) delays: Arc<Mutex<Delays>>,
@@ -183,7 +185,8 @@ impl Source {
         let count = number(&System::ApproximateReceiveCount).and_then(|count| u32::try_from(count).ok()).unwrap_or(1);
         let first_at = number(&System::ApproximateFirstReceiveTimestamp).map(Timestamp::from_millis);
         let raw = raw(message);
-        let (message_id, group) = (raw.id.clone(), raw.group.clone());
+        // A standard queue passes one on, and keeps no order by it.
+        let (message_id, group) = (raw.id.clone(), raw.group.clone().filter(|_| self.is_fifo()));
         let decoded = codec::decode(raw, &self.destination);
         let mut carried = decoded.carried;
         carried.first_at = carried.first_at.or(first_at);
@@ -224,45 +227,72 @@ impl Source {
             limit = limit.max(self.lease / UNTAKEN_SHARE);
             tokio::time::sleep(limit - UNTAKEN).await;
         }
-        let arrivals = self.inbox.remove(|arrival| arrival.lane == self.lane && arrival.since.elapsed() >= limit);
-        let mut now = Vec::with_capacity(arrivals.len());
-        {
+        let backs: Vec<_> = {
+            let mut ready = self.inbox.ready.lock();
+            let is_untaken = |arrival: &Arrival| arrival.lane == self.lane && arrival.since.elapsed() >= limit;
+            let arrivals = Inbox::remove_of(&mut ready, is_untaken);
+            // Nobody is to have something before what this member holds of its message group.
             let mut leases = self.leases.lock();
-            for mut arrival in arrivals {
-                match arrival.group.take().filter(|group| leases.has_out(group)) {
-                    // Nobody is to have it before what this member holds of its message group.
-                    Some(group) => leases.return_later((group, self.back(arrival))),
-                    None => now.push(self.back(arrival)),
-                }
-            }
-        }
-        self.put_back_quietly(now).await;
+            arrivals.into_iter().filter_map(|arrival| leases.return_later(self.back(arrival))).collect()
+        };
+        self.put_back_quietly(backs).await;
     }
 
-    /// Takes what has arrived of message groups, because something before it goes back, and tells of which it is.
-    pub(crate) fn take_behind(&self, groups: &[String]) -> Vec<(String, Back)> {
+    /// A message that is out is dropped: what goes back now. Under order it waits for what is out of its message group, and what is
+    /// behind it waits with it.
+    pub(crate) fn drop_out(&self, handle: Bytes) -> Vec<Back> {
+        let mut ready = self.inbox.ready.lock();
+        let mut leases = self.leases.lock();
+        let (group, back) = match leases.take(&handle) {
+            Taken::Held(lease) => (lease.group.clone(), Some(lease.back(handle))),
+            Taken::Over(group) => (group, None),
+            Taken::Unknown => return Vec::new(),
+        };
+        let Some(group) = group else { return back.into_iter().collect() };
+        let behind = match back {
+            Some(_) => Inbox::remove_of(&mut ready, |arrival| self.is_behind(arrival, std::slice::from_ref(&group))),
+            None => Vec::new(),
+        };
+        let mut backs = leases.take_returning(std::slice::from_ref(&group));
+        let behind = behind.into_iter().map(|arrival| self.back(arrival));
+        backs.extend(back.into_iter().chain(behind).filter_map(|back| leases.return_later(back)));
+        backs
+    }
+
+    fn is_behind(&self, arrival: &Arrival, groups: &[String]) -> bool {
+        arrival.lane == self.lane && arrival.group.as_ref().is_some_and(|group| groups.contains(group))
+    }
+
+    /// Takes what has arrived of message groups, because something before it goes back.
+    pub(crate) fn take_behind(&self, groups: &[String]) -> Vec<Back> {
         if groups.is_empty() {
             return Vec::new();
         }
-        let behind = self.inbox.remove(|arrival| {
-            arrival.lane == self.lane && arrival.group.as_ref().is_some_and(|group| groups.contains(group))
-        });
-        behind.into_iter().filter_map(|mut arrival| Some((arrival.group.take()?, self.back(arrival)))).collect()
+        let behind = self.inbox.remove(|arrival| self.is_behind(arrival, groups));
+        behind.into_iter().map(|arrival| self.back(arrival)).collect()
     }
 
-    /// Puts messages back, in the order of the queue: where something of a message group is seen as soon as it is back, as on
-    /// LocalStack (4.13.1), whoever gets it is to get the rest behind it. The outcome of each.
-    pub(crate) async fn put_back(
-        &self,
-        mut backs: Vec<Back>,
-        operation: &'static str,
-    ) -> Vec<(u64, Result<(), Error>)> {
-        backs.sort_unstable_by_key(|back| back.place);
+    /// Puts messages back, what belongs to one message group by one request and in the order of the queue: where something of it is
+    /// seen as soon as it is back, as on LocalStack (4.13.1), whoever gets it is to get the rest behind it. The outcome of each.
+    ///
+    /// What is back by itself, because its lease is over, is not asked for: the request would take it from who has it by now.
+    pub(crate) async fn put_back(&self, backs: Vec<Back>, operation: &'static str) -> Vec<(u64, Result<(), Error>)> {
+        let now = Instant::now();
+        let (backs, over): (Vec<_>, Vec<_>) = backs.into_iter().partition(|back| back.leased.1 > now);
+        let is_over = || Error::new(ErrorKind::StaleDelivery, operation, "its lease is over; the message comes back");
+        let mut answers: Vec<_> = over.into_iter().map(|back| (back.place, Err(is_over()))).collect();
+        let parts = if self.is_fifo() { leases::packed(backs) } else { vec![backs] };
+        let asked = parts.into_iter().map(|part| self.put_back_in_order(part, operation));
+        answers.extend(join_all(asked).await.into_iter().flatten());
+        answers
+    }
+
+    async fn put_back_in_order(&self, backs: Vec<Back>, operation: &'static str) -> Vec<(u64, Result<(), Error>)> {
         let (places, changes): (Vec<u64>, Vec<Change>) =
             backs.into_iter().map(|back| (back.place, give_back(back.leased))).unzip();
-        let mut answers = Vec::with_capacity(changes.len());
-        // All requests at once where no order is kept.
+        // All at once where no order is kept.
         let size = if self.is_fifo() { BATCH } else { changes.len().max(1) };
+        let mut answers = Vec::with_capacity(changes.len());
         for part in changes.chunks(size) {
             answers.extend(self.change(part, operation).await);
         }
@@ -295,7 +325,7 @@ impl Source {
     /// What nobody got, to be put back: that it was handed over is forgiven.
     fn back(&self, arrival: Arrival) -> Back {
         self.forgiven.lock().forgive(arrival.message_id);
-        Back { place: arrival.place, leased: (arrival.handle, arrival.until) }
+        Back { group: arrival.group, place: arrival.place, leased: (arrival.handle, arrival.until) }
     }
 
     /// Puts messages back for which nobody waits.
@@ -353,7 +383,9 @@ impl Source {
 
 /// What became of a message that goes back and that nobody waits for.
 pub(crate) fn not_back(answer: Result<(), Error>) {
-    if let Err(error) = answer {
+    if let Err(error) =
+        answer.or_else(|error| if error.kind() == ErrorKind::StaleDelivery { Ok(()) } else { Err(error) })
+    {
         tracing::warn!(%error, "a message could not be given back; it comes back when its lease ends");
     }
 }

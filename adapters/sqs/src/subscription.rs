@@ -33,8 +33,10 @@ pub(crate) struct SqsSubscription {
 impl SqsSubscription {
     fn take(&self, max: usize) -> Vec<Delivery> {
         let mut deliveries = Vec::new();
+        // What is not here any more is out: nobody sees a message that is neither.
+        let mut ready = self.inbox.ready.lock();
         while deliveries.len() < max {
-            let Some(arrival) = self.inbox.ready.lock().pop_front() else { break };
+            let Some(arrival) = ready.pop_front() else { break };
             let source = Source::of(&self.sources, &arrival);
             deliveries.extend(source.deliver(arrival, &self.context));
         }
@@ -122,10 +124,8 @@ impl Subscription for SqsSubscription {
         self.inbox.close();
         // From here on nothing is settled any more, so that nothing is given back and deleted at once.
         self.context.close();
-        let closing = async {
-            let _flushed = self.on_their_way.write().await;
-            join_all(self.sources.iter().map(|source| source.close())).await
-        };
+        // It goes on when the grace is over.
+        let closing = tokio::spawn(close(self.sources.clone(), Arc::clone(&self.on_their_way)));
         match tokio::time::timeout(grace, closing).await {
             Ok(_) => Ok(()),
             Err(_) => {
@@ -143,9 +143,14 @@ impl Drop for SqsSubscription {
         }
         self.context.close();
         let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
-        let sources = std::mem::take(&mut self.sources);
-        runtime.spawn(async move { join_all(sources.iter().map(|source| source.close())).await });
+        runtime.spawn(close(std::mem::take(&mut self.sources), Arc::clone(&self.on_their_way)));
     }
+}
+
+/// Gives back what is left when nothing is on its way any more.
+async fn close(sources: Vec<Arc<Source>>, on_their_way: Arc<RwLock<()>>) {
+    let _flushed = on_their_way.write().await;
+    join_all(sources.iter().map(|source| source.close())).await;
 }
 
 #[cfg(test)]
