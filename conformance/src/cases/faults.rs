@@ -19,6 +19,7 @@ use crate::faults::{
     Disturbance, HEALED_TIMEOUT, Kind, Line, Network, Planned, Trial, is_publishing_in_a_fault, is_settling_in_a_fault,
     plan,
 };
+use crate::history::{Event, What};
 use crate::{Case, need};
 
 /// A case of the second level.
@@ -302,7 +303,9 @@ async fn alone(env: &Env) -> Proof {
         outcomes?.iter().filter_map(|outcome| outcome.as_ref().err()).try_for_each(is_publishing_in_a_fault)?;
         lines[1].suffer(env, &planned[1]).await;
         acked(vec![held]).await?;
-        held = exchange(env, &publisher, &mut consumer, &format!("after cut {number}")).await?;
+        let when = format!("after cut {number}");
+        held = exchange(env, &publisher, &mut consumer, &when).await?;
+        says_that_it_is_served(env, &mut consumer, &when).await?;
     }
     acked(vec![held]).await?;
     consumer.close().await?;
@@ -366,6 +369,27 @@ pub(super) async fn exchange<'e>(
         );
     }
     stays.ok_or_else(|| Breach::Failed(format!("{when} {staying} came and is gone")))
+}
+
+/// A member that has said that it is not served says that it is again.
+async fn says_that_it_is_served(env: &Env, consumer: &mut Consumer<'_>, when: &str) -> Proof {
+    let (begin, own) = (Instant::now(), consumer.subscription);
+    let is_degraded = |events: &[Event]| {
+        let said = events.iter().rev().find_map(|event| match event.what {
+            What::Degraded { subscription } if subscription == own => Some(true),
+            What::Recovered { subscription } if subscription == own => Some(false),
+            _ => None,
+        });
+        said == Some(true)
+    };
+    while is_degraded(&env.history.events()) {
+        ensure!(
+            begin.elapsed() < env.patience(),
+            "{when} the member receives, and does not say that it is served again"
+        );
+        acked(consumer.receive(10, env.quiet() / 4).await?).await?;
+    }
+    Ok(())
 }
 
 /// Acks them, as far as they are still this member's.

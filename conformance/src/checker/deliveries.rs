@@ -102,7 +102,7 @@ impl Checker {
             order: number,
         });
         self.deliveries.insert(seen.delivery, (place.clone(), seen.id.clone(), seen.subscription));
-        self.positioned(&group, seen, is_as_published);
+        self.positioned(at, &group, seen, is_as_published);
 
         if again && justified {
             self.counts.duplicates_justified += 1;

@@ -93,6 +93,7 @@ impl Faults {
 impl Checker {
     pub(super) fn fault_begins(&mut self, at: u64, fault: u64, clients: &[u32]) {
         self.counts.faults += 1;
+        self.recovery.begins(clients);
         self.faults.active.insert(fault, (clients.to_vec(), at));
         let mut met = clients.iter().any(|client| self.faults.redriving.contains(client));
         for publish in self.publishes.iter_mut().filter(|publish| clients.contains(&publish.producer)) {
@@ -133,6 +134,11 @@ impl Checker {
             *over = at;
         }
         let Some((clients, _)) = self.faults.active.remove(&fault) else { return };
+        for client in &clients {
+            if !self.faults.is_hit(*client) {
+                self.recovery.ends(at, *client);
+            }
+        }
         for subscription in self.members_of(&clients) {
             let client = self.members[&subscription].client;
             let still = self.faults.is_hit(client);

@@ -42,6 +42,7 @@ impl Member {
 impl Checker {
     /// A member is gone: what it held comes back, and where only prefixes are kept, so may what it acked above a hole.
     pub(super) fn leave(&mut self, at: u64, subscription: u64, crash: bool) {
+        self.recovered(at, subscription);
         self.change_of(at, subscription);
         let Some(member) = self.members.get_mut(&subscription) else { return };
         member.gone = true;

@@ -8,6 +8,7 @@ mod members;
 mod order;
 mod positions;
 mod publishes;
+mod recovery;
 mod story;
 #[cfg(test)]
 mod tests;
@@ -29,6 +30,7 @@ use letters::Letter;
 use members::Member;
 use positions::Positions;
 use publishes::Publish;
+use recovery::Recovery;
 use story::{Returned, Story};
 
 /// Something that must not be in a history.
@@ -73,6 +75,11 @@ pub struct Counts {
     pub faults: u64,
     /// Those that met an operation in flight: a publish without an answer, a delivery that was not settled.
     pub faults_met: u64,
+    /// The longest that a client which a fault had hit took, from the end of the fault, until a publish was confirmed to it or a message
+    /// came to it, in milliseconds; none where there was no fault, or none of them did that again. An upper bound: a client that had
+    /// nothing to do waits as well.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub recovery_ms: Option<u64>,
 }
 
 /// What of the capability record decides whether a history is a good one.
@@ -119,10 +126,12 @@ pub(crate) fn check(events: &[Event], rules: Rules) -> (Vec<Anomaly>, Counts) {
     for (index, event) in events.iter().enumerate() {
         checker.observe(index, event);
     }
+    checker.never_recovered(events.last().map_or(0, |event| event.at));
     checker.reorders();
     checker.aborted_reads();
     checker.unproven_losses();
     checker.counts.faults_met = checker.faults.met();
+    checker.counts.recovery_ms = checker.recovery.longest();
     (checker.anomalies, checker.counts)
 }
 
@@ -179,12 +188,16 @@ struct Checker {
     firsts: BTreeMap<Stream, Vec<MessageId>>,
     positions: Positions,
     faults: Faults,
+    recovery: Recovery,
     anomalies: Vec<Anomaly>,
     counts: Counts,
 }
 
 impl Checker {
     fn observe(&mut self, index: usize, event: &Event) {
+        if matches!(event.what, What::PublishOk { .. } | What::Deliver(_)) {
+            self.recovery.works(event.at, event.client);
+        }
         match &event.what {
             What::PublishInvoke { .. }
             | What::PublishOk { .. }
@@ -261,7 +274,7 @@ impl Checker {
                 self.positions.degraded(event.at, *subscription);
                 self.has_lost(event.at, *subscription, None);
             }
-            What::Recovered { subscription } => self.positions.recovered(*subscription),
+            What::Recovered { subscription } => self.recovered(event.at, *subscription),
             What::CloseInvoke { subscription } => self.leave(event.at, *subscription, false),
             What::Vanished { subscription } => self.leave(event.at, *subscription, true),
             What::Letter { scan, destination, group, id, digest, reason, attempts } => {

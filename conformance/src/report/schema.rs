@@ -101,7 +101,8 @@ fn case() -> Value {
                 "counts",
                 json!({"type": "object", "additionalProperties": count()}),
                 "What its history is made of: published_ok, published_failed, published_unknown, delivered, \
-                 duplicates_justified, duplicates_unjustified, acked, nacked, settle_failed, letters_read.",
+                 duplicates_justified, duplicates_unjustified, acked, nacked, settle_failed, letters_read, faults, \
+                 faults_met, recovery_ms.",
             ),
             ("anomalies", json!({"type": "array", "items": anomaly}), "What the checker found."),
             ("schedule", schedule(), "The faults of a case that failed."),

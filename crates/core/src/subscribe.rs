@@ -249,11 +249,11 @@ pub enum SubscriptionEvent {
         /// The lane.
         lane: Lane,
     },
-    /// The broker does not serve this subscription at the moment; it recovers by itself.
+    /// The broker does not serve this subscription, or a part of what it reads, at the moment; it recovers by itself.
     Degraded {
         /// What is wrong, without secrets.
         cause: String,
     },
-    /// It serves again.
+    /// It serves all of it again.
     Recovered,
 }

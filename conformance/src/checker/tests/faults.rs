@@ -24,6 +24,21 @@ impl Script {
     }
 }
 
+#[test]
+fn recovery_is_the_longest_from_the_end_of_a_fault_to_what_a_client_does_next() {
+    let recovery = |script: &Script| check(&script.events, script.rules).1.recovery_ms;
+    let mut script = held("a");
+    assert_eq!(recovery(&script), None, "there was no fault");
+    script.fault(&[0, 7]).wait(1_990);
+    assert_eq!(recovery(&script), None, "nobody has done anything since");
+    script.published("b", "k", 2);
+    assert_eq!(recovery(&script), Some(3), "2.01 ms until it was confirmed, rounded up; client 7 has done nothing");
+    script.wait(LATER).delivered(2, "b", 1);
+    assert_eq!(recovery(&script), Some(3), "it works already");
+    script.fault(&[0]).wait(500).fault(&[0]).wait(7_000).delivered(3, "a", 1);
+    assert_eq!(recovery(&script), Some(8), "from the end of the last of two faults in a row");
+}
+
 /// Longer than anything is under way after a fault.
 const LATER: u64 = 16_000_000;
 

@@ -64,7 +64,13 @@ fn who_is_served_again_says_so() {
     let mut silent = degraded();
     assert_eq!(silent.names(), [""; 0]);
     silent.published("b", "k", 2).delivered(2, "b", 1);
-    assert_eq!(silent.names(), ["unrecovered"]);
+    assert_eq!(silent.names(), [""; 0], "the rest of what it reads may not be served yet");
+    silent.wait(4_000_000).published("c", "k", 3).delivered(3, "c", 1);
+    assert_eq!(silent.names(), [""; 0]);
+    silent.wait(2_000_000).published("d", "k", 4);
+    assert_eq!(silent.names(), ["unrecovered"], "where the history ends");
+    silent.delivered(4, "d", 1).wait(6_000_000).push(What::Recovered { subscription: 1 });
+    assert_eq!(silent.names(), ["unrecovered"; 2], "too late, and once for each time that it showed it");
     let mut told = degraded();
     told.push(What::Recovered { subscription: 1 }).published("b", "k", 2).delivered(2, "b", 1);
     assert_eq!(told.names(), [""; 0]);

@@ -8,7 +8,7 @@ use super::{bar, capability, duration, pill, text, verdict};
 use crate::report::{CaseReport, Report, RunSettings};
 
 /// Columns of the table of cases.
-const COLUMNS: usize = 8;
+const COLUMNS: usize = 10;
 
 pub(super) fn section(page: &mut String, number: usize, report: &Report, alone: bool) {
     if !alone {
@@ -108,7 +108,8 @@ fn cases(page: &mut String, number: usize, report: &Report) {
 proves<th class=n title='publishes: confirmed / certainly not stored / unknown'>published<br>ok / failed / unknown<th \
 class=n title='every delivery counted'>delivered<th class=n title='with a cause such as a nack, a lease, a close / without \
 one'>duplicates<br>justified / not<th class=n>settle<br>failures<th class=n title='dead letters read, each reading \
-counted'>letters<th class=n>time</tr></thead><tbody>\n",
+counted'>letters<th class=n title='all / those that met an operation in flight'>faults<br>all / met<th class=n title='the longest \
+that a client took, from the end of a fault, until a publish was confirmed to it or a message came to it'>recovery<th class=n>time</tr></thead><tbody>\n",
                 text(theme),
                 if green { " green" } else { "" },
             );
@@ -131,7 +132,7 @@ fn row(page: &mut String, number: usize, case: &CaseReport, settings: &RunSettin
     let _ = writeln!(
         page,
         "<tr id='{}'{}><td>{}<td class=case><code>{}</code><small>{}</small><td class=n>{} / {} / {}<td class=n>{}<td \
-class=n>{} / {unjustified}<td class=n>{}<td class=n>{}<td class=n>{}</tr>",
+class=n>{} / {unjustified}<td class=n>{}<td class=n>{}<td class=n>{}<td class=n>{}<td class=n>{}</tr>",
         anchor(number, case.name),
         if case.is_green() { " class=green" } else { "" },
         pill(case.outcome),
@@ -144,6 +145,8 @@ class=n>{} / {unjustified}<td class=n>{}<td class=n>{}<td class=n>{}</tr>",
         counts.duplicates_justified,
         counts.settle_failed,
         counts.letters_read,
+        if counts.faults > 0 { format!("{} / {}", counts.faults, counts.faults_met) } else { String::new() },
+        counts.recovery_ms.map(duration).unwrap_or_default(),
         duration(case.duration_ms),
     );
     if case.is_green() {

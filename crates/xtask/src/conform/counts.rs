@@ -14,6 +14,15 @@ pub(crate) struct Counts {
     pub(crate) duplicates_unjustified: u64,
     pub(crate) faults: u64,
     pub(crate) faults_met: u64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) recovery_ms: Option<u64>,
+}
+
+impl Counts {
+    /// The longest recovery, in seconds.
+    pub(crate) fn recovery(self) -> String {
+        self.recovery_ms.map_or("–".into(), |millis| format!("{:.1}", millis as f64 / 1_000.0))
+    }
 }
 
 impl AddAssign for Counts {
@@ -26,5 +35,6 @@ impl AddAssign for Counts {
         self.duplicates_unjustified += other.duplicates_unjustified;
         self.faults += other.faults;
         self.faults_met += other.faults_met;
+        self.recovery_ms = self.recovery_ms.max(other.recovery_ms);
     }
 }

@@ -61,15 +61,15 @@ pub(super) fn text(run: &Run, merged: &str) -> Result<String> {
         let _ = write!(text, ", only {}", run.cases.join(", "));
     }
     text += ". Published, delivered and duplicates are sums over all cases.\n\n| mode | pass | refused, verified | failed | \
-             inconclusive | not run | published ok / failed / unknown | delivered | duplicates justified / not | seconds |\n\
-             |---|---|---|---|---|---|---|---|---|---|\n";
+             inconclusive | not run | published ok / failed / unknown | delivered | duplicates justified / not | faults / met | longest \
+             recovery, s | seconds |\n|---|---|---|---|---|---|---|---|---|---|---|---|\n";
     for report in &merged.reports {
         let of = |outcome: Outcome| report.cases.iter().filter(|case| case.outcome == outcome).count();
         let mut sum = Counts::default();
         report.cases.iter().for_each(|case| sum += case.counts);
         let _ = writeln!(
             text,
-            "| {} | {} | {} | {} | {} | {} | {} / {} / {} | {} | {} / {} | {:.0} |",
+            "| {} | {} | {} | {} | {} | {} | {} / {} / {} | {} | {} / {} | {} / {} | {} | {:.0} |",
             report.endpoint.name,
             of(Outcome::Pass),
             of(Outcome::RefusedAndVerified),
@@ -82,6 +82,9 @@ pub(super) fn text(run: &Run, merged: &str) -> Result<String> {
             sum.delivered,
             sum.duplicates_justified,
             sum.duplicates_unjustified,
+            sum.faults,
+            sum.faults_met,
+            sum.recovery(),
             report.duration_ms as f64 / 1_000.0
         );
     }
@@ -129,7 +132,7 @@ mod tests {
         let case = |name: &str, outcome: &str, detail: &str| {
             serde_json::json!({"name": name, "outcome": outcome, "detail": detail, "counts": {
                 "published_ok": 2, "published_failed": 0, "published_unknown": 1, "delivered": 3,
-                "duplicates_justified": 1, "duplicates_unjustified": 0, "faults": 0, "faults_met": 0}})
+                "duplicates_justified": 1, "duplicates_unjustified": 0, "faults": 2, "faults_met": 1, "recovery_ms": 1_250}})
         };
         let report = |mode: &str| {
             serde_json::json!({"endpoint": {"name": mode, "server": "NATS 2.15", "client": null}, "duration_ms": 4_000,
@@ -139,7 +142,7 @@ mod tests {
         let run = Run { revision: "abc".into(), level: "conformance".into(), cases: Vec::new() };
         let text = text(&run, &merged).unwrap();
         assert!(text.contains("at abc, level conformance."), "{text}");
-        assert!(text.contains("| two | 1 | 0 | 1 | 0 | 1 | 6 / 0 / 3 | 9 | 3 / 0 | 4 |"), "{text}");
+        assert!(text.contains("| two | 1 | 0 | 1 | 0 | 1 | 6 / 0 / 3 | 9 | 3 / 0 | 6 / 3 | 1.2 | 4 |"), "{text}");
         assert!(text.contains("- one, two: NATS 2.15\n"), "{text}");
         assert!(text.contains("\nFailed:\n\n- a/c (one, two): it broke\n"), "{text}");
         assert!(text.contains("\nNot run:\n\n- a/d (one, two): no proxy\n"), "{text}");

@@ -138,12 +138,13 @@ impl Tally {
 
     /// The summary, in Markdown.
     pub(super) fn text(&self) -> String {
-        let mut cases: BTreeMap<&str, (u64, u64, u64, Counts)> = BTreeMap::new();
+        let mut cases: BTreeMap<&str, (u64, u64, u64, u64, Counts)> = BTreeMap::new();
         for (_, run) in self.runs() {
-            let (counted, failed, inconclusive, sum) = cases.entry(&run.name).or_default();
+            let (counted, failed, inconclusive, small, sum) = cases.entry(&run.name).or_default();
             *counted += u64::from(run.counts());
             *failed += u64::from(run.outcome == "fail");
-            *inconclusive += u64::from(!run.counts());
+            *inconclusive += u64::from(run.outcome == "inconclusive");
+            *small += u64::from(run.outcome == "pass" && !run.counts());
             *sum += run.counts;
         }
         let Kept { broker, revision, first_seed, .. } = &self.kept;
@@ -155,14 +156,15 @@ impl Tally {
             self.failed().len()
         );
         text += "A run is one case with one seed; it counts with at least 2,000 messages and a fault that met an operation in \
-                 flight.\nPublished, delivered, duplicates and faults are sums over all runs.\n\n";
-        text += "| case | count | failed | do not count | published ok / failed / unknown | delivered | duplicates justified / \
-                 not | faults / met |\n|---|---|---|---|---|---|---|---|\n";
-        for (name, (counted, failed, inconclusive, sum)) in cases {
+                 flight.\nPublished, delivered, duplicates and faults are sums over all \
+                 runs. Recovery: from the end of a fault until a client that it hit published or received again.\n\n";
+        text += "| case | count | failed | inconclusive | too small | published ok / failed / unknown | delivered | duplicates justified / \
+                 not | faults / met | longest recovery, s |\n|---|---|---|---|---|---|---|---|---|---|\n";
+        for (name, (counted, failed, inconclusive, small, sum)) in cases {
             // Writing to a string cannot fail.
             let _ = writeln!(
                 text,
-                "| {name} | {counted} | {failed} | {inconclusive} | {} / {} / {} | {} | {} / {} | {} / {} |",
+                "| {name} | {counted} | {failed} | {inconclusive} | {small} | {} / {} / {} | {} | {} / {} | {} / {} | {} |",
                 sum.published_ok,
                 sum.published_failed,
                 sum.published_unknown,
@@ -170,7 +172,8 @@ impl Tally {
                 sum.duplicates_justified,
                 sum.duplicates_unjustified,
                 sum.faults,
-                sum.faults_met
+                sum.faults_met,
+                sum.recovery()
             );
         }
         let failed: Vec<_> = self.runs().filter(|(_, run)| run.outcome == "fail").collect();
