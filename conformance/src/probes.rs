@@ -63,7 +63,6 @@ const NOBODY: Evidence = Nothing("no endpoint of this contract may refuse it");
 const MAY: Evidence = Nothing("the lesser value says what may happen, not that it does");
 const CAUTIOUS: Evidence = Nothing("a limit that is lower than the broker's is kept all the same");
 const POWER: Evidence = Nothing("it takes a machine whose power can be cut");
-const BETWEEN: Evidence = Nothing("only a crash between the two writes shows it, and no client can place one there");
 const LAG: Evidence = Cases(&["lag/the-figures-equal-what-is-known"]);
 
 const PROBES: &[Probe] = &[
@@ -134,7 +133,14 @@ const PROBES: &[Probe] = &[
         Refusal,
     ),
     probe("dead_letter", Cases(&["dead-letter/a-letter-holds-the-message-untouched-and-why-it-died"]), Refusal),
-    probe("dead_letter_atomicity", BETWEEN, MAY),
+    probe(
+        "dead_letter_atomicity",
+        Cases(&[
+            "faults/a-mixed-schedule-buries-what-is-to-be-buried-and-loses-nothing",
+            "faults/a-server-that-is-killed-while-messages-are-buried-loses-neither-letters-nor-messages",
+        ]),
+        MAY,
+    ),
     probe("dead_letter_browse", Cases(&["dead-letter/reading-takes-nothing-away"]), MAY),
     probe(
         "redrive",
@@ -172,7 +178,17 @@ const PROBES: &[Probe] = &[
         Refusal,
     ),
     probe("publish_dedup", Cases(&["idempotency/a-second-publish-of-an-id-within-the-window-is-stored-once"]), Refusal),
-    probe("transactions", Nothing("no default endpoint claims them"), Refusal),
+    probe(
+        "transactions",
+        Cases(&[
+            "transactions/nothing-is-seen-before-the-commit-and-all-of-it-afterwards",
+            "transactions/an-abort-leaves-nothing-and-what-was-settled-comes-back",
+            "transactions/what-was-consumed-and-what-was-made-of-it-are-committed-together",
+            "faults/what-transactions-make-of-what-they-settle-is-there-exactly-once-whatever-is-cut",
+            "faults/what-transactions-make-of-what-they-settle-is-there-exactly-once-when-the-server-is-killed",
+        ]),
+        Refusal,
+    ),
     probe("tombstones", Cases(&["shapes/a-tombstone-is-not-an-empty-payload"]), Refusal),
     probe("declare", Cases(&["topology/declaring-twice-changes-nothing"]), Refusal),
     probe("describe", Cases(&["topology/describe-shows-groups-and-both-names"]), Refusal),

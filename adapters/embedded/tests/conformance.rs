@@ -89,7 +89,8 @@ async fn it_passes_every_case_with_grouped_commits() {
     must_be_green(harness, Options::default().with_parallelism(8)).await;
 }
 
-/// Longer than a publish may take. Of the cases about faults it is the only one that has a meaning here.
+/// Longer than a publish may take. Of the cases about a server no other has a meaning here; those about killed
+/// processes are run by `anybroker conform`, and `crash.rs` kills more of them.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_file_that_somebody_holds_for_a_while_loses_nothing() {
     let directory = tempfile::tempdir().unwrap();
