@@ -29,6 +29,27 @@ impl Case {
     pub fn theme(&self) -> &'static str {
         self.name.split_once('/').map_or(self.name, |(theme, _)| theme)
     }
+
+    /// Whether a pattern, in which `*` stands for anything, chooses it by its name.
+    ///
+    /// ```
+    /// let case = anybroker_conformance::cases().iter().find(|case| case.is_chosen_by("faults/a-mixed-schedule-*"));
+    /// assert_eq!(case.map(|case| case.theme()), Some("faults"));
+    /// ```
+    #[must_use]
+    pub fn is_chosen_by(&self, pattern: &str) -> bool {
+        matches(pattern, self.name)
+    }
+}
+
+/// Whether `name` matches a pattern in which `*` stands for anything.
+fn matches(pattern: &str, name: &str) -> bool {
+    match pattern.split_once('*') {
+        None => pattern == name,
+        Some((head, tail)) => name.strip_prefix(head).is_some_and(|rest| {
+            (0..=rest.len()).filter(|at| rest.is_char_boundary(*at)).any(|at| matches(tail, &rest[at..]))
+        }),
+    }
 }
 
 impl std::fmt::Debug for Case {
@@ -131,3 +152,22 @@ macro_rules! ensure_eq {
 }
 
 pub(crate) use {ensure, ensure_eq, fail};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_star_stands_for_anything() {
+        for (pattern, name, expected) in [
+            ("redelivery/*", "redelivery/a", true),
+            ("*/nack-*", "settle/nack-a", true),
+            ("*", "a/b", true),
+            ("a/b", "a/b", true),
+            ("a/b", "a/bc", false),
+            ("*b", "a/bc", false),
+        ] {
+            assert_eq!(matches(pattern, name), expected, "{pattern} {name}");
+        }
+    }
+}

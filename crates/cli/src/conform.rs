@@ -10,15 +10,15 @@ use std::time::Duration;
 use anybroker::config::EndpointUrl;
 use anybroker::{Bus, Config, ErrorKind, TopologySpec};
 use anybroker_conformance::{
-    About, CaseReport, Harness, HttpService, Level, NativeChannel, Options, Outcome, Report, Route, ServerControl,
-    Stop, cases, check_proxies, fresh_name, url_through,
+    About, Case, CaseReport, Harness, HttpService, Level, NativeChannel, Options, Outcome, Report, Route,
+    ServerControl, Stop, cases, check_proxies, fresh_name, url_through,
 };
 use async_trait::async_trait;
 use futures_util::future::BoxFuture;
 use serde_json::{Value, json};
 
 use crate::args::{ConformArgs, ConformCommand, Global, LevelArg};
-use crate::conform_faults::Faults;
+use crate::conform_faults::{CLIENTS_ALONE, Faults};
 use crate::exit::{Exit, Failure};
 use crate::interrupt::Interrupt;
 use crate::output::Output;
@@ -38,13 +38,14 @@ pub(crate) async fn run(global: &Global, args: ConformArgs, output: &mut Output)
     if args.list {
         return list(&args, output);
     }
-    let faults = Faults::of(&args.disturbing, args.level.map(level), &connect::settings(global)?)?;
-    let (level, wants_proxies) = (faults.level, faults.wants_proxies);
+    let level = args.level.map(level).or_else(|| level_of(&args.cases));
+    let faults = Faults::of(&args.disturbing, level, &connect::settings(global)?)?;
+    let (level, wants_proxies, mut excused) = (faults.level, faults.wants_proxies, faults.excluded.clone());
     let harness = Arc::new(CommandHarness::new(global, &args, faults).await?);
     if wants_proxies {
         check_proxies(harness.clone()).await?;
     }
-    let no_http = harness.http().err();
+    excused.extend(harness.http().err());
     let mut interrupt = Interrupt::listen()?;
     let done = Arc::new(AtomicU64::new(0));
     let progress = Progress::new("cases", false);
@@ -80,19 +81,20 @@ pub(crate) async fn run(global: &Global, args: ConformArgs, output: &mut Output)
         return Ok(Exit::Interrupted);
     }
     if report.cases.is_empty() {
-        return Err(Failure::Usage("no case matches; see conform --list".into()));
+        return Err(Failure::Usage("no case of this level matches; see conform --list".into()));
     }
     print(&report, output)?;
     if let Some(directory) = &args.report {
         report.write_dir(directory).map_err(|error| Failure::Io("write the report", error))?;
     }
-    let missing = !args.cases.is_empty() && is_missing(&report, &args.cases, no_http.as_deref());
+    let missing = !args.cases.is_empty() && is_missing(&report, &args.cases, &excused);
     Ok(if report.is_green() && !missing { Exit::Done } else { Exit::Failed })
 }
 
-/// Whoever names a case wants it run. A pattern may take along what the endpoint's protocol has not, beside what was run.
-fn is_missing(report: &Report, named: &[String], no_http: Option<&str>) -> bool {
-    let is_excused = |case: &CaseReport| Some(&*case.detail) == no_http && !named.iter().any(|name| name == case.name);
+/// Whoever names a case wants it run. A pattern may take along what the endpoint's protocol has not, or the line leaves alone, beside
+/// what was run.
+fn is_missing(report: &Report, named: &[String], excused: &[String]) -> bool {
+    let is_excused = |case: &CaseReport| excused.contains(&case.detail) && !named.iter().any(|name| name == case.name);
     let (not_run, ran): (Vec<_>, Vec<_>) = report.cases.iter().partition(|case| case.outcome == Outcome::NotRun);
     ran.is_empty() || !not_run.into_iter().all(is_excused)
 }
@@ -107,7 +109,7 @@ async fn child(global: &Global) -> Result<Exit, Failure> {
 }
 
 fn list(args: &ConformArgs, output: &mut Output) -> Result<Exit, Failure> {
-    let highest = args.level.map_or(Level::Conformance, level);
+    let highest = args.level.map_or(Level::Long, level);
     let chosen: Vec<_> = cases().iter().filter(|case| case.level <= highest).collect();
     if output.is_json() {
         for case in chosen {
@@ -116,8 +118,10 @@ fn list(args: &ConformArgs, output: &mut Output) -> Result<Exit, Failure> {
             output.object(&json!({"name": case.name, "level": level, "proves": case.proves, "needs": needs}))?;
         }
     } else {
-        let rows = chosen.iter().map(|case| vec![case.name.to_owned(), case.proves.to_owned()]).collect();
-        output.table(&["CASE", "PROVES"], rows)?;
+        let row = |case: &&Case| {
+            vec![case.name.to_owned(), format!("{:?}", case.level).to_lowercase(), case.proves.to_owned()]
+        };
+        output.table(&["CASE", "LEVEL", "PROVES"], chosen.iter().map(row).collect())?;
     }
     output.flush()?;
     Ok(Exit::Done)
@@ -147,6 +151,13 @@ fn level(level: LevelArg) -> Level {
         LevelArg::Reliability => Level::Reliability,
         LevelArg::Long => Level::Long,
     }
+}
+
+/// The level at which each pattern chooses something, where that is not the first.
+fn level_of(patterns: &[String]) -> Option<Level> {
+    let lowest =
+        |pattern: &String| cases().iter().filter(|case| case.is_chosen_by(pattern)).map(|case| case.level).min();
+    patterns.iter().filter_map(lowest).max().filter(|level| *level > Level::Conformance)
 }
 
 /// Fresh clients of the endpoint that the command line names.
@@ -184,7 +195,7 @@ impl CommandHarness {
         let strict = strict.map(|scheme| apart.with(format!("{scheme}.{CREATE_DESTINATIONS}"), false));
         let child = match faults.kills_clients {
             true => process_of(global, &config),
-            false => Err("--faults asks for others, which leave clients alone".to_owned()),
+            false => Err(CLIENTS_ALONE.to_owned()),
         };
         let url = config.endpoint_url().unwrap_or_default();
         let native = anybroker_conformance_native::channel(url, |setting| given(&config, setting));

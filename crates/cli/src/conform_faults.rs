@@ -9,6 +9,7 @@ use anybroker::config::EndpointUrl;
 use anybroker::{Config, Error, ErrorKind};
 use anybroker_conformance::{Level, Route, ServerControl, routes_of};
 use async_trait::async_trait;
+use clap::ValueEnum as _;
 use tokio::process::Command;
 use tokio::time::Instant;
 
@@ -24,6 +25,9 @@ const NO_CONNECTION: &str = "the URL names no host and port that a proxy could s
 const NO_COMMANDS: &str = "no command on the line disturbs the server: --restart-command, --pause-command, --fill-command or \
                            --lock-out-command";
 
+const CONNECTIONS_ALONE: &str = "--faults asks for others, which leave connections alone";
+pub(crate) const CLIENTS_ALONE: &str = "--faults asks for others, which leave clients alone";
+
 const NO_SERVER: &str = "the URL names no server: a broker in this process or in a file has none that could be killed, frozen, \
                          filled or locked";
 
@@ -37,6 +41,8 @@ pub(crate) struct Faults {
     /// The server, or why it is left alone.
     pub(crate) server: Result<Arc<Commands>, String>,
     pub(crate) level: Level,
+    /// Why cases are not run that the line excludes by asking for other faults.
+    pub(crate) excluded: Vec<String>,
 }
 
 impl Faults {
@@ -69,7 +75,8 @@ impl Faults {
             return Err(Failure::Usage(text.into()));
         }
         let is_disturbed = wants_proxies || wants_process || wants_clients;
-        let level = level.unwrap_or(if is_disturbed { Level::Reliability } else { Level::Conformance });
+        let least = if is_disturbed || !args.schedule.is_empty() { Level::Reliability } else { Level::Conformance };
+        let level = level.unwrap_or(least);
         if is_disturbed && level < Level::Reliability {
             return Err(Failure::Usage("faults belong to --level reliability".into()));
         }
@@ -80,7 +87,7 @@ impl Faults {
         let routes = if asks(FaultsArg::None) {
             Err("--faults none".into())
         } else if (wants_process || wants_clients) && !wants_proxies {
-            Err("--faults asks for others, which leave connections alone".into())
+            Err(CONNECTIONS_ALONE.into())
         } else if !args.proxies.is_empty() {
             Ok(args.proxies.clone())
         } else {
@@ -89,6 +96,14 @@ impl Faults {
         if let (true, Err(why)) = (wants_proxies, &routes) {
             return Err(unsupported(why.clone()));
         }
+        let mut excluded = Vec::new();
+        if is_disturbed {
+            excluded.extend([CONNECTIONS_ALONE, CLIENTS_ALONE].map(str::to_owned));
+            match has_commands {
+                true => excluded.extend(ServerFault::value_variants().iter().map(|fault| commands.missing(*fault))),
+                false => excluded.extend([NO_COMMANDS, NO_SERVER].map(str::to_owned)),
+            }
+        }
         let server = match url {
             _ if has_commands => Ok(Arc::new(commands)),
             _ if asks(FaultsArg::None) => Err("--faults none".to_owned()),
@@ -96,7 +111,7 @@ impl Faults {
             _ => Err(NO_SERVER.to_owned()),
         };
         let kills_clients = wants_clients || args.faults.is_empty() && !has_commands;
-        Ok(Self { routes, wants_proxies, kills_clients, server, level })
+        Ok(Self { routes, wants_proxies, kills_clients, server, level, excluded })
     }
 }
 

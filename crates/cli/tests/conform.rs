@@ -10,6 +10,9 @@ fn cases_are_listed_without_an_endpoint() {
     assert_eq!(ran.code, Some(0));
     let cases = ran.objects();
     assert!(cases.iter().all(|case| case["proves"].is_string() && case["needs"].is_array()));
+    for level in ["conformance", "reliability", "long"] {
+        assert!(cases.iter().any(|case| case["level"] == level), "{level}");
+    }
     assert!(texts(&cases, "name").iter().any(|name| name.starts_with("dead-letter/")));
 }
 
@@ -147,6 +150,24 @@ fn faults_that_cannot_be_brought_about_are_refused_before_anything_is_run() {
         assert!(processes.len() == 5 && processes.iter().all(|case| case["outcome"] == killed), "{ran:?}");
         assert!(others.len() > 1 && others.iter().all(is_as_expected), "{ran:?}");
     }
+}
+
+#[test]
+fn a_case_that_is_named_is_run_whatever_its_level_and_a_pattern_may_take_along_what_the_line_leaves_alone() {
+    let cli = Cli::new();
+    let killed = "faults/a-publisher-whose-process-is-killed-has-stored-what-was-confirmed";
+    let ran = cli.run(&["conform", "--case", killed, "--json"]);
+    assert_eq!((ran.code, &ran.objects()[0]["outcome"]), (Some(0), &"pass".into()), "{ran:?}");
+    let pattern =
+        ["conform", "--case", "faults/*-whose-process-is-killed-*", "--case", "faults/a-black-hole-*", "--json"];
+    let ran = cli.run(&[&pattern[..], &["--faults", "clients"]].concat());
+    let outcomes: Vec<_> = ran.objects().into_iter().map(|case| case["outcome"].clone()).collect();
+    assert!(
+        ran.code == Some(0) && outcomes.contains(&"pass".into()) && outcomes.contains(&"not_run".into()),
+        "{ran:?}"
+    );
+    // Nothing on this line leaves connections alone: they are missing.
+    assert_eq!(cli.run(&pattern).code, Some(1));
 }
 
 #[test]
