@@ -1,16 +1,17 @@
 //! Servers that are killed, killed again while everybody comes back, frozen, without room, and closed to their clients.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anybroker_core::{Error, ErrorKind, Nack, Settlement, SubscribeSpec};
+use anybroker_core::{Error, ErrorKind, Nack, Reason, Settlement, SubscribeSpec, Verdict};
 use futures_util::future::BoxFuture;
 use tokio::time::Instant;
 
 use super::faults::{fault, millis};
 use crate::case::{Breach, Proof, ensure};
 use crate::client::Client;
-use crate::consumer::{Consumer, Held, settle};
+use crate::consumer::{Consumer, Held, ids, settle};
 use crate::env::Env;
 use crate::faults::{Disturbance, HEALED_TIMEOUT, KILLED, Trial, is_settling_in_a_fault, of_server};
 use crate::history::What;
@@ -217,11 +218,22 @@ async fn without_room(env: &Env, server: &Arc<dyn ServerControl>) -> Proof {
         Ok(())
     };
     let settling = settle_one_by_one(env, &mut consumer, held);
-    let meanwhile = async { futures_util::try_join!(publishing, settling).map(drop) };
+    let mut buried = BTreeSet::new();
+    let meanwhile = async {
+        let ((), done) = futures_util::try_join!(publishing, settling)?;
+        buried = done;
+        Ok(())
+    };
     of_server(env, FULL_SERVER, server.fill(), meanwhile, server.relieve()).await?;
     publish_until_stored(env, &publisher, &spec, "with room again").await?;
     consumer.close().await?;
-    publisher.drain(spec).await?;
+    publisher.drain(spec.clone()).await?;
+    if env.record.dead_letter.is_given() {
+        let letters = publisher.letters(&spec.destinations[0], &spec.group).await?;
+        let letters: BTreeSet<String> = ids(letters.iter().map(|letter| &letter.message)).into_iter().collect();
+        let lost: Vec<_> = buried.difference(&letters).collect();
+        ensure!(lost.is_empty(), "buried while there was no room, and no letters: {lost:?}");
+    }
     for client in [publisher, member] {
         client.close().await?;
     }
@@ -235,26 +247,43 @@ async fn without_room(env: &Env, server: &Arc<dyn ServerControl>) -> Proof {
 const HELD: usize = 20;
 const BATCH: usize = 5;
 
-/// Acks one and nacks the next, for as long as there is no room, and then acks what comes again.
-async fn settle_one_by_one<'e>(env: &'e Env, consumer: &mut Consumer<'e>, held: Vec<Held<'e>>) -> Proof {
+/// Acks one, nacks the next and buries the third, for as long as there is no room, and then acks what comes again. What cannot be
+/// buried or put back is still this member's, and is acked instead. Answers what was buried.
+async fn settle_one_by_one<'e>(
+    env: &'e Env,
+    consumer: &mut Consumer<'e>,
+    held: Vec<Held<'e>>,
+) -> Proof<BTreeSet<String>> {
     let begin = Instant::now();
     let pause = FULL / u32::try_from(HELD).unwrap_or(1);
     let judged = |outcomes: Vec<_>| {
         let failed = outcomes.into_iter().filter_map(|outcome: Result<_, (_, Error)>| outcome.err());
         failed.map(|(_, error)| error).try_for_each(|error| is_settling_in_a_fault(&error))
     };
+    let mut buried = BTreeSet::new();
     for (number, held) in held.into_iter().enumerate() {
         let nack = Nack { delay: Duration::ZERO, error_type: None };
-        let nacks = number % 2 == 1 && env.record.nack.is_given();
-        let settlement = if nacks { Settlement::Nack(nack) } else { Settlement::Ack };
-        judged(settle(vec![(held, settlement)]).await?)?;
+        let (settlement, id) = match number % 3 {
+            1 if env.record.nack.is_given() => (Settlement::Nack(nack), None),
+            2 if env.record.dead_letter.is_given() => {
+                (Settlement::DeadLetter(Box::new(Verdict::new(Reason::Rejected))), Some(held.id()))
+            }
+            _ => (Settlement::Ack, None),
+        };
+        match held.settle(settlement).await? {
+            Ok(_) => buried.extend(id),
+            Err((held, error)) => {
+                is_settling_in_a_fault(&error)?;
+                judged(settle(vec![(held, Settlement::Ack)]).await?)?;
+            }
+        }
         tokio::time::sleep(pause).await;
     }
     while begin.elapsed() < FULL {
         let came = consumer.receive(10, pause).await?;
         judged(settle(came.into_iter().map(|held| (held, Settlement::Ack)).collect()).await?)?;
     }
-    Ok(())
+    Ok(buried)
 }
 
 /// One that is worth waiting for: what cannot be given back comes again when its lease ends.
