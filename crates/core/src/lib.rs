@@ -6,6 +6,7 @@
 
 mod blocks;
 mod broker;
+mod burials;
 mod bus;
 pub mod capability;
 mod check;

@@ -6,15 +6,17 @@ use std::time::Duration;
 use futures_util::Stream;
 use tokio::time::Instant;
 
-use crate::{
-    Delivery, DeliveryContext, Error, ErrorKind, Reason, Received, Result, Settlement, SubscribeSpec, Subscription,
-    Verdict, settle,
-};
+use crate::burials::Burials;
+use crate::{Delivery, DeliveryContext, Error, ErrorKind, Received, Result, SubscribeSpec, Subscription};
 
 /// An open subscription: one member of a group. Deliveries are received in batches and settled by themselves.
 ///
-/// The bound `max_in_flight` and the `crash_limit` are kept here, once for all adapters.
+/// The bound `max_in_flight` and the `crash_limit` are kept here, once for all adapters. What met the crash limit and
+/// cannot become a dead letter is held, in flight, and tried again while the subscription receives; it comes back when its
+/// lease or lane is gone, or when the subscription is.
 pub struct Subscriber {
+    // Dropped first: what is held is given back while the subscription is there.
+    burials: Burials,
     subscription: Box<dyn Subscription>,
     context: Arc<DeliveryContext>,
     spec: SubscribeSpec,
@@ -23,7 +25,7 @@ pub struct Subscriber {
 impl Subscriber {
     pub(crate) fn new(subscription: Box<dyn Subscription>, spec: SubscribeSpec) -> Self {
         let context = Arc::clone(subscription.context());
-        Self { subscription, context, spec }
+        Self { burials: Burials::new(spec.crash_limit), subscription, context, spec }
     }
 
     /// What it was opened with.
@@ -71,9 +73,16 @@ impl Subscriber {
                 return Ok(Received::default());
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            let mut received = self.subscription.receive(room, left).await?;
+            let receiving = self.subscription.receive(room, left);
+            let mut received = match self.burials.is_empty() {
+                true => receiving.await?,
+                false => self.burials.meanwhile(receiving).await?,
+            };
             let brought = received.deliveries.len();
             debug_assert!(brought <= room, "the adapter brought {brought} deliveries, {room} were asked for");
+            if !self.burials.is_empty() {
+                self.burials.follow(&received.events);
+            }
             self.bury_crashers(&mut received.deliveries);
             if received.deliveries.is_empty() && brought > 0 && received.events.is_empty() {
                 continue; // Everything it brought was buried: the wait goes on.
@@ -92,14 +101,14 @@ impl Subscriber {
             if room > 0 || self.context.is_closed() {
                 return room.max(1);
             }
-            if tokio::time::timeout_at(deadline, settled).await.is_err() {
+            if tokio::time::timeout_at(deadline, self.burials.meanwhile(settled)).await.is_err() {
                 return 0;
             }
         }
     }
 
     /// Dead-letters what was handed over too often without any outcome, instead of handing it over once more.
-    fn bury_crashers(&self, deliveries: &mut Vec<Delivery>) {
+    fn bury_crashers(&mut self, deliveries: &mut Vec<Delivery>) {
         let Some(limit) = self.spec.crash_limit else { return };
         let crashed = |delivery: &Delivery| {
             let facts = delivery.facts();
@@ -108,15 +117,11 @@ impl Subscriber {
         if !deliveries.iter().any(crashed) {
             return;
         }
-        let (crashers, healthy): (Vec<_>, Vec<_>) = deliveries.drain(..).partition(crashed);
+        let (mut crashers, healthy): (Vec<_>, Vec<_>) = deliveries.drain(..).partition(crashed);
         *deliveries = healthy;
-        let buried = crashers.len();
-        let verdict = || Verdict::new(Reason::CrashLimit).with_detail(format!("{limit} hand-overs without an outcome"));
-        let batch =
-            crashers.into_iter().map(|delivery| (delivery, Settlement::DeadLetter(Box::new(verdict())))).collect();
-        Delivery::count_handed_out(&self.context, buried);
-        // Handed over in the call; whoever fails comes back and is met here again.
-        drop(settle(batch));
+        crashers.iter_mut().for_each(Delivery::hand_out);
+        Delivery::count_handed_out(&self.context, crashers.len());
+        self.burials.bury(crashers);
     }
 
     /// Stops (or resumes) deliveries. Those that are out stay valid.
@@ -152,6 +157,8 @@ impl Subscriber {
     /// # Errors
     /// `Timeout` when it did not end within `grace`.
     pub async fn close(self, grace: Duration) -> Result<()> {
+        // An adapter may wait for what is out: nobody settles what is held.
+        drop(self.burials);
         let bound = grace.saturating_add(Duration::from_secs(1));
         let closed = tokio::time::timeout(bound, self.subscription.close(grace)).await;
         self.context.close();

@@ -7,8 +7,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anybroker_core::{
-    Delivery, ErrorKind, Message, Nack, Reason, Settlement, SubscribeSpec, Subscriber, Support, Verdict, ack, extend,
-    settle,
+    Delivery, ErrorKind, Message, Nack, Reason, Settlement, SubscribeSpec, Subscriber, SubscriptionEvent, Support,
+    Verdict, ack, extend, settle,
 };
 use common::{TestBroker, record};
 use futures_util::StreamExt;
@@ -155,6 +155,110 @@ async fn a_receive_that_brought_only_killers_waits_on() {
     assert!(subscriber.receive(10, QUIET).await.expect("received").is_empty());
     broker.ready.lock().push_back((Message::new("d", "x").with_id("canary"), 1, 1));
     assert_eq!(ids(&subscriber.receive(10, LONG).await.expect("received")), ["canary"]);
+}
+
+/// A broker that has a message which met the crash limit and cannot be buried, and a subscription to it.
+async fn unburiable(kind: ErrorKind, max_in_flight: usize) -> (Arc<TestBroker>, Subscriber) {
+    let broker = TestBroker::new(record());
+    broker.settler.brings_back.store(true, Ordering::SeqCst);
+    *broker.settler.fail.lock() = Some(kind);
+    let change = |spec: SubscribeSpec| spec.with_crash_limit(3).with_max_in_flight(max_in_flight);
+    let subscriber = subscriber(&broker, change, &[("killer", 1, 4)]).await;
+    (broker, subscriber)
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_cannot_be_buried_is_held_and_tried_again_with_pauses_that_grow() {
+    for kind in [ErrorKind::NotFound, ErrorKind::PermissionDenied, ErrorKind::TooLarge, ErrorKind::Unavailable] {
+        let (broker, mut subscriber) = unburiable(kind, 10).await;
+        let tries = || broker.settler.settled.lock().len();
+        assert!(subscriber.receive(10, Duration::from_secs(2)).await.expect("received").is_empty(), "{kind}");
+        assert_eq!((tries(), broker.settler.abandoned(), subscriber.in_flight()), (2, 0, 1), "{kind}: after 0 and 1 s");
+        assert!(subscriber.receive(10, Duration::from_secs(58)).await.expect("received").is_empty());
+        assert_eq!((tries(), subscriber.in_flight()), (6, 1), "{kind}: after 3, 7, 15 and 31 s");
+        assert!(subscriber.receive(10, Duration::from_secs(60)).await.expect("received").is_empty());
+        assert_eq!((tries(), broker.settler.abandoned()), (8, 0), "{kind}: after 61 and 91 s");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_cannot_be_buried_keeps_nobody_from_the_other_messages() {
+    let (broker, mut subscriber) = unburiable(ErrorKind::NotFound, 10).await;
+    broker.ready.lock().push_back((Message::new("d", "x").with_id("healthy"), 1, 1));
+    let mut received = subscriber.receive(1, LONG).await.expect("received");
+    while received.is_empty() {
+        received = subscriber.receive(1, LONG).await.expect("received");
+    }
+    assert_eq!((ids(&received), broker.settler.abandoned()), (vec!["healthy".to_owned()], 0));
+    assert_eq!(subscriber.in_flight(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_burial_that_failed_once_succeeds_later_and_leaves_nothing_behind() {
+    // With room for nothing else, too: then the subscription waits for room, and not for its broker.
+    for (max_in_flight, slow) in [(10, false), (1, false), (10, true), (1, true)] {
+        let (broker, mut subscriber) = unburiable(ErrorKind::Unexpected, max_in_flight).await;
+        broker.settler.slow.store(slow, Ordering::SeqCst);
+        // Too short for the second try.
+        assert!(subscriber.receive(10, QUIET).await.expect("received").is_empty());
+        assert_eq!(subscriber.in_flight(), 1);
+        *broker.settler.fail.lock() = None;
+        assert!(subscriber.receive(10, LONG).await.expect("received").is_empty());
+        let letter = ("killer", "dead letter: crash_limit");
+        assert_eq!(settled(&broker), pairs(&[letter, letter]), "{max_in_flight} {slow}");
+        assert_eq!((subscriber.in_flight(), broker.settler.abandoned()), (0, 0), "{max_in_flight} {slow}");
+        broker.ready.lock().push_back((Message::new("d", "x").with_id("canary"), 1, 1));
+        assert_eq!(ids(&subscriber.receive(10, LONG).await.expect("received")), ["canary"]);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_burial_that_came_too_late_is_not_tried_again() {
+    for kind in [ErrorKind::StaleDelivery, ErrorKind::Closed] {
+        let (broker, mut subscriber) = unburiable(kind, 10).await;
+        broker.settler.brings_back.store(false, Ordering::SeqCst);
+        assert!(subscriber.receive(10, Duration::from_secs(100)).await.expect("received").is_empty());
+        assert_eq!((broker.settler.settled.lock().len(), subscriber.in_flight()), (1, 0), "{kind}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_receive_that_is_dropped_forgets_no_burial() {
+    let (broker, mut subscriber) = unburiable(ErrorKind::NotFound, 10).await;
+    broker.settler.slow.store(true, Ordering::SeqCst);
+    // Never long enough for a pause or an answer.
+    for _ in 0..50 {
+        let receiving = subscriber.receive(10, LONG);
+        assert!(tokio::time::timeout(Duration::from_millis(100), receiving).await.is_err(), "nothing comes");
+    }
+    // Tried at 0 s, answered at 1 s; tried at 2 s, answered at 3 s; tried at 5 s.
+    assert_eq!((broker.settler.abandoned(), subscriber.in_flight()), (0, 1));
+    assert!((2..=3).contains(&broker.settler.settled.lock().len()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_held_is_given_back_with_its_lane_and_with_the_subscription() {
+    let lane = anybroker_core::Lane::default();
+    let revoking = SubscriptionEvent::Revoking { lane, deadline: anybroker_core::Timestamp::now() };
+    for event in [SubscriptionEvent::Lost { lane }, revoking] {
+        let (broker, mut subscriber) = unburiable(ErrorKind::NotFound, 10).await;
+        assert!(subscriber.receive(10, QUIET).await.expect("received").is_empty());
+        broker.settler.brings_back.store(false, Ordering::SeqCst);
+        broker.events.lock().push(event);
+        assert_eq!(subscriber.receive_all(10, LONG).await.expect("received").events.len(), 1);
+        assert_eq!((broker.settler.abandoned(), subscriber.in_flight()), (1, 0));
+    }
+    for closes in [false, true] {
+        let (broker, mut subscriber) = unburiable(ErrorKind::NotFound, 10).await;
+        assert!(subscriber.receive(10, QUIET).await.expect("received").is_empty());
+        assert_eq!(broker.settler.abandoned(), 0);
+        if closes {
+            subscriber.close(LONG).await.expect("closed");
+        } else {
+            drop(subscriber);
+        }
+        assert_eq!(broker.settler.abandoned(), 1);
+    }
 }
 
 #[tokio::test]

@@ -1,9 +1,9 @@
 //! A broker that only remembers what reached it, and a driver whose settings are of every kind.
 #![allow(dead_code, unreachable_pub, reason = "every test file uses its own share")]
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anybroker_core::config::{Field, Problem, Section};
@@ -11,8 +11,8 @@ use anybroker_core::{
     AckGranularity, AckLevel, AttemptCount, Broker, Browse, Bus, BusOptions, Capabilities, Confirms,
     DeadLetterAtomicity, DeadLetterId, DeadLetterPage, DeadLetterScope, Declared, Delivery, DeliveryContext,
     DeliveryFacts, Description, Destination, Driver, Endpoint, Error, ErrorKind, Group, Lag, LagPrecision, Lane,
-    LateAck, Limits, Message, Parallelism, Precision, PublishTerms, Receipt, Received, Result, Settlement, Settler,
-    Settling, SubscribeSpec, Subscription, Support, Token, TopologySpec,
+    LateAck, Limits, Message, Parallelism, Precision, PublishTerms, Receipt, Received, Result, SettleError, Settlement,
+    Settler, Settling, SubscribeSpec, Subscription, SubscriptionEvent, Support, Token, TopologySpec,
 };
 use async_trait::async_trait;
 use parking_lot::Mutex;
@@ -74,6 +74,8 @@ pub struct TestBroker {
     pub calls: AtomicUsize,
     /// What each receive brings: message, attempt, hand-overs.
     pub ready: Arc<Mutex<VecDeque<(Message, u32, u32)>>>,
+    /// What the next receive tells.
+    pub events: Arc<Mutex<Vec<SubscriptionEvent>>>,
     pub settler: Arc<TestSettler>,
     pub letters: Mutex<Vec<anybroker_core::DeadLetter>>,
     pub redriven: Mutex<Vec<Vec<DeadLetterId>>>,
@@ -88,28 +90,55 @@ pub struct TestSettler {
     pub abandoned: AtomicUsize,
     /// Fails every settlement with this kind.
     pub fail: Mutex<Option<ErrorKind>>,
+    /// While true, outcomes take a second.
+    pub slow: AtomicBool,
+    /// While true, what is dropped is ready again at once, before everything else, as at most brokers. Not more than
+    /// twenty times, so that a loop fails instead of running for ever.
+    pub brings_back: AtomicBool,
+    /// What was handed out, by token.
+    out: Mutex<HashMap<u64, (Message, u32, u32)>>,
+    ready: Arc<Mutex<VecDeque<(Message, u32, u32)>>>,
+}
+
+impl TestSettler {
+    pub fn abandoned(&self) -> usize {
+        self.abandoned.load(Ordering::SeqCst)
+    }
 }
 
 #[async_trait]
 impl Settler for TestSettler {
     fn settle(&self, batch: Vec<(Delivery, Settlement)>) -> Settling {
         let fail = *self.fail.lock();
-        let outcomes = batch.into_iter().map(|(delivery, settlement)| {
-            self.settled.lock().push((delivery.message().id().to_string(), settlement));
-            match fail {
-                None => Ok(AckLevel::Confirmed),
-                Some(kind) => Err(anybroker_core::SettleError::new(delivery, Error::new(kind, "settle", "told to"))),
-            }
-        });
-        Settling::ready(outcomes.collect())
+        for (delivery, settlement) in &batch {
+            self.settled.lock().push((delivery.message().id().to_string(), settlement.clone()));
+        }
+        let outcome = move |(delivery, _)| match fail {
+            None => Ok(AckLevel::Confirmed),
+            Some(kind) => Err(SettleError::new(delivery, Error::new(kind, "settle", "told to"))),
+        };
+        if !self.slow.load(Ordering::SeqCst) {
+            return Settling::ready(batch.into_iter().map(outcome).collect());
+        }
+        Settling::waiting(async move {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            batch.into_iter().map(outcome).collect()
+        })
     }
 
     async fn extend(&self, deliveries: &[&Delivery], _lease: Duration) -> Vec<Result<()>> {
         deliveries.iter().map(|_| Ok(())).collect()
     }
 
-    fn abandoned(&self, _token: &Token, _lane: Lane) {
-        self.abandoned.fetch_add(1, Ordering::SeqCst);
+    fn abandoned(&self, token: &Token, _lane: Lane) {
+        let before = self.abandoned.fetch_add(1, Ordering::SeqCst);
+        let Token::Pair(token, _) = token else { return };
+        if let Some(again) = self.out.lock().remove(token)
+            && before < 20
+            && self.brings_back.load(Ordering::SeqCst)
+        {
+            self.ready.lock().push_front(again);
+        }
     }
 }
 
@@ -121,14 +150,16 @@ impl TestBroker {
             url: "test://here".into(),
             server: "none, in the test".into(),
         };
+        let settler = Arc::new(TestSettler::default());
         Arc::new(Self {
             endpoint,
             record,
             published: Mutex::default(),
             terms: Mutex::default(),
             calls: AtomicUsize::new(0),
-            ready: Arc::default(),
-            settler: Arc::default(),
+            ready: Arc::clone(&settler.ready),
+            events: Arc::default(),
+            settler,
             letters: Mutex::default(),
             redriven: Mutex::default(),
             pages: Mutex::default(),
@@ -164,9 +195,9 @@ impl Broker for TestBroker {
 
     async fn subscribe(&self, spec: SubscribeSpec) -> Result<Box<dyn Subscription>> {
         self.called();
-        let settler = Arc::clone(&self.settler) as Arc<dyn Settler>;
-        let context = DeliveryContext::new(spec.group, spec.max_attempts, settler);
-        Ok(Box::new(TestSubscription { context, ready: Arc::clone(&self.ready) }))
+        let settler = Arc::clone(&self.settler);
+        let context = DeliveryContext::new(spec.group, spec.max_attempts, Arc::clone(&settler) as Arc<dyn Settler>);
+        Ok(Box::new(TestSubscription { context, settler, events: Arc::clone(&self.events), handed_out: 0 }))
     }
 
     async fn dead_letters(
@@ -229,7 +260,9 @@ impl Broker for TestBroker {
 
 struct TestSubscription {
     context: Arc<DeliveryContext>,
-    ready: Arc<Mutex<VecDeque<(Message, u32, u32)>>>,
+    settler: Arc<TestSettler>,
+    events: Arc<Mutex<Vec<SubscriptionEvent>>>,
+    handed_out: u64,
 }
 
 #[async_trait]
@@ -239,22 +272,23 @@ impl Subscription for TestSubscription {
     }
 
     async fn receive(&mut self, max: usize, wait: Duration) -> Result<Received> {
-        if self.ready.lock().is_empty() {
+        if self.settler.ready.lock().is_empty() && self.events.lock().is_empty() {
             tokio::time::sleep(wait).await;
         }
-        let mut ready = self.ready.lock();
+        let mut ready = self.settler.ready.lock();
         let count = ready.len().min(max);
         let deliveries = ready
             .drain(..count)
-            .enumerate()
-            .map(|(slot, (message, attempt, deliveries))| {
-                let mut facts = DeliveryFacts::new(Token::Pair(slot as u64, 0));
+            .map(|(message, attempt, deliveries)| {
+                self.handed_out += 1;
+                self.settler.out.lock().insert(self.handed_out, (message.clone(), attempt, deliveries + 1));
+                let mut facts = DeliveryFacts::new(Token::Pair(self.handed_out, 0));
                 facts.attempt = attempt;
                 facts.deliveries = Some(deliveries);
                 Delivery::new(message, facts, &self.context)
             })
             .collect();
-        Ok(Received { deliveries, events: Vec::new() })
+        Ok(Received { deliveries, events: std::mem::take(&mut *self.events.lock()) })
     }
 
     async fn pause(&mut self, _paused: bool) -> Result<()> {
