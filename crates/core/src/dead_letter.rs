@@ -26,11 +26,25 @@ pub enum Reason {
     Parked,
     /// The handler said so.
     Rejected,
-    /// A reason of the application.
+    /// A reason of the application: a short word to filter by. What is longer than 256 bytes is cut when a message is
+    /// settled with it, at the end of a character; the rest belongs into [`Verdict::detail`](crate::Verdict::detail).
     Other(ByteString),
 }
 
 impl Reason {
+    /// Longer reasons of an application are cut: a letter must not become too large by them. In bytes.
+    const LONGEST: usize = 256;
+
+    /// Cuts a reason that is too long for a letter.
+    pub(crate) fn cut(&mut self) {
+        if let Self::Other(text) = self
+            && text.len() > Self::LONGEST
+        {
+            let end = (0..=Self::LONGEST).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
+            *text = ByteString::from(&text[..end]);
+        }
+    }
+
     /// The reason as it is stored, printed and filtered by (`snake_case`).
     #[must_use]
     pub fn as_str(&self) -> &str {

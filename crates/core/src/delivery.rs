@@ -96,11 +96,11 @@ pub struct Nack {
 /// Why a message became a dead letter.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Verdict {
-    /// The reason's class.
+    /// The reason's class. A reason of the application is cut to 256 bytes when the message is settled.
     pub reason: Reason,
-    /// The class of the failure, such as `VALIDATION_ERROR`.
+    /// The class of the failure, such as `VALIDATION_ERROR`. Adapters may cut it to 4,096 bytes.
     pub error_type: Option<ByteString>,
-    /// What a person should read about it.
+    /// What a person should read about it. Adapters may cut it to 4,096 bytes.
     pub detail: Option<ByteString>,
 }
 

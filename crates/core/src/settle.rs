@@ -94,6 +94,9 @@ fn settle_one_context(
                 Verdict { reason: Reason::AttemptsExhausted, error_type: nack.error_type.take(), detail: None };
             *settlement = Settlement::DeadLetter(Box::new(verdict));
         }
+        if let Settlement::DeadLetter(verdict) = settlement {
+            verdict.reason.cut();
+        }
     }
     match context.rules().get().filter(|rules| batch.iter().any(|(_, settlement)| rules.refuse(settlement).is_some())) {
         None => hand_over(context, transaction, batch),

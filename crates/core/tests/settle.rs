@@ -311,6 +311,24 @@ async fn a_verdict_of_the_handler_reaches_the_adapter_as_it_is() {
 }
 
 #[tokio::test]
+async fn a_reason_that_is_too_long_for_a_letter_is_cut_at_the_end_of_a_character() {
+    let broker = TestBroker::new(record());
+    let ids: Vec<String> = (0..4).map(|id| id.to_string()).collect();
+    let messages: Vec<_> = ids.iter().map(|id| (&**id, 1, 1)).collect();
+    let mut subscriber = subscriber(&broker, |spec| spec, &messages).await;
+    let reasons = ["x".repeat(130_000), "x".repeat(256), format!("x{}", "\u{e9}".repeat(200)), "\u{20ac}".repeat(100)];
+    let received = subscriber.receive(10, LONG).await.expect("received");
+    for (delivery, reason) in received.into_iter().zip(&reasons) {
+        delivery.dead_letter(Verdict::new(Reason::from(&**reason))).await.expect("buried");
+    }
+    let settlements = broker.settler.settled.lock();
+    for ((_, settlement), (whole, length)) in settlements.iter().zip(reasons.iter().zip([256, 256, 255, 255])) {
+        let Settlement::DeadLetter(verdict) = settlement else { panic!("a dead letter") };
+        assert_eq!(verdict.reason.as_str(), &whole[..length]);
+    }
+}
+
+#[tokio::test]
 async fn a_stream_brings_deliveries_one_by_one_whatever_its_batch() {
     for batch in [0, 1, 2, 10] {
         let broker = TestBroker::new(record());
