@@ -67,7 +67,8 @@ pub(crate) async fn bury(entries: Vec<(Entry, Box<Verdict>)>, source: &Source) -
             Ok(_) => buried.push(entry),
             Err(error) => {
                 let text = format!("the dead letter could not be stored: {}", error.message());
-                let error = Error::new(error.kind(), "dead_letter", text).with_effect(error.effect());
+                let error =
+                    Error::new(error.kind(), "dead_letter", text).with_effect(error.effect()).with_retry(error.retry());
                 outcomes.push(entry.outcome(Err(error), source));
             }
         }
