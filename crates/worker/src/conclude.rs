@@ -6,7 +6,7 @@ use anybroker_core::{MessageId, SettleOutcome, Settlement};
 
 use crate::lanes::{Held, LaneId};
 use crate::rules::{Cause, How};
-use crate::settle::{Flight, Notes, conclude};
+use crate::settle::{Again, Flight, Notes, conclude, insists};
 use crate::slot::{Batch, Concluding};
 use crate::subscription::{Concluded, Loop};
 
@@ -130,6 +130,34 @@ impl Loop {
         }
     }
 
+    /// Settles once more what is due; at the end, all.
+    pub(crate) fn settle_again(&mut self) {
+        let (now, last) = (self.shared.clock.now(), self.work.last);
+        let (due, later): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.work.again).into_iter().partition(|again| again.at <= now || last);
+        self.work.again = later;
+        for again in due {
+            match again.into_batch() {
+                Ok((mut batch, lane, tries)) => {
+                    if let Some(lane) = lane {
+                        // What arrived of the key meanwhile goes back behind the failure as well.
+                        let waiting = self.shared.state.lock().lanes.take_waiting(lane);
+                        add_releases(&mut batch, waiting, &mut self.work.concluded);
+                    }
+                    self.settle(batch, lane, tries);
+                }
+                Err(shared) => self.work.again.push(shared),
+            }
+        }
+    }
+
+    /// Whether something is on its way, or waits, that is tried until it is done.
+    pub(crate) fn insists(&self) -> bool {
+        self.work.again.iter().any(Again::insists)
+            || self.work.flights.iter().any(Flight::insists)
+            || self.work.concluded.iter().any(|concluded| insists(&concluded.settlement))
+    }
+
     pub(crate) fn settled(&mut self, outcomes: Vec<SettleOutcome>, notes: Notes) {
         let (now, last) = (self.shared.clock.now(), self.work.last);
         let telemetry = Arc::clone(&self.shared.scope.telemetry);
@@ -147,7 +175,7 @@ impl Loop {
     }
 
     /// A lane's message is back at the broker; what comes after it goes back as well.
-    fn go_back(&mut self, lane: LaneId, id: &MessageId) {
+    pub(crate) fn go_back(&mut self, lane: LaneId, id: &MessageId) {
         let stragglers = self.shared.state.lock().lanes.go_back(lane, id);
         self.release(stragglers);
         self.shared.wake();

@@ -60,7 +60,8 @@
 //!
 //! Events, with `topic`, `partition`, `offset`, `consumer_group` and `latency_ms` where they apply: `message_produced`,
 //! `message_consumed`, `message_acked` (debug), `message_nacked` (warn), `message_dlq` (error), `consumer_lag`,
-//! `rebalance` (info), `message_unsettled` (warn), `dlq_alert` (error).
+//! `rebalance` (info), `message_unsettled` (warn), `message_unburied` (error: a dead letter
+//! cannot be stored; told once for each delivery), `dlq_alert` (error).
 //!
 //! Metrics: `messages_produced_total{topic,partition}` (what handlers publish through their [`Context`]; the partition is
 //! empty, since receipts do not tell it), `messages_consumed_total{topic,consumer_group,status}` (status `success`,

@@ -87,7 +87,9 @@ pub struct Counts {
     pub released: u64,
     /// Settled too late: the lease, the assignment or the connection was gone, and the message comes (or came) back.
     pub stale: u64,
-    /// Settlements given up after several tries; the messages come back when their leases end.
+    /// Settlements given up, after several tries or at the end; the messages come back when their leases end. Nacks and
+    /// dead letters are tried, with pauses of up to 30 s, until they are done, the delivery is lost (then it is `stale`) or
+    /// the grace of a drain is over; the handler does not see the message meanwhile.
     pub unsettled: u64,
     /// Attempts that ended in a panic (in `retried` or `dead_lettered` as well).
     pub panics: u64,
@@ -138,6 +140,23 @@ impl fmt::Display for Counts {
         if !classes.is_empty() {
             write!(f, " ({})", classes.join(", "))?;
         }
-        write!(f, ", {} released, {} stale", self.released, self.stale)
+        write!(f, ", {} released, {} stale", self.released, self.stale)?;
+        if self.unsettled > 0 {
+            write!(f, ", {} unsettled", self.unsettled)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_could_not_be_settled_is_told_where_there_is_any() {
+        let mut counts = Counts { processed: 3, ..Counts::default() };
+        assert_eq!(counts.to_string(), "3 processed, 0 retried, 0 dead letters, 0 released, 0 stale");
+        counts.unsettled = 2;
+        assert_eq!(counts.to_string(), "3 processed, 0 retried, 0 dead letters, 0 released, 0 stale, 2 unsettled");
     }
 }

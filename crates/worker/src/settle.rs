@@ -7,18 +7,20 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use anybroker_core::{
-    Delivery, Destination, Error, ErrorKind, MessageId, Retry, SettleOutcome, Settlement, Settling, Timestamp,
+    Delivery, Destination, Effect, Error, ErrorKind, MessageId, Retry, SettleOutcome, Settlement, Settling, Timestamp,
 };
 
-use crate::lanes::LaneId;
+use crate::lanes::{Held, LaneId};
 use crate::rules::{Cause, Rules};
 use crate::slot::Batch;
 use crate::telemetry::{Status, Subject, Telemetry, Topic};
 use crate::{Counts, ErrorClass};
 
-/// A settlement that failed for the moment is tried that often, with delays that double from the first one on.
+/// An ack or a release that failed for the moment is tried that often, with delays that double from the first one on.
 const TRIES: u32 = 6;
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
+/// The longest delay of what is tried for as long as its lease is held.
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// A batch that has been handed to the broker.
 pub(crate) struct Flight {
@@ -49,11 +51,20 @@ struct Mark {
 /// A settlement that is tried again later.
 pub(crate) struct Again {
     pub(crate) at: Timestamp,
-    delivery: Delivery,
+    /// Until when it is leased for certain.
+    pub(crate) until: Timestamp,
+    pub(crate) held: Held,
     settlement: Settlement,
     cause: Option<Box<Cause>>,
     pub(crate) lane: Option<LaneId>,
     tries: u32,
+}
+
+/// Whether it is tried until it is done, or the delivery is not this member's any more. The handler has failed: if the
+/// delivery went back instead, the handler would fail again, as often as the broker hands it out, and no attempt of it would
+/// be counted.
+pub(crate) fn insists(settlement: &Settlement) -> bool {
+    matches!(settlement, Settlement::Nack(_) | Settlement::DeadLetter(_))
 }
 
 /// What the loop has to do about outcomes.
@@ -103,6 +114,11 @@ impl Flight {
         let notes = Notes { started: Instant::now(), tries, marks, acks };
         Self { settling: anybroker_core::settle(entries), notes: Some(notes) }
     }
+
+    /// Whether something of it is tried until it is done.
+    pub(crate) fn insists(&self) -> bool {
+        self.notes.as_ref().is_some_and(|notes| notes.marks.iter().any(|mark| insists(&mark.settlement)))
+    }
 }
 
 impl Future for Flight {
@@ -115,10 +131,43 @@ impl Future for Flight {
 }
 
 impl Again {
-    pub(crate) fn into_batch(self) -> (Batch, Option<LaneId>, u32) {
-        let mut batch = Batch::default();
-        batch.push(self.delivery, self.settlement, self.cause);
-        (batch, self.lane, self.tries)
+    pub(crate) fn insists(&self) -> bool {
+        insists(&self.settlement)
+    }
+
+    /// Whether its lease is being extended at this moment: then it cannot be settled.
+    pub(crate) fn is_shared(&self) -> bool {
+        matches!(&self.held, Held::Shared(delivery) if Arc::strong_count(delivery) > 1)
+    }
+
+    /// Shares it, so that its lease can be extended, and takes it to be leased until `until` from now on.
+    pub(crate) fn share(mut self, until: Timestamp) -> (Self, Arc<Delivery>) {
+        let delivery = match self.held {
+            Held::Own(delivery) => Arc::new(delivery),
+            Held::Shared(delivery) => delivery,
+        };
+        (self.held, self.until) = (Held::Shared(Arc::clone(&delivery)), until);
+        (self, delivery)
+    }
+
+    pub(crate) fn is(&self, other: &Arc<Delivery>) -> bool {
+        matches!(&self.held, Held::Shared(delivery) if Arc::ptr_eq(delivery, other))
+    }
+
+    /// Itself while it [is shared](Self::is_shared).
+    #[allow(clippy::result_large_err, reason = "moved once for each try, and rare")]
+    pub(crate) fn into_batch(mut self) -> Result<(Batch, Option<LaneId>, u32), Self> {
+        match self.held.into_own() {
+            Ok(delivery) => {
+                let mut batch = Batch::default();
+                batch.push(delivery, self.settlement, self.cause);
+                Ok((batch, self.lane, self.tries))
+            }
+            Err(delivery) => {
+                self.held = Held::Shared(delivery);
+                Err(self)
+            }
+        }
     }
 }
 
@@ -207,12 +256,26 @@ impl Failed {
             Some(mark) => (mark.settlement, mark.cause, mark.lane),
             None => (Settlement::Ack, None, None),
         };
-        telemetry.unsettled(&delivery, &error);
-        let gone = matches!(error.kind(), ErrorKind::StaleDelivery | ErrorKind::NotFound | ErrorKind::Closed);
-        let later = !gone && matches!(error.retry(), Retry::Later(_)) && tries + 1 < TRIES;
+        let insists = insists(&settlement);
+        let gone = match error.kind() {
+            ErrorKind::StaleDelivery | ErrorKind::Closed => true,
+            // For a letter and a nack it is their own destination that is not there.
+            ErrorKind::NotFound => !insists,
+            _ => false,
+        };
+        let later = !gone && error.effect() != Effect::Done;
+        let later = later && (insists || matches!(error.retry(), Retry::Later(_)) && tries + 1 < TRIES);
+        match &settlement {
+            Settlement::DeadLetter(verdict) if !gone && tries == 0 => {
+                telemetry.unburied(&delivery, verdict.reason.as_str(), &error);
+            }
+            _ => telemetry.unsettled(&delivery, &error),
+        }
         if let Some(now) = now.filter(|_| later) {
-            let at = now.after(FIRST_PAUSE * 2_u32.pow(tries));
-            aftermath.again.push(Again { at, delivery, settlement, cause, lane, tries: tries + 1 });
+            let pause = FIRST_PAUSE.saturating_mul(2_u32.saturating_pow(tries)).min(LONGEST_PAUSE);
+            // How much of the lease is left nobody here knows: it is extended with the next ones.
+            let (at, until, tries) = (now.after(pause), now, tries.saturating_add(1));
+            aftermath.again.push(Again { at, until, held: Held::Own(delivery), settlement, cause, lane, tries });
             return;
         }
         let status = if gone { Status::Stale } else { Status::Unsettled };

@@ -13,7 +13,6 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use crate::breaker::Gate;
-use crate::conclude::add_releases;
 use crate::drain::Stage;
 use crate::handler::BoxFuture;
 use crate::lanes::LaneId;
@@ -211,6 +210,7 @@ impl Loop {
                 let waiting = self.shared.state.lock().lanes.take_lane(lane);
                 self.work.counts.stale += waiting.len() as u64;
                 drop(waiting);
+                self.forget(|again| again.held.delivery().lane() == lane);
                 let announced = self.work.revoking.len();
                 self.work.revoking.retain(|(revoked, _)| *revoked != lane);
                 self.work.counts.revoked += u64::from(announced == self.work.revoking.len());
@@ -279,18 +279,7 @@ impl Loop {
             std::mem::take(&mut self.work.revoking).into_iter().partition(|(_, deadline)| *deadline <= now);
         self.work.revoking = open;
         ended.into_iter().for_each(|(lane, _)| self.shared.interrupt(lane));
-        let (due, later): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut self.work.again).into_iter().partition(|again| again.at <= now || self.work.last);
-        self.work.again = later;
-        for again in due {
-            let (mut batch, lane, tries) = again.into_batch();
-            if let Some(lane) = lane {
-                // What arrived of the key meanwhile goes back behind the failure as well.
-                let waiting = self.shared.state.lock().lanes.take_waiting(lane);
-                add_releases(&mut batch, waiting, &mut self.work.concluded);
-            }
-            self.settle(batch, lane, tries);
-        }
+        self.settle_again();
     }
 
     fn set_alarm(&mut self) {
@@ -300,7 +289,8 @@ impl Loop {
             Some(Gate::Open(until)) => Some(until),
             _ => None,
         };
-        let again = work.again.iter().map(|again| again.at).min();
+        // What is being extended is settled when that is over.
+        let again = work.again.iter().filter(|again| !again.is_shared()).map(|again| again.at).min();
         let revoking = work.revoking.iter().map(|(_, deadline)| *deadline).min();
         let next = [renewal, gate, again, revoking, work.receive_at].into_iter().flatten().min();
         if work.alarm.as_ref().map(|(at, _)| *at) != next {
@@ -323,11 +313,20 @@ impl Loop {
         self.shared.wake();
         let clock = Arc::clone(&self.shared.clock);
         let end = clock.now().after(self.grace);
-        let mut over = false;
+        let (mut over, mut ended) = (false, false);
         loop {
+            if ended {
+                while let Ok(concluding) = self.concluding.try_recv() {
+                    self.on(Event::Concluding(concluding));
+                }
+                // A failure that cannot be settled is worth the rest of the grace: given back, it is handled again.
+                if over || !self.insists() {
+                    break;
+                }
+            }
             tokio::select! {
                 biased;
-                joined = slots.join_next() => if joined.is_none() { break },
+                joined = slots.join_next(), if !ended => ended = joined.is_none(),
                 event = self.event() => self.on(event),
                 () = left(worker, Stage::Draining), if !over => over = true,
                 () = clock.sleep_until(end), if !over => over = true,
@@ -347,7 +346,7 @@ impl Loop {
         }
         self.alarmed();
         let settling = async {
-            while !self.work.flights.is_empty() || !self.work.concluded.is_empty() {
+            while !(self.work.flights.is_empty() && self.work.concluded.is_empty() && self.work.again.is_empty()) {
                 let event = self.event().await;
                 self.on(event);
             }

@@ -180,6 +180,21 @@ impl Telemetry {
         );
     }
 
+    /// A dead letter could not be stored: told once of each delivery, which is held while that is tried again.
+    pub(crate) fn unburied(&self, delivery: &Delivery, reason: &str, error: &Error) {
+        tracing::error!(
+            topic = %delivery.message().destination(),
+            partition = delivery.lane().index,
+            offset = delivery.position().map(display),
+            consumer_group = %self.group,
+            id = %delivery.message().id(),
+            attempt = delivery.attempt(),
+            reason,
+            %error,
+            "message_unburied"
+        );
+    }
+
     /// A settle came too late, or could not be done.
     pub(crate) fn unsettled(&self, delivery: &Delivery, error: &Error) {
         tracing::warn!(

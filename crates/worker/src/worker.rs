@@ -104,7 +104,8 @@ impl Worker {
         self
     }
 
-    /// How long handlers may go on after the worker was told to stop. Default 25 s.
+    /// How long handlers may go on after the worker was told to stop, and failures that cannot be settled are tried.
+    /// Default 25 s.
     #[must_use]
     pub fn with_grace(mut self, grace: Duration) -> Self {
         self.grace = grace;
