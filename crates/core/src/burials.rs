@@ -129,12 +129,13 @@ impl Burials {
             if last.is_zero() {
                 tracing::error!(
                     topic = %delivery.message().destination(),
+                    partition = delivery.lane().index,
                     consumer_group = %delivery.group(),
                     id = %delivery.message().id(),
-                    partition = delivery.lane().index,
-                    limit = self.limit,
+                    reason = Reason::CrashLimit.as_str(),
                     %error,
-                    "message_unburied: it met the crash limit and cannot become a dead letter; it is held and tried again"
+                    retry_in = ?pause,
+                    "message_unburied"
                 );
             }
             if let Retry::Later(Some(hint)) = error.retry() {
