@@ -126,6 +126,9 @@ impl Burials {
                 continue; // Dropped: it is not this member's any more, or it is done.
             }
             let mut pause = last.saturating_mul(2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
+            if let Retry::Later(Some(hint)) = error.retry() {
+                pause = pause.max(hint).min(LONGEST_PAUSE);
+            }
             if last.is_zero() {
                 tracing::error!(
                     topic = %delivery.message().destination(),
@@ -137,9 +140,6 @@ impl Burials {
                     retry_in = ?pause,
                     "message_unburied"
                 );
-            }
-            if let Retry::Later(Some(hint)) = error.retry() {
-                pause = pause.max(hint).min(LONGEST_PAUSE);
             }
             self.held.push(Held { delivery, at: now + pause, pause });
         }
