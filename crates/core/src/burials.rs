@@ -25,6 +25,8 @@ pub(crate) struct Burials {
     limit: u32,
     on_their_way: Vec<Burial>,
     held: Vec<Held>,
+    /// Lanes that have gone away while something was on its way.
+    gone: Vec<Lane>,
 }
 
 /// A batch of dead letters that was handed to the adapter.
@@ -44,7 +46,7 @@ struct Held {
 impl Burials {
     /// Allocates nothing before something is buried.
     pub(crate) fn new(limit: Option<u32>) -> Self {
-        Self { limit: limit.unwrap_or_default(), on_their_way: Vec::new(), held: Vec::new() }
+        Self { limit: limit.unwrap_or_default(), on_their_way: Vec::new(), held: Vec::new(), gone: Vec::new() }
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -72,13 +74,10 @@ impl Burials {
     pub(crate) fn follow(&mut self, events: &[SubscriptionEvent]) {
         for event in events {
             if let SubscriptionEvent::Revoking { lane, .. } | SubscriptionEvent::Lost { lane } = event {
-                self.drop_lane(*lane);
+                self.held.retain(|held| held.delivery.lane() != *lane);
+                self.gone.push(*lane);
             }
         }
-    }
-
-    fn drop_lane(&mut self, lane: Lane) {
-        self.held.retain(|held| held.delivery.lane() != lane);
     }
 
     /// The next thing that happens to them; with none of them it never ends. Cancel-safe.
@@ -122,8 +121,8 @@ impl Burials {
             let Err(failed) = outcome else { continue };
             let (delivery, error) = failed.into_parts();
             let is_gone = matches!(error.kind(), ErrorKind::StaleDelivery | ErrorKind::Closed);
-            if is_gone || error.effect() == Effect::Done {
-                continue; // Dropped: it is not this member's any more, or it is done.
+            if is_gone || error.effect() == Effect::Done || self.gone.contains(&delivery.lane()) {
+                continue; // Dropped: it is not this member's any more, is to go to another one, or is done.
             }
             let mut pause = last.saturating_mul(2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
             if let Retry::Later(Some(hint)) = error.retry() {
@@ -142,6 +141,9 @@ impl Burials {
                 );
             }
             self.held.push(Held { delivery, at: now + pause, pause });
+        }
+        if self.is_empty() {
+            self.gone.clear();
         }
     }
 }

@@ -137,9 +137,10 @@ impl Loop {
             std::mem::take(&mut self.work.again).into_iter().partition(|again| again.at <= now || last);
         self.work.again = later;
         for again in due {
+            let follows = self.shared.rules.sends_followers_back(again.settlement());
             match again.into_batch() {
                 Ok((mut batch, lane, tries)) => {
-                    if let Some(lane) = lane {
+                    if let Some(lane) = lane.filter(|_| follows) {
                         // What arrived of the key meanwhile goes back behind the failure as well.
                         let waiting = self.shared.state.lock().lanes.take_waiting(lane);
                         add_releases(&mut batch, waiting, &mut self.work.concluded);
@@ -162,6 +163,10 @@ impl Loop {
         let (now, last) = (self.shared.clock.now(), self.work.last);
         let telemetry = Arc::clone(&self.shared.scope.telemetry);
         let aftermath = conclude(outcomes, notes, &mut self.work.counts, &telemetry, now, last);
+        if !aftermath.again.is_empty() && self.shared.rules.extends {
+            // It may have taken as long as a lease to fail, and while it is on its way it cannot be extended.
+            self.work.renew_at = Some(now);
+        }
         self.work.again.extend(aftermath.again);
         aftermath.settled.into_iter().for_each(|lane| self.resume(lane));
         for (lane, id) in aftermath.back {

@@ -135,6 +135,10 @@ impl Again {
         insists(&self.settlement)
     }
 
+    pub(crate) fn settlement(&self) -> &Settlement {
+        &self.settlement
+    }
+
     /// Whether its lease is being extended at this moment: then it cannot be settled.
     pub(crate) fn is_shared(&self) -> bool {
         matches!(&self.held, Held::Shared(delivery) if Arc::strong_count(delivery) > 1)

@@ -203,6 +203,7 @@ impl Loop {
                 // What has not begun goes back at once; what runs may end until the deadline.
                 let waiting = self.shared.state.lock().lanes.take_lane(lane);
                 self.release(waiting);
+                self.hurry(|again| again.held.delivery().lane() == lane);
                 self.work.revoking.push((lane, deadline));
             }
             SubscriptionEvent::Lost { lane } => {
@@ -225,6 +226,12 @@ impl Loop {
             }
             other => tracing::info!(consumer_group = %telemetry.group(), event = ?other, "subscription event"),
         }
+    }
+
+    /// Tries at once what was to be settled once more later.
+    fn hurry(&mut self, is_chosen: impl Fn(&Again) -> bool) {
+        let now = self.shared.clock.now();
+        self.work.again.iter_mut().filter(|again| is_chosen(again)).for_each(|again| again.at = now);
     }
 
     fn back_off(&mut self, error: &Error) {
@@ -271,7 +278,7 @@ impl Loop {
         if due(&self.work.receive_at) {
             self.work.receive_at = None;
         }
-        if due(&self.work.renew_at) {
+        if due(&self.work.renew_at) && self.work.renewal.is_none() {
             self.renew(now);
         }
         self.shared.state.lock().half_open_if_due(now);
@@ -310,6 +317,7 @@ impl Loop {
             state.lanes.take_all()
         };
         self.release(waiting);
+        self.hurry(|_| true);
         self.shared.wake();
         let clock = Arc::clone(&self.shared.clock);
         let end = clock.now().after(self.grace);

@@ -6,10 +6,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anybroker_core::{
-    Broker, Bus, BusOptions, Capabilities, Confirms, DeadLetterId, DeadLetterPage, DeadLetterScope, Declared, Delivery,
-    DeliveryContext, Description, Destination, Endpoint, Error, Group, Lag, Lane, Message, PublishTerms, Received,
-    Result, SettleError, Settlement, Settler, Settling, SubscribeSpec, Subscription, SubscriptionEvent, Token,
-    TopologySpec, settle,
+    Broker, Bus, BusOptions, Capabilities, Clock, Confirms, DeadLetterId, DeadLetterPage, DeadLetterScope, Declared,
+    Delivery, DeliveryContext, Description, Destination, Endpoint, Error, Group, Lag, Lane, ManualClock, Message,
+    PublishTerms, Received, Result, SettleError, Settlement, Settler, Settling, SubscribeSpec, Subscription,
+    SubscriptionEvent, Timestamp, Token, TopologySpec, settle,
 };
 use anybroker_worker::async_trait;
 use parking_lot::Mutex;
@@ -28,6 +28,9 @@ struct Shared {
     settles: Mutex<Option<Choose>>,
     batches: Mutex<Vec<Vec<String>>>,
     extended: Mutex<Vec<String>>,
+    clock: Mutex<Option<ManualClock>>,
+    /// When leases were extended last, by that clock.
+    extended_at: Mutex<Option<Timestamp>>,
     pauses: Mutex<Vec<bool>>,
     epoch: Mutex<u32>,
     /// While true, what was received stays on its way.
@@ -63,6 +66,12 @@ impl Faults {
     /// Whose leases were extended.
     pub fn extended(&self) -> Vec<String> {
         self.0.extended.lock().clone()
+    }
+
+    /// When leases were extended last, by that clock.
+    pub fn extended_at(&self, clock: &ManualClock) -> Option<Timestamp> {
+        self.0.clock.lock().get_or_insert_with(|| clock.clone());
+        *self.0.extended_at.lock()
     }
 
     pub fn pauses(&self) -> Vec<bool> {
@@ -285,6 +294,7 @@ impl Settler for FaultySettler {
     }
 
     async fn extend(&self, deliveries: &[&Delivery], lease: Duration) -> Vec<Result<()>> {
+        *self.faults.0.extended_at.lock() = self.faults.0.clock.lock().as_ref().map(Clock::now);
         let mut outcomes = Vec::new();
         for delivery in deliveries {
             self.faults.0.extended.lock().push(super::text(delivery.message()));
