@@ -126,13 +126,16 @@ async fn redrive(global: &Global, args: RedriveArgs, output: &mut Output) -> Res
     drop(progress);
     let exit = match report {
         Some(report) => tell(&report, args.dry_run, output)?,
-        // What went back stays back; the next run goes on with the rest.
+        // What went back stays back, and the batch that is on its way comes to its end before the connection is closed; the next run
+        // goes on with the rest.
         None => {
             let moved = moved.load(Ordering::Relaxed);
             if output.is_json() {
                 output.object(&json!({"moved": moved, "interrupted": true, "dry_run": args.dry_run}))?;
             } else {
-                output.line(&format!("interrupted after {moved} were redriven; run it again to go on"))?;
+                output.line(&format!(
+                    "interrupted after {moved} were redriven, and the batch that was on its way; run it again to go on"
+                ))?;
             }
             Exit::Interrupted
         }

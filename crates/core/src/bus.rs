@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use crate::check::{self, Screened};
 use crate::config::Setting;
+use crate::dead_letters::Moving;
 use crate::settle::Rules;
 use crate::{
     Broker, Capabilities, Confirms, DeadLetterScope, DeadLetters, Declared, Description, Destination, Effect, Endpoint,
@@ -99,13 +100,14 @@ struct Shared {
     broker: Arc<dyn Broker>,
     options: BusOptions,
     closed: AtomicBool,
+    moving: Moving,
 }
 
 impl Bus {
     /// Wraps a broker that was built by hand; [`Registry::connect`](crate::Registry::connect) does it for
     /// configured ones.
     pub fn new(broker: Arc<dyn Broker>, options: BusOptions) -> Self {
-        Self(Arc::new(Shared { broker, options, closed: AtomicBool::new(false) }))
+        Self(Arc::new(Shared { broker, options, closed: AtomicBool::new(false), moving: Moving::default() }))
     }
 
     /// What the endpoint is called.
@@ -229,7 +231,8 @@ impl Bus {
     pub fn dead_letters(&self, source: impl Into<Destination>, group: impl Into<Group>) -> Result<DeadLetters> {
         self.open("dead letters")?;
         self.capabilities().dead_letter.check("dead letters", "dead letters")?;
-        Ok(DeadLetters::new(Arc::clone(&self.0.broker), DeadLetterScope::new(source, group)))
+        let (broker, moving) = (Arc::clone(&self.0.broker), Arc::clone(&self.0.moving));
+        Ok(DeadLetters::new(broker, DeadLetterScope::new(source, group), moving))
     }
 
     /// Creates what is missing, verifies what exists.
@@ -312,7 +315,13 @@ impl Bus {
     /// `Timeout` when something was still on its way.
     pub async fn close(&self, grace: Duration) -> Result<()> {
         self.0.closed.store(true, Ordering::Release);
-        match tokio::time::timeout(grace.saturating_add(OVERTIME), self.0.broker.close(grace)).await {
+        let closing = async {
+            let begin = tokio::time::Instant::now();
+            // What is being redriven comes to its end first.
+            let _ = tokio::time::timeout(grace, self.0.moving.write()).await;
+            self.0.broker.close(grace.saturating_sub(begin.elapsed())).await
+        };
+        match tokio::time::timeout(grace.saturating_add(OVERTIME), closing).await {
             Ok(closed) => closed,
             Err(_) => Err(Error::new(ErrorKind::Timeout, "close", format!("not closed within {grace:?}"))
                 .with_effect(Effect::Unknown)),

@@ -229,7 +229,7 @@ impl RedriveOptions {
     pub(crate) fn pause(&self, moved: usize) -> Option<Duration> {
         let rate = self.rate.filter(|rate| rate.is_finite() && *rate > 0.0)?;
         #[allow(clippy::cast_precision_loss, reason = "a batch is far below 2^52")]
-        Some(Duration::from_secs_f64(moved as f64 / rate))
+        Some(Duration::try_from_secs_f64(moved as f64 / rate).unwrap_or(Duration::MAX))
     }
 }
 

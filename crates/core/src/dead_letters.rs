@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
+use tokio::sync::RwLock;
+
 use crate::{
-    Broker, DeadLetter, DeadLetterFilter, DeadLetterId, DeadLetterPage, DeadLetterScope, ErrorKind, MessageId,
-    RedriveOptions, RedriveReport, Result,
+    Broker, DeadLetter, DeadLetterFilter, DeadLetterId, DeadLetterPage, DeadLetterScope, Effect, Error, ErrorKind,
+    MessageId, RedriveOptions, RedriveReport, Result,
 };
 
 /// How many letters are read at once.
@@ -26,7 +28,11 @@ const PAGE: usize = 500;
 pub struct DeadLetters {
     broker: Arc<dyn Broker>,
     scope: DeadLetterScope,
+    moving: Moving,
 }
+
+/// Read while letters are put back; closing a [`Bus`](crate::Bus) waits for them by writing.
+pub(crate) type Moving = Arc<RwLock<()>>;
 
 struct Chosen {
     id: DeadLetterId,
@@ -35,8 +41,8 @@ struct Chosen {
 }
 
 impl DeadLetters {
-    pub(crate) fn new(broker: Arc<dyn Broker>, scope: DeadLetterScope) -> Self {
-        Self { broker, scope }
+    pub(crate) fn new(broker: Arc<dyn Broker>, scope: DeadLetterScope, moving: Moving) -> Self {
+        Self { broker, scope, moving }
     }
 
     /// Whose letters they are.
@@ -85,10 +91,12 @@ impl DeadLetters {
     /// Puts letters back to the group that failed them: attempt 1 again, id kept, no other group sees them.
     ///
     /// What is there when it begins is what it works on: letters that fail again meanwhile are not met twice.
-    /// Interrupted, it is resumed by calling it again.
+    /// Interrupted, it is resumed by calling it again. Of a future that is dropped, the batch that is on its way is ended all the
+    /// same: in the middle of it letters are back and not gone yet. [`Bus::close`](crate::Bus::close) waits for that.
     ///
     /// # Errors
-    /// `Unsupported` where the record refuses it; `NotFound`. Failures of single letters are in the report.
+    /// `Unsupported` where the record refuses it; `ConfigInvalid` for a rate that is no positive number; `NotFound`. Failures of single
+    /// letters are in the report.
     pub async fn redrive(&self, options: &RedriveOptions) -> Result<RedriveReport> {
         self.redrive_with(options, |_| {}).await
     }
@@ -103,6 +111,10 @@ impl DeadLetters {
         mut progress: impl FnMut(&RedriveReport) + Send,
     ) -> Result<RedriveReport> {
         self.broker.capabilities().redrive.check("redrive", "redrive")?;
+        if let Some(rate) = options.rate.filter(|rate| !(rate.is_finite() && *rate > 0.0)) {
+            let text = format!("a rate of {rate} letters a second: expected a positive number");
+            return Err(Error::new(ErrorKind::ConfigInvalid, "redrive", text));
+        }
         let chosen = self.choose(&options.filter, options.limit, options.max_redrives).await?;
         let mut report = RedriveReport { matched: chosen.len() as u64, ..RedriveReport::default() };
         let mut ids = Vec::with_capacity(chosen.len());
@@ -126,7 +138,7 @@ impl DeadLetters {
             {
                 tokio::time::sleep(pause).await;
             }
-            for (id, outcome) in batch.iter().zip(self.broker.redrive(&self.scope, batch).await) {
+            for (id, outcome) in batch.iter().zip(self.move_back(batch.to_vec()).await) {
                 match outcome {
                     Ok(()) => report.moved += 1,
                     Err(error) => report.failed.push((id.clone(), error)),
@@ -135,6 +147,25 @@ impl DeadLetters {
             progress(&report);
         }
         Ok(report)
+    }
+
+    /// Goes to its end also when nobody waits for it any more.
+    async fn move_back(&self, batch: Vec<DeadLetterId>) -> Vec<Result<()>> {
+        let (broker, scope, count) = (Arc::clone(&self.broker), self.scope.clone(), batch.len());
+        let is_moving = Arc::clone(&self.moving).read_owned().await;
+        let moved = tokio::spawn(async move {
+            let outcomes = broker.redrive(&scope, &batch).await;
+            drop(is_moving);
+            outcomes
+        });
+        let ended = |error: tokio::task::JoinError| {
+            let text = format!("the redrive did not come to its end: {error}");
+            Error::new(ErrorKind::Unexpected, "redrive", text).with_effect(Effect::Unknown)
+        };
+        moved.await.unwrap_or_else(|error| {
+            let error = ended(error);
+            (0..count).map(|_| Err(error.duplicate())).collect()
+        })
     }
 
     /// Deletes the letters that match; tells how many there were.

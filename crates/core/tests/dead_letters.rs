@@ -3,9 +3,10 @@
 mod common;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anybroker_core::{
-    DeadLetter, DeadLetterFilter, DeadLetterId, DeadLetters, Message, Reason, RedriveOptions, Timestamp,
+    DeadLetter, DeadLetterFilter, DeadLetterId, DeadLetters, ErrorKind, Message, Reason, RedriveOptions, Timestamp,
 };
 use common::{TestBroker, record};
 use tokio::time::Instant;
@@ -84,6 +85,37 @@ async fn all_letters_are_redriven_in_batches_over_several_pages() {
     assert!(left(&broker).is_empty());
     assert_eq!(told.last(), Some(&1234));
     assert!(redriven(&broker).iter().all(|size| *size <= 100));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_batch_that_is_on_its_way_comes_to_its_end_when_nobody_waits_for_it() {
+    let (broker, _) = queue((0..250).map(letter));
+    *broker.redrive_takes.lock() = Duration::from_secs(1);
+    let bus = broker.bus();
+    let letters = bus.dead_letters("d", "g").expect("given");
+    let options = RedriveOptions::default();
+    let redriving = letters.redrive(&options);
+    tokio::time::timeout(Duration::from_millis(1_500), redriving).await.expect_err("three batches take three seconds");
+    assert_eq!((redriven(&broker), left(&broker).len()), (vec![100, 100], 150), "the second one is on its way");
+    bus.close(Duration::from_secs(5)).await.expect("closed");
+    assert_eq!((redriven(&broker), left(&broker).len()), (vec![100, 100], 50), "and no third one begins");
+}
+
+#[tokio::test]
+async fn a_rate_that_is_no_positive_number_is_refused_and_the_smallest_one_is_not() {
+    let (broker, letters) = queue((0..2).map(letter));
+    for rate in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        let mut options = RedriveOptions::default();
+        options.rate = Some(rate);
+        let error = letters.redrive(&options).await.expect_err("no rate");
+        assert_eq!(error.kind(), ErrorKind::ConfigInvalid, "{rate}");
+    }
+    assert!(redriven(&broker).is_empty());
+    let mut options = RedriveOptions::default();
+    options.rate = Some(f64::MIN_POSITIVE);
+    // For ever, as it was asked for.
+    tokio::time::timeout(Duration::from_millis(50), letters.redrive(&options)).await.expect_err("the second one waits");
+    assert_eq!(redriven(&broker), [1]);
 }
 
 #[tokio::test]

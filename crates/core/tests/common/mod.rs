@@ -79,6 +79,8 @@ pub struct TestBroker {
     pub settler: Arc<TestSettler>,
     pub letters: Mutex<Vec<anybroker_core::DeadLetter>>,
     pub redriven: Mutex<Vec<Vec<DeadLetterId>>>,
+    /// How long letters are back and not gone yet.
+    pub redrive_takes: Mutex<Duration>,
     /// The sizes of the pages that were asked for.
     pub pages: Mutex<Vec<usize>>,
 }
@@ -162,6 +164,7 @@ impl TestBroker {
             settler,
             letters: Mutex::default(),
             redriven: Mutex::default(),
+            redrive_takes: Mutex::default(),
             pages: Mutex::default(),
         })
     }
@@ -218,6 +221,8 @@ impl Broker for TestBroker {
     async fn redrive(&self, _scope: &DeadLetterScope, ids: &[DeadLetterId]) -> Vec<Result<()>> {
         self.called();
         self.redriven.lock().push(ids.to_vec());
+        let takes = *self.redrive_takes.lock();
+        tokio::time::sleep(takes).await;
         self.letters.lock().retain(|letter| !ids.contains(&letter.id));
         ids.iter().map(|_| Ok(())).collect()
     }
