@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use anybroker_core::naming::fnv1a;
 use anybroker_core::{
-    ByteString, Bytes, DeadLetter, DeadLetterId, DeadLetterPage, DeadLetterScope, Error, ErrorKind, Message, Reason,
-    Result, Timestamp, Verdict,
+    ByteString, Bytes, DeadLetter, DeadLetterId, DeadLetterPage, DeadLetterScope, Effect, Error, ErrorKind, Message,
+    Reason, Result, Timestamp, Verdict,
 };
 use lapin::BasicProperties;
 use lapin::message::Delivery;
@@ -248,24 +248,31 @@ impl Letters {
         }
         board.wait(deadline).await;
         let mut outcomes: Vec<Option<Result<()>>> = ids.iter().map(|_| None).collect();
-        let mut settled = Vec::with_capacity(taken.len());
+        let (mut settled, mut done) = (Vec::with_capacity(taken.len()), Vec::with_capacity(taken.len()));
         for (place, (index, tag)) in taken.into_iter().enumerate() {
             outcomes[index] = Some(match board.take(place, "redrive") {
                 Answer::Stored => {
                     settled.push(tag);
+                    done.push(index);
                     Ok(())
                 }
                 Answer::Unroutable => Err(self.topology.takes_nothing(&queue, "redrive", deadline).await),
                 Answer::Failed(error) => Err(error),
             });
         }
-        // What is done is done: that the rest could not be given back in time is not its failure.
-        let ended = match reading.ack(settled).await {
-            Ok(()) => reading.end(&self.topology).await,
-            Err(error) => Err(error),
-        };
-        if let Err(error) = ended {
-            tracing::warn!(%error, "the reading of dead letters did not end in time");
+        match reading.ack(settled).await {
+            // What is done is done: that the rest could not be given back in time is not its failure.
+            Ok(()) => {
+                if let Err(error) = reading.end(&self.topology).await {
+                    tracing::warn!(%error, "the reading of dead letters did not end in time");
+                }
+            }
+            // The server has not said that it has taken the acks in.
+            Err(error) => {
+                for index in done {
+                    outcomes[index] = Some(Err(error.duplicate().with_effect(Effect::Unknown)));
+                }
+            }
         }
         Ok(outcomes)
     }

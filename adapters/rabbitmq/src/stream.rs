@@ -23,7 +23,7 @@ use crate::link::{bounded, passes};
 use crate::names::Names;
 use crate::progress::{Place, Turn, write};
 use crate::state::Share;
-use crate::topology::{SETTLES, Topology, last_one, quorum, text};
+use crate::topology::{SETTLES, Topology, last_one, quorum, refusing, text};
 
 /// Messages on their way to whoever looks at a stream.
 const WINDOW: u16 = 1_000;
@@ -182,10 +182,10 @@ impl Topology {
         deadline: Instant,
     ) -> Result<()> {
         let channel = self.channel(operation, deadline).await?;
-        Self::make_queue(&channel, &Names::letters(queue), quorum(), operation, deadline).await?;
+        Self::make_queue(&channel, &Names::letters(queue), refusing(quorum()), operation, deadline).await?;
         // Nothing expires in it, and so it forwards nothing: a group that has a queue in the place of a stream, under the same
         // name, is another one to the server.
-        let mut arguments = quorum();
+        let mut arguments = refusing(quorum());
         self.bounds_deliveries(&mut arguments);
         Self::make_queue(&channel, queue, arguments, operation, deadline).await?;
         let readers = Names::readers(exchange);

@@ -71,13 +71,20 @@ pub(crate) fn quorum() -> FieldTable {
     arguments
 }
 
+/// That it refuses what there is no room for. What an operator's policy bounds (`max-length`) drops its oldest messages otherwise
+/// ("drop-head", <https://www.rabbitmq.com/docs/maxlength>), which are confirmed and not read.
+pub(crate) fn refusing(mut arguments: FieldTable) -> FieldTable {
+    arguments.insert("x-overflow".into(), text("reject-publish"));
+    arguments
+}
+
 /// A classic queue. Nothing of ours expires in it; what another writer lets expire becomes a letter too, though at most once.
 fn classic(letters: &str) -> FieldTable {
     let mut arguments = FieldTable::default();
     arguments.insert("x-queue-type".into(), text("classic"));
     arguments.insert("x-dead-letter-exchange".into(), text(""));
     arguments.insert("x-dead-letter-routing-key".into(), text(letters));
-    arguments
+    refusing(arguments)
 }
 
 /// What expires goes on to `exchange`, and is kept until every queue there has confirmed it. That takes an overflow that
@@ -86,8 +93,7 @@ fn forwarding(mut arguments: FieldTable, exchange: &str, routing_key: &str) -> F
     arguments.insert("x-dead-letter-exchange".into(), text(exchange));
     arguments.insert("x-dead-letter-routing-key".into(), text(routing_key));
     arguments.insert("x-dead-letter-strategy".into(), text("at-least-once"));
-    arguments.insert("x-overflow".into(), text("reject-publish"));
-    arguments
+    refusing(arguments)
 }
 
 impl Topology {
@@ -216,7 +222,7 @@ impl Topology {
         Self::make_exchange(&channel, &exchange, operation, deadline).await?;
         // First the letters, then the queue that may forward to them, then the binding that fills it.
         let letters = Names::letters(&queue);
-        Self::make_queue(&channel, &letters, quorum(), operation, deadline).await?;
+        Self::make_queue(&channel, &letters, refusing(quorum()), operation, deadline).await?;
         let mut arguments = match self.queue {
             QueueType::Quorum | QueueType::Stream => forwarding(quorum(), "", &letters),
             QueueType::Classic => classic(&letters),

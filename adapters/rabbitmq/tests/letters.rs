@@ -9,6 +9,8 @@ use anybroker_core::{
     Bus, DeadLetter, ErrorKind, Message, Order, Reason, RedriveOptions, Settlement, TopologySpec, Verdict, settle,
 };
 use common::{LONG, connect, number, numbered, publish, receive, unique, url};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 use tokio::time::Instant;
 
 fn numbers(found: &[DeadLetter]) -> Vec<u32> {
@@ -152,4 +154,58 @@ async fn a_group_that_is_not_there_has_no_letters_and_says_so() {
     assert_eq!(error.kind(), ErrorKind::NotFound);
     bus.delete(name.as_str(), None).await.unwrap();
     bus.close(LONG).await.unwrap();
+}
+
+/// An operator bounds queues by a policy: a letter for which there is no room is refused, and no older one goes for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn letters_that_an_operators_policy_has_no_room_for_are_refused_and_drop_none() {
+    let Some(url) = url() else { return };
+    for mode in ["quorum", "classic", "stream"] {
+        let bus = connect(&url, &format!("queue={mode}")).await;
+        let name = unique("bounded");
+        let mut subscriber = bus.subscribe(bus.subscription(name.as_str(), "g")).await.unwrap();
+        let queue = format!("anybroker.{name}=g=g=letters");
+        let (pattern, policy) = (format!("^{}$", queue.replace('.', "\\\\.")), format!("/api/policies/%2f/{name}"));
+        let bound = format!(r#"{{"pattern":"{pattern}","definition":{{"max-length":2}},"apply-to":"queues"}}"#);
+        admin(&url, "PUT", &policy, &bound).await;
+        let described = format!("/api/queues/%2f/{}", queue.replace('=', "%3D"));
+        let deadline = Instant::now() + LONG;
+        while !admin(&url, "GET", &described, "").await.contains(&format!(r#""policy":"{name}""#)) {
+            assert!(Instant::now() < deadline, "{mode}: the policy takes no effect");
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+        publish(&bus, numbered(&name, 0..8)).await;
+        let mut buried = Vec::new();
+        for delivery in receive(&mut subscriber, 8).await {
+            let number = number(&delivery);
+            match delivery.dead_letter(Verdict::new(Reason::Rejected)).await {
+                Ok(_) => buried.push(number),
+                Err(failed) => assert_eq!(failed.error().kind(), ErrorKind::Unavailable, "{mode}: {failed:?}"),
+            }
+        }
+        assert!(buried.len() < 8, "{mode}: there was room for all");
+        let letters = bus.dead_letters(name.as_str(), "g").unwrap();
+        let page = letters.page(None, 100).await.unwrap();
+        let found = numbers(&page.letters);
+        assert!(buried.iter().all(|number| found.contains(number)), "{mode}: of {buried:?} there are {found:?}");
+        admin(&url, "DELETE", &policy, "").await;
+        subscriber.close(LONG).await.unwrap();
+        bus.delete(name.as_str(), None).await.unwrap();
+        bus.close(LONG).await.unwrap();
+    }
+}
+
+/// What the management plugin answers.
+async fn admin(url: &str, method: &str, path: &str, body: &str) -> String {
+    let address = url.split("admin=http://").nth(1).unwrap().split('&').next().unwrap();
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let request = format!(
+        "{method} {path} HTTP/1.0\r\nAuthorization: Basic Z3Vlc3Q6Z3Vlc3Q=\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.split_whitespace().nth(1).is_some_and(|code| code.starts_with('2')), "{method} {path}: {answer}");
+    answer
 }
