@@ -250,6 +250,7 @@ impl Broker for SqsBroker {
             // Its owner meets `Closed` at the next receive; what it holds comes back by lease.
             inbox.disconnect();
         }
-        self.publisher.flush(grace).await
+        let (flushed, _) = tokio::join!(self.publisher.flush(grace), tokio::time::timeout(grace, self.letters.close()));
+        flushed
     }
 }

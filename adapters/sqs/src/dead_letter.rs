@@ -147,6 +147,15 @@ impl Letters {
         self.give_back(url, held).await;
     }
 
+    /// Gives back what readers hold that do not go on: the next one would not see it before its lease ends.
+    pub(crate) async fn close(&self) {
+        let readings: Vec<Reading> = self.readings.lock().drain().map(|(_, reading)| reading).collect();
+        futures_util::future::join_all(
+            readings.into_iter().map(|reading| async move { self.give_back(&reading.url, reading.leased).await }),
+        )
+        .await;
+    }
+
     async fn give_back(&self, url: &str, leased: Vec<Leased>) {
         requests::give_letters_back(&self.clients, url, leased).await;
     }

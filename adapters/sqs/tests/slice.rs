@@ -269,6 +269,26 @@ async fn a_reader_that_goes_on_late_sees_the_letters_that_it_has_not_seen() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reader_that_is_closed_holds_no_letters_back() {
+    let Some(url) = url() else { return };
+    let (bus, other) = (connect(&url, "").await, connect(&url, "").await);
+    let name = unique("peeked");
+    let mut subscriber = bus.subscribe(bus.subscription(name.as_str(), "g")).await.unwrap();
+    publish(&bus, numbered(&name, 0..6)).await;
+    for delivery in receive(&mut subscriber, 6).await {
+        delivery.dead_letter(Verdict::new(Reason::Rejected)).await.unwrap();
+    }
+    // No more than it asked for: a place to go on from is kept, and what it has read is leased.
+    let peeked = other.dead_letters(name.as_str(), "g").unwrap().peek(&Default::default(), 2).await.unwrap();
+    assert_eq!(peeked.len(), 2);
+    other.close(LONG).await.unwrap();
+    let count = bus.dead_letters(name.as_str(), "g").unwrap().count(&Default::default()).await.unwrap();
+    assert_eq!(count, 6, "letters that are there at once");
+    subscriber.close(LONG).await.unwrap();
+    bus.delete(name.as_str(), None).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_letter_that_cannot_be_stored_leaves_its_source() {
     let Some(url) = url() else { return };
     let bus = connect(&url, "").await;
