@@ -317,8 +317,9 @@ fn oldest(store: &Store<'_>, source: &Source, cursor: i64, next: i64) -> Step<Op
         fresh += 1;
     }
     let mut seq = (fresh < next).then_some(fresh);
-    let pending = store.number("SELECT min(seq) FROM pending WHERE grp = ?1 AND state <> 3", [source.group])?;
-    if pending > 0 {
+    let pending =
+        store.number("SELECT coalesce(min(seq), -1) FROM pending WHERE grp = ?1 AND state <> 3", [source.group])?;
+    if pending >= 0 {
         seq = Some(seq.map_or(pending, |seq| seq.min(pending)));
     }
     let claims = store.all("SELECT first, last, done FROM claims WHERE grp = ?1", [source.group], |row| {

@@ -153,7 +153,20 @@ impl Letters {
         let created: Value = api.call(operation, &format!("CONSUMER.CREATE.{stream}.{name}"), &body).await?;
         let pending = created["num_pending"].as_u64().unwrap_or(0);
         let wanted = max.min(usize::try_from(pending).unwrap_or(usize::MAX));
-        let read = if wanted == 0 { Ok(Vec::new()) } else { self.pull(&stream, &name, wanted).await };
+        let mut read = if wanted == 0 { Ok(Vec::new()) } else { self.pull(&stream, &name, wanted).await };
+        if read.as_ref().is_ok_and(|found| found.len() < wanted) {
+            // Either somebody has purged some meanwhile, or the server did not bring them in time.
+            let info: Result<Value> =
+                api.call(operation, &format!("CONSUMER.INFO.{stream}.{name}"), &Value::Null).await;
+            match info {
+                Ok(info) if info["num_pending"].as_u64() == Some(0) => {}
+                Ok(_) => {
+                    let text = format!("the server did not bring {wanted} letters in time");
+                    read = Err(Error::new(ErrorKind::Timeout, operation, text));
+                }
+                Err(error) => read = Err(error),
+            }
+        }
         // It would end by itself after a while.
         let _ = api.ask::<Value>(operation, &format!("CONSUMER.DELETE.{stream}.{name}"), &Value::Null).await;
         read
@@ -179,7 +192,7 @@ impl Letters {
             match message.status.map(|status| status.as_u16()) {
                 None => {}
                 Some(100) => continue,
-                // Fewer than there were: somebody purged some meanwhile.
+                // Fewer than there were.
                 Some(404 | 408) => break,
                 Some(code) => return Err(lost(format!("the server ended the reading ({code})"))),
             }

@@ -264,7 +264,12 @@ impl Topology {
         let declared = self.subscribe(operation, &local, &name, &body).await?;
         if let (Declared::Created, Some(time)) = (declared, from) {
             let path = format!("/subscription/{name}/resetcursor/{}", time.as_millis().max(0));
-            self.admin.topic(operation, Verb::Post(&json!({})), &local, &path).await?.done(operation)?;
+            let reset = self.admin.topic(operation, Verb::Post(&json!({})), &local, &path).await;
+            if let Err(error) = reset.and_then(|answer| answer.done(operation)) {
+                // Left as it is, it would start with what comes now, and whoever tries again would find it there.
+                let _ = self.admin.delete(operation, &local, &format!("/subscription/{name}")).await;
+                return Err(error);
+            }
         }
         Ok((declared, partitions))
     }
