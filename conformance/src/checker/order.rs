@@ -49,6 +49,11 @@ impl Checker {
         order: Order,
         seen: &Seen,
     ) {
+        // Of one that may be stored twice, what was given back may be the later one.
+        let is_before = |id: &MessageId| {
+            let stored = self.possible(&seen.destination, id).filter(|call| !call.duplicate);
+            stored.filter(|call| call.producer == producer).all(|call| call.sequence < sequence)
+        };
         let passed = self.publishes.iter().find(|publish| {
             publish.producer == producer
                 && publish.sequence < sequence
@@ -60,6 +65,7 @@ impl Checker {
                     .get(place)
                     .and_then(|stories| stories.get(&publish.id))
                     .is_some_and(|story| story.waiting_to_come_back() && !story.redriven)
+                && is_before(&publish.id)
         });
         if let Some(passed) = passed {
             let detail = format!("delivered before {}, which was given back and must come first", passed.id);

@@ -339,6 +339,25 @@ fn what_passes_a_failed_message_of_its_key_is_a_reorder_only_where_it_blocks() {
 }
 
 #[test]
+fn what_was_given_back_of_a_message_that_is_stored_twice_may_be_the_later_one() {
+    for (outcome, expected) in [(None, vec![]), (Some(true), vec!["reorder"])] {
+        let mut script = Script::new();
+        script.subscribed(1, Order::Key, OnFailure::Block);
+        let call = script.invoke("a", "k", 1);
+        script.push(What::PublishInfo { call, kind: ErrorKind::Timeout }).published("b", "k", 2);
+        let again = script.invoke("a", "k", 3);
+        script.push(What::PublishOk { call: again, duplicate: outcome.is_some(), position: None });
+        if outcome.is_none() {
+            script.delivered(1, "a", 1).settled(1, Verb::Ack);
+        }
+        script.delivered(2, "b", 1).delivered(3, "a", 1).settled(3, Verb::Nack).settled(2, Verb::Nack);
+        script.delivered(4, "b", 2);
+        let found = script.names().into_iter().filter(|name| *name == "reorder").collect::<Vec<_>>();
+        assert_eq!(found, expected, "{outcome:?}");
+    }
+}
+
+#[test]
 fn a_key_is_with_one_member_where_either_of_two_was_promised_an_order() {
     for (orders, expected) in [
         ((Order::None, Order::None), vec![]),
