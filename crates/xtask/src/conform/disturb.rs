@@ -6,16 +6,24 @@ use anyhow::{Context, Result};
 
 use crate::brokers::{Change, PrivateInstance};
 
-/// The arguments by which `anybroker conform` disturbs the connections to a server, and with `processes` the server itself where
+/// The arguments by which `anybroker conform` disturbs the connections to a server, its own clients, and the server itself where
 /// that is this command's own. Empty for what has no server.
-pub(crate) fn arguments(instance: &PrivateInstance, broker: Option<&str>, processes: bool) -> Result<Vec<String>> {
+pub(crate) fn arguments(instance: &PrivateInstance, broker: Option<&str>) -> Result<Vec<String>> {
     let Some(broker) = broker else { return Ok(Vec::new()) };
+    Ok([of_connections(instance, broker)?, of_server(instance, broker)?].concat())
+}
+
+/// Those that disturb connections and clients only.
+pub(crate) fn of_connections(instance: &PrivateInstance, broker: &str) -> Result<Vec<String>> {
     let mut arguments = vec!["--faults".to_owned(), "proxy,clients".to_owned()];
-    let Some(server) = instance.server(broker)? else { return Ok(arguments) };
     arguments.extend(advertised(instance, broker)?.into_iter().flat_map(|route| ["--proxy".to_owned(), route]));
-    if !processes {
-        return Ok(arguments);
-    }
+    Ok(arguments)
+}
+
+/// Those that disturb the server only; empty where it is not this command's own.
+pub(crate) fn of_server(instance: &PrivateInstance, broker: &str) -> Result<Vec<String>> {
+    let Some(server) = instance.server(broker)? else { return Ok(Vec::new()) };
+    let mut arguments = Vec::new();
     let own = std::env::current_exe().context("this command has a path")?;
     let does = |verb: &str| format!("{} brokers --instance {} {verb} {broker}", quoted(&own), instance.name());
     arguments.extend(["--faults".to_owned(), "process".to_owned()]);

@@ -141,7 +141,7 @@ impl Conform {
                 let since = Instant::now();
                 let faults = match self.level.as_str() {
                     "conformance" => Vec::new(),
-                    _ => disturb::arguments(&instance, mode.broker, true)?,
+                    _ => disturb::arguments(&instance, mode.broker)?,
                 };
                 let how = self.mode(mode, server.as_ref(), &faults, state, command)?;
                 ended.push((mode, how, since.elapsed()));

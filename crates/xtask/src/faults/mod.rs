@@ -13,18 +13,19 @@ use crate::child;
 use crate::conform::modes::{MODES, Mode};
 use crate::conform::{build, disturb, suite};
 use crate::workspace;
-use tally::Tally;
+use tally::{Kind, Tally};
 
 /// One seed of all cases takes a minute or two; one that takes that long hangs.
 const SEED_LIMIT: Duration = Duration::from_secs(15 * 60);
-/// One seed in so many also has its server killed, frozen and so on: that makes about one run in ten.
-const PROCESSES: u64 = 3;
+/// One run in so many is on the server: it is killed, frozen and so on, while connections are left alone.
+const ON_SERVER: usize = 10;
 
 /// Run the suite's fault cases on modes, seed after seed
 ///
 /// A run is one case with one seed. It counts when it had 2,000 messages or more and at least one fault met an operation in
-/// flight. The seeds are consecutive. What is found is written after every seed, so that an interrupted command goes on with
-/// --resume. A mode that fails does not keep the next one from being run.
+/// flight. One run in ten is on the server, where that can be disturbed, the others on connections; each kind has consecutive
+/// seeds. What is found is written after every seed, so that an interrupted command goes on with --resume. A mode that fails does
+/// not keep the next one from being run.
 #[derive(Debug, Args)]
 pub(crate) struct Faults {
     /// Modes on servers, by their names in `cargo xtask conform --list`, such as kafka; the default mode of each broker when none
@@ -33,7 +34,7 @@ pub(crate) struct Faults {
     /// How many runs that count, for each mode
     #[arg(long, default_value_t = 200)]
     runs: usize,
-    /// The first seed
+    /// The first seed, of either kind
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// Go on where an earlier command with the same report folder stopped
@@ -70,19 +71,26 @@ impl Faults {
         let mut tally = Tally::begin(folder, mode.name, self.seed, self.resume)?;
         let mut instance = PrivateInstance::new()?;
         let server = instance.up_one(broker, self.how)?;
-        while tally.counted() < self.runs {
-            let seed = tally.next_seed();
-            let report = folder.join("seeds").join(seed.to_string());
-            let faults = disturb::arguments(&instance, Some(broker), seed % PROCESSES == 0)?;
-            let ended = one(mode, &server, &faults, seed, &report, command);
+        let on_server = disturb::of_server(&instance, broker)?;
+        let wanted = Wanted::of(self.runs, !on_server.is_empty());
+        let on_connections = disturb::of_connections(&instance, broker)?;
+        while let Some(kind) = wanted.next(&tally) {
+            let seed = tally.next_seed(kind);
+            let report = folder.join("seeds").join(kind.folder()).join(seed.to_string());
+            let faults = match kind {
+                Kind::Connections => &on_connections,
+                Kind::Server => &on_server,
+            };
+            let ended = one(mode, &server, faults, seed, &report, command);
             crate::interrupt::check()?;
             let found = tally::read(&report).with_context(|| match ended {
                 Ok(()) => format!("seed {seed} left no report"),
                 Err(error) => format!("seed {seed}: {error:#}"),
             })?;
-            ensure!(!found.is_empty(), "seed {seed}: no case about faults was run on {}", mode.name);
-            tally.add(seed, found)?;
-            println!("{}", tally.line());
+            ensure!(!found.is_empty(), "seed {seed}: no case about faults {} was run on {}", kind.words(), mode.name);
+            tally.add(kind, seed, found)?;
+            println!("{}", tally.line(kind));
+            ensure!(tally.counted(kind) > 0, "seed {seed}: no run {} counts on {}", kind.words(), mode.name);
         }
         println!("\n{}", tally.text());
         println!("{}", folder.join("summary.md").display());
@@ -105,6 +113,32 @@ impl Faults {
             }
         };
         self.modes.iter().map(find).collect()
+    }
+}
+
+/// How many runs of each kind are to count.
+#[derive(Debug, PartialEq, Eq)]
+struct Wanted {
+    on_connections: usize,
+    on_server: usize,
+}
+
+impl Wanted {
+    fn of(runs: usize, has_server: bool) -> Self {
+        let on_server = if has_server { runs.div_ceil(ON_SERVER) } else { 0 };
+        Self { on_connections: runs - on_server, on_server }
+    }
+
+    /// Of which kind the next seed is: of the one that is further from its end, so that neither comes late.
+    fn next(&self, tally: &Tally) -> Option<Kind> {
+        let (connections, server) = (tally.counted(Kind::Connections), tally.counted(Kind::Server));
+        let server_is_behind = server * self.on_connections <= connections * self.on_server;
+        match (connections < self.on_connections, server < self.on_server) {
+            (true, true) if server_is_behind => Some(Kind::Server),
+            (true, _) => Some(Kind::Connections),
+            (false, true) => Some(Kind::Server),
+            (false, false) => None,
+        }
     }
 }
 

@@ -12,6 +12,33 @@ use crate::conform::{Counts, revision};
 /// A run with fewer messages is too small to count.
 const MESSAGES: u64 = 2_000;
 
+/// What is disturbed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Connections, and the suite's own processes.
+    Connections,
+    /// The server.
+    Server,
+}
+
+impl Kind {
+    pub(super) const ALL: [Self; 2] = [Self::Connections, Self::Server];
+
+    pub(super) fn words(self) -> &'static str {
+        match self {
+            Self::Connections => "on connections",
+            Self::Server => "on the server",
+        }
+    }
+
+    pub(super) fn folder(self) -> &'static str {
+        match self {
+            Self::Connections => "connections",
+            Self::Server => "server",
+        }
+    }
+}
+
 /// One case with one seed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Run {
@@ -60,7 +87,17 @@ struct Kept {
     /// The commit, and whether there were changes beyond it.
     revision: String,
     first_seed: u64,
-    seeds: BTreeMap<u64, Vec<Run>>,
+    on_connections: BTreeMap<u64, Vec<Run>>,
+    on_server: BTreeMap<u64, Vec<Run>>,
+}
+
+impl Kept {
+    fn seeds(&self, kind: Kind) -> &BTreeMap<u64, Vec<Run>> {
+        match kind {
+            Kind::Connections => &self.on_connections,
+            Kind::Server => &self.on_server,
+        }
+    }
 }
 
 impl Tally {
@@ -71,7 +108,13 @@ impl Tally {
 
     fn begin_as(folder: &Path, broker: &str, revision: &str, seed: u64, resume: bool) -> Result<Self> {
         let file = folder.join("runs.json");
-        let fresh = Kept { broker: broker.into(), revision: revision.into(), first_seed: seed, seeds: BTreeMap::new() };
+        let fresh = Kept {
+            broker: broker.into(),
+            revision: revision.into(),
+            first_seed: seed,
+            on_connections: BTreeMap::new(),
+            on_server: BTreeMap::new(),
+        };
         let kept = match std::fs::read_to_string(&file) {
             Ok(text) if resume => {
                 let kept: Kept =
@@ -105,18 +148,22 @@ impl Tally {
         Ok(tally)
     }
 
-    pub(super) fn next_seed(&self) -> u64 {
-        self.kept.seeds.keys().next_back().map_or(self.kept.first_seed, |last| last + 1)
+    pub(super) fn next_seed(&self, kind: Kind) -> u64 {
+        self.kept.seeds(kind).keys().next_back().map_or(self.kept.first_seed, |last| last + 1)
     }
 
-    pub(super) fn add(&mut self, seed: u64, runs: Vec<Run>) -> Result<()> {
-        self.kept.seeds.insert(seed, runs);
+    pub(super) fn add(&mut self, kind: Kind, seed: u64, runs: Vec<Run>) -> Result<()> {
+        let seeds = match kind {
+            Kind::Connections => &mut self.kept.on_connections,
+            Kind::Server => &mut self.kept.on_server,
+        };
+        seeds.insert(seed, runs);
         self.write()
     }
 
-    /// How many runs count.
-    pub(super) fn counted(&self) -> usize {
-        self.runs().filter(|(_, run)| run.counts()).count()
+    /// How many runs of a kind count.
+    pub(super) fn counted(&self, kind: Kind) -> usize {
+        self.runs_of(kind).filter(|(_, run)| run.counts()).count()
     }
 
     /// Those that failed, with their seeds.
@@ -127,13 +174,35 @@ impl Tally {
             .collect()
     }
 
-    pub(super) fn line(&self) -> String {
-        let last = self.kept.seeds.keys().next_back().copied().unwrap_or_default();
-        format!("{}: seed {last}: {} runs count, {} failed", self.kept.broker, self.counted(), self.failed().len())
+    /// What there is behind a seed of a kind.
+    pub(super) fn line(&self, kind: Kind) -> String {
+        let last = self.next_seed(kind).saturating_sub(1);
+        let [connections, server] = Kind::ALL.map(|kind| self.counted(kind));
+        format!(
+            "{}: seed {last} {}: {connections} runs on connections and {server} on the server count, {} failed",
+            self.kept.broker,
+            kind.words(),
+            self.failed().len()
+        )
+    }
+
+    fn runs_of(&self, kind: Kind) -> impl Iterator<Item = (u64, &Run)> {
+        self.kept.seeds(kind).iter().flat_map(|(seed, runs)| runs.iter().map(|run| (*seed, run)))
     }
 
     fn runs(&self) -> impl Iterator<Item = (u64, &Run)> {
-        self.kept.seeds.iter().flat_map(|(seed, runs)| runs.iter().map(|run| (*seed, run)))
+        Kind::ALL.into_iter().flat_map(|kind| self.runs_of(kind))
+    }
+
+    /// How many seeds and runs of a kind there are, in words.
+    fn share(&self, kind: Kind) -> String {
+        let seeds = self.kept.seeds(kind);
+        match (seeds.keys().next(), seeds.keys().next_back()) {
+            (Some(first), Some(last)) => {
+                format!("{} {} (seeds {first} to {last})", self.counted(kind), kind.words())
+            }
+            _ => format!("none {}", kind.words()),
+        }
     }
 
     /// The summary, in Markdown.
@@ -147,12 +216,11 @@ impl Tally {
             *small += u64::from(run.outcome == "pass" && !run.counts());
             *sum += run.counts;
         }
-        let Kept { broker, revision, first_seed, .. } = &self.kept;
+        let Kept { broker, revision, .. } = &self.kept;
+        let [connections, server] = Kind::ALL.map(|kind| self.share(kind));
         let mut text = format!(
-            "# Fault runs on {broker}\n\n`cargo xtask faults {broker}` at {revision}: seeds {first_seed} to {}, {} runs that \
-             count, {} failed.\n\n",
-            self.kept.seeds.keys().next_back().copied().unwrap_or(*first_seed),
-            self.counted(),
+            "# Fault runs on {broker}\n\n`cargo xtask faults {broker}` at {revision}: {} runs that count, {connections} and {server}; {} failed.\n\n",
+            Kind::ALL.into_iter().map(|kind| self.counted(kind)).sum::<usize>(),
             self.failed().len()
         );
         text += "A run is one case with one seed; it counts with at least 2,000 messages and a fault that met an operation in \
@@ -223,14 +291,36 @@ mod tests {
     fn a_resumed_tally_goes_on_behind_its_last_seed_and_only_at_the_same_revision() {
         let folder = tempfile::tempdir().unwrap();
         let mut tally = Tally::begin_as(folder.path(), "nats", "a", 7, false).unwrap();
-        assert_eq!(tally.next_seed(), 7);
-        tally.add(7, vec![run("pass", 2_000, 1), run("fail", 2_000, 1)]).unwrap();
+        assert_eq!(tally.next_seed(Kind::Server), 7);
+        tally.add(Kind::Connections, 7, vec![run("pass", 2_000, 1), run("fail", 2_000, 1)]).unwrap();
         let resumed = Tally::begin_as(folder.path(), "nats", "a", 7, true).unwrap();
-        assert_eq!((resumed.next_seed(), resumed.counted()), (8, 2));
+        assert_eq!(Kind::ALL.map(|kind| (resumed.next_seed(kind), resumed.counted(kind))), [(8, 2), (7, 0)]);
         assert_eq!(resumed.failed(), ["faults/x (seed 7)"]);
         assert!(resumed.text().contains("seed 7, faults/x: why"));
         assert!(Tally::begin_as(folder.path(), "nats", "b", 7, true).is_err());
-        assert_eq!(Tally::begin_as(folder.path(), "nats", "b", 9, false).unwrap().counted(), 0);
+        assert_eq!(Tally::begin_as(folder.path(), "nats", "b", 9, false).unwrap().counted(Kind::Connections), 0);
+    }
+
+    #[test]
+    fn one_run_in_ten_is_on_the_server_and_neither_kind_waits_for_the_end_of_the_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut tally = Tally::begin_as(folder.path(), "nats", "a", 1, false).unwrap();
+        let wanted = super::super::Wanted::of(200, true);
+        let mut order = String::new();
+        while let Some(kind) = wanted.next(&tally) {
+            let (mark, many) = match kind {
+                Kind::Connections => ('c', 9),
+                Kind::Server => ('s', 5),
+            };
+            order.push(mark);
+            tally.add(kind, tally.next_seed(kind), vec![run("pass", 2_000, 1); many]).unwrap();
+        }
+        assert_eq!(order, "scccccscccccscccccsccccc");
+        assert_eq!(Kind::ALL.map(|kind| tally.counted(kind)), [180, 20]);
+        assert!(tally.text().contains(
+            "200 runs that count, 180 on connections (seeds 1 to 20) and 20 on the server (seeds 1 to 4); 0"
+        ));
+        assert_eq!(super::super::Wanted::of(200, false), super::super::Wanted { on_connections: 200, on_server: 0 });
     }
 
     #[test]
