@@ -153,8 +153,9 @@ impl Checker {
         };
         let (max, client) = (member.max_attempts, member.client);
         let hits = if self.rules.atomic_burials { 0 } else { self.faults.hits(client) };
+        let is_forgotten = self.rules.by_lease && self.faults.has_forgotten();
         if let Some(story) = self.story(delivery) {
-            story.settle(at, Asked { delivery, verb, delay, hits }, max);
+            story.settle(at, Asked { delivery, verb, delay, hits, is_forgotten }, max);
         }
     }
 

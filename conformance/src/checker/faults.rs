@@ -79,6 +79,11 @@ impl Faults {
         self.forgetful.is_some_and(|(_, over)| at <= over.saturating_add(EXPOSED))
     }
 
+    /// Whether a server was killed that forgets what it has delivered.
+    pub(super) fn has_forgotten(&self) -> bool {
+        self.forgetful.is_some()
+    }
+
     /// Since when and until when a member that this client opens now is exposed.
     pub(super) fn exposure(&self, at: u64, client: u32) -> Option<(u64, u64)> {
         self.is_hit(client).then_some((at, u64::MAX))

@@ -80,6 +80,8 @@ pub(super) struct Asked {
     pub(super) delay: u64,
     /// Faults that hit it at once.
     pub(super) hits: u32,
+    /// A server that goes by leases was killed, and has forgotten what it had delivered.
+    pub(super) is_forgotten: bool,
 }
 
 impl Settling {
@@ -101,6 +103,9 @@ struct TooLate {
     delivery: u64,
     verb: Verb,
     buries: bool,
+    /// A release of what a killed server has forgotten to have delivered, under a lease: who had it has it still, and hands it out
+    /// again.
+    is_kept: bool,
     has_come: bool,
 }
 
@@ -126,6 +131,8 @@ pub(super) struct Story {
     /// Such a nack left its source behind, or a copy: they are two, and one may be acked and the other one buried.
     doubled: bool,
     held: Vec<Held>,
+    /// Deliveries that came to others because a connection or a server was lost, and when their leases end.
+    lost: Vec<(u64, u64)>,
     /// What was given back without being settled and has not come again: where it stood, nothing is settled.
     left: Vec<Held>,
     settling: Vec<Settling>,
@@ -201,7 +208,7 @@ impl Story {
         if self.comes_in_doubt(at, |_| false) {
             return true;
         }
-        let is_copied = |late: &&mut TooLate| late.verb == Verb::Nack && !late.has_come;
+        let is_copied = |late: &&mut TooLate| (late.verb == Verb::Nack || late.is_kept) && !late.has_come;
         if let Some(late) = self.too_late.iter_mut().find(is_copied) {
             late.has_come = true;
             self.doubled = true;

@@ -36,6 +36,7 @@ impl Story {
         if let Some(place) = self.held.iter().position(of_held) {
             let held = self.held.remove(place);
             self.claims.push(Claim { member: held.member, since: held.at, at });
+            self.lost.push((held.delivery, held.lease_end));
             self.back_at = held.until;
             self.returns += 1;
             self.uncounted += 1;
@@ -185,9 +186,21 @@ impl Story {
         self.may_forget(|settling| settling.ok_at.is_some_and(|at| at >= since));
     }
 
-    /// The ack of a delivery that was made until then may be forgotten.
+    /// The ack of a delivery that was made until then may be forgotten. A nack or a release may meet what the server has delivered
+    /// anew, and not handed out there: that comes beside it, with the count that it had.
     pub(in crate::checker) fn server_forgets_what_it_delivered(&mut self, delivery: u64, until: u64) {
-        self.may_forget(|settling| settling.held.delivery == delivery && settling.held.at <= until);
+        let is_meant = |settling: &Settling| settling.held.delivery == delivery && settling.held.at <= until;
+        self.may_forget(is_meant);
+        let is_open = |settling: &&mut Settling| {
+            is_meant(settling) && !settling.ends() && !settling.is_excused && !settling.has_come
+        };
+        let Some(settling) = self.settling.iter_mut().find(is_open) else { return };
+        settling.is_excused = true;
+        self.excused.push(None);
+        if settling.verb == Verb::Nack {
+            self.uncertain += 1;
+            self.sources.push((delivery, settling.held.attempt));
+        }
     }
 
     fn may_forget(&mut self, is_meant: impl Fn(&Settling) -> bool) {

@@ -7,7 +7,7 @@ use crate::history::Verb;
 
 impl Story {
     pub(in crate::checker) fn settle(&mut self, at: u64, asked: Asked, max_attempts: Option<u32>) {
-        let Asked { delivery, verb, delay, hits } = asked;
+        let Asked { delivery, verb, delay, hits, is_forgotten } = asked;
         let attempt = self.handed_out.iter().find(|(of, _)| *of == delivery).map_or(0, |(_, attempt)| *attempt);
         let buries = verb == Verb::DeadLetter || (verb == Verb::Nack && max_attempts.is_some_and(|max| attempt >= max));
         if buries {
@@ -19,7 +19,9 @@ impl Story {
         }
         let Some(held) = self.take(delivery) else {
             self.maybe_buried += u32::from(buries);
-            return self.too_late.push(TooLate { delivery, verb, buries, has_come: false });
+            let is_leased = self.lost.iter().any(|(lost, lease_end)| *lost == delivery && at < *lease_end);
+            let is_kept = verb == Verb::Release && is_forgotten && is_leased;
+            return self.too_late.push(TooLate { delivery, verb, buries, is_kept, has_come: false });
         };
         let late = held.lease_end <= at;
         // The source of a nack may be somebody else's by now, with the count that it had.

@@ -377,6 +377,61 @@ fn an_ack_of_what_a_killed_server_had_delivered_may_be_without_effect_and_one_of
 }
 
 #[test]
+fn a_nack_of_what_a_killed_server_had_delivered_may_meet_what_it_has_delivered_anew_and_that_comes_beside_it_once() {
+    let beside = |early: bool, times: u64| {
+        let mut script = held("a");
+        (script.rules.by_lease, script.rules.forgets) = (true, true);
+        let delivery = match early {
+            true => 1,
+            false => 2,
+        };
+        script.killed().wait(1_000).lost();
+        if !early {
+            script.published("b", "k", 2).delivered(2, "b", 1);
+        }
+        let id = if early { "a" } else { "b" };
+        script.settled(delivery, Verb::Nack).delivered(3, id, 2).settled(3, Verb::Ack).wait(LATER);
+        for time in 0..times {
+            script.delivered(4 + time, id, 1).settled(4 + time, Verb::Ack);
+        }
+        script.names()
+    };
+    assert_eq!(beside(true, 1), [""; 0]);
+    assert_eq!(beside(true, 2), ["ack-lost"]);
+    assert_eq!(beside(false, 1), ["ack-lost"]);
+}
+
+#[test]
+fn who_releases_what_a_killed_server_has_delivered_to_another_hands_it_out_once_more_while_the_lease_goes_on() {
+    let released = |forgets: bool, is_told: bool, wait: u64, times: u64| {
+        let mut script = Script::new();
+        (script.rules.by_lease, script.rules.forgets, script.lease) = (true, forgets, 1_000_000_000);
+        script.member().subscribed(2, Order::None, OnFailure::GoPast).published("a", "k", 1).delivered(1, "a", 1);
+        match forgets {
+            true => script.killed().lost(),
+            false => script.wait(1_001_000_000),
+        };
+        script.delivered_to(2, 2, "a", 1).settled(2, Verb::DeadLetter).wait(wait).asked(1, Verb::Release);
+        match is_told {
+            true => script.push(What::SettleOk { delivery: 1, level: AckLevel::Recorded }),
+            false => {
+                script.push(What::SettleFail { delivery: 1, kind: ErrorKind::StaleDelivery, effect: Effect::NotDone })
+            }
+        };
+        for time in 0..times {
+            script.delivered(3 + time, "a", 1).settled(3 + time, Verb::Ack);
+        }
+        script.letter(9, "a").drained();
+        script.names()
+    };
+    assert_eq!(released(true, true, 0, 1), [""; 0]);
+    assert_eq!(released(true, true, 0, 2), ["ack-lost"]);
+    assert!(!released(true, false, 0, 1).is_empty(), "it was refused");
+    assert!(!released(true, true, 1_000_000_000, 1).is_empty(), "its lease had ended");
+    assert!(!released(false, true, 0, 1).is_empty(), "the lease had ended, and no server was killed");
+}
+
+#[test]
 fn a_burial_that_a_killed_member_had_asked_for_leaves_a_letter_or_the_message_or_both_and_not_neither() {
     let after_the_kill = |has_letter: bool, comes_again: bool| {
         let mut script = held("a");

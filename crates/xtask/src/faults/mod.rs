@@ -17,6 +17,8 @@ use tally::{Kind, Tally};
 
 /// One seed of all cases takes a minute or two; one that takes that long hangs.
 const SEED_LIMIT: Duration = Duration::from_secs(15 * 60);
+/// So many seeds of each kind are of all cases; the later ones of those that can count.
+const WHOLE_SEEDS: usize = 3;
 /// One run in so many is on the server: it is killed, frozen and so on, while connections are left alone.
 const ON_SERVER: usize = 10;
 
@@ -24,7 +26,7 @@ const ON_SERVER: usize = 10;
 ///
 /// A run is one case with one seed. It counts when it had 2,000 messages or more and at least one fault met an operation in
 /// flight. One run in ten is on the server, where that can be disturbed, the others on connections; each kind has consecutive
-/// seeds. What is found is written after every seed, so that an interrupted command goes on with --resume. A mode that fails does
+/// seeds. From the fourth seed on only cases are run that have counted before. What is found is written after every seed, so that an interrupted command goes on with --resume. A mode that fails does
 /// not keep the next one from being run.
 #[derive(Debug, Args)]
 pub(crate) struct Faults {
@@ -81,7 +83,9 @@ impl Faults {
                 Kind::Connections => &on_connections,
                 Kind::Server => &on_server,
             };
-            let ended = one(mode, &server, faults, seed, &report, command);
+            let cases =
+                if tally.seeds(kind) < WHOLE_SEEDS { vec!["faults/*".to_owned()] } else { tally.counting(kind) };
+            let ended = one(mode, &server, faults, &cases, seed, &report, command);
             crate::interrupt::check()?;
             let found = tally::read(&report).with_context(|| match ended {
                 Ok(()) => format!("seed {seed} left no report"),
@@ -142,10 +146,19 @@ impl Wanted {
     }
 }
 
-fn one(mode: &Mode, server: &Endpoint, faults: &[String], seed: u64, report: &Path, command: &Path) -> Result<()> {
+fn one(
+    mode: &Mode,
+    server: &Endpoint,
+    faults: &[String],
+    cases: &[String],
+    seed: u64,
+    report: &Path,
+    command: &Path,
+) -> Result<()> {
     let url = mode.url(Some(&server.url_of_the_suite), "");
     let mut run = suite(mode, &url, server.stands_in_for.as_deref(), mode.pace.trials, command)?;
-    run.args(["--level", "reliability", "--case", "faults/*", "--seed", &seed.to_string()]);
+    run.args(["--level", "reliability", "--seed", &seed.to_string()]);
+    run.args(cases.iter().flat_map(|case| ["--case", case]));
     run.args(faults).arg("--report").arg(report);
     // That a case failed stands in the report.
     child::watched(&mut run, SEED_LIMIT).map(drop)

@@ -1,6 +1,6 @@
 //! What many seeds have shown, kept in the report's folder.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
@@ -166,6 +166,18 @@ impl Tally {
         self.runs_of(kind).filter(|(_, run)| run.counts()).count()
     }
 
+    /// How many seeds of a kind there are.
+    pub(super) fn seeds(&self, kind: Kind) -> usize {
+        self.kept.seeds(kind).len()
+    }
+
+    /// The cases of which some run of a kind counts.
+    pub(super) fn counting(&self, kind: Kind) -> Vec<String> {
+        let names: BTreeSet<&str> =
+            self.runs_of(kind).filter(|(_, run)| run.counts()).map(|(_, run)| run.name.as_str()).collect();
+        names.into_iter().map(str::to_owned).collect()
+    }
+
     /// Those that failed, with their seeds.
     pub(super) fn failed(&self) -> Vec<String> {
         self.runs()
@@ -296,6 +308,7 @@ mod tests {
         let resumed = Tally::begin_as(folder.path(), "nats", "a", 7, true).unwrap();
         assert_eq!(Kind::ALL.map(|kind| (resumed.next_seed(kind), resumed.counted(kind))), [(8, 2), (7, 0)]);
         assert_eq!(resumed.failed(), ["faults/x (seed 7)"]);
+        assert_eq!(Kind::ALL.map(|kind| resumed.counting(kind)), [vec!["faults/x".to_owned()], vec![]]);
         assert!(resumed.text().contains("seed 7, faults/x: why"));
         assert!(Tally::begin_as(folder.path(), "nats", "b", 7, true).is_err());
         assert_eq!(Tally::begin_as(folder.path(), "nats", "b", 9, false).unwrap().counted(Kind::Connections), 0);
@@ -316,7 +329,7 @@ mod tests {
             tally.add(kind, tally.next_seed(kind), vec![run("pass", 2_000, 1); many]).unwrap();
         }
         assert_eq!(order, "scccccscccccscccccsccccc");
-        assert_eq!(Kind::ALL.map(|kind| tally.counted(kind)), [180, 20]);
+        assert_eq!(Kind::ALL.map(|kind| (tally.counted(kind), tally.seeds(kind))), [(180, 20), (20, 4)]);
         assert!(tally.text().contains(
             "200 runs that count, 180 on connections (seeds 1 to 20) and 20 on the server (seeds 1 to 4); 0"
         ));
