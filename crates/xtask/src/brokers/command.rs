@@ -4,7 +4,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 
 use super::instance::{self, How, Instance};
-use super::{Change, Condition, Server, recipes, stand_ins};
+use super::{Change, Condition, Recipe, Server, every_recipe, recipes, stand_ins};
 use crate::folders;
 
 /// Start, end and disturb real brokers on this machine
@@ -24,7 +24,7 @@ pub(crate) struct Brokers {
 enum Action {
     /// Start brokers, wait until they serve clients, and print their addresses: eval "$(cargo xtask brokers up)"
     Up {
-        /// Which ones; all when none is given
+        /// Which ones; all single servers when none is given. Clusters of three nodes: kafka-cluster, nats-cluster, rabbitmq-cluster
         names: Vec<String>,
         /// Where they come from
         #[arg(long, value_enum, default_value = "auto")]
@@ -59,18 +59,27 @@ enum Action {
         /// Which ones
         #[arg(required = true)]
         names: Vec<String>,
+        /// Only this node of a cluster, from 1
+        #[arg(long, value_name = "N")]
+        node: Option<u32>,
     },
     /// Freeze brokers (SIGSTOP): connections stay open and nothing is answered
     Pause {
         /// Which ones
         #[arg(required = true)]
         names: Vec<String>,
+        /// Only this node of a cluster, from 1
+        #[arg(long, value_name = "N")]
+        node: Option<u32>,
     },
     /// Let paused brokers go on
     Resume {
         /// Which ones
         #[arg(required = true)]
         names: Vec<String>,
+        /// Only this node of a cluster, from 1
+        #[arg(long, value_name = "N")]
+        node: Option<u32>,
     },
     /// Take from brokers the room for new messages, as a full disk or a quota does; native ones only
     Fill {
@@ -101,6 +110,9 @@ enum Action {
         /// Which ones
         #[arg(required = true)]
         names: Vec<String>,
+        /// Only this node of a cluster, from 1
+        #[arg(long, value_name = "N")]
+        node: Option<u32>,
     },
 }
 
@@ -116,14 +128,26 @@ impl Brokers {
             }
             Action::StandIns { names } => stand_ins::build(&recipes(names)?, &folders::cache()?),
             Action::Status { names } => status(names),
-            Action::Kill { names } => each(&instance, names, "killed", Server::kill),
-            Action::Pause { names } => each(&instance, names, "paused", Server::pause),
-            Action::Resume { names } => each(&instance, names, "resumed", Server::resume),
+            Action::Kill { names, node: None } => each(&instance, names, "killed", Server::kill),
+            Action::Kill { names, node: Some(node) } => {
+                each(&instance, names, &format!("node {node} killed"), |server| server.kill_node(*node))
+            }
+            Action::Pause { names, node: None } => each(&instance, names, "paused", Server::pause),
+            Action::Pause { names, node: Some(node) } => {
+                each(&instance, names, &format!("node {node} paused"), |server| server.pause_node(*node))
+            }
+            Action::Resume { names, node: None } => each(&instance, names, "resumed", Server::resume),
+            Action::Resume { names, node: Some(node) } => {
+                each(&instance, names, &format!("node {node} resumed"), |server| server.resume_node(*node))
+            }
             Action::Fill { names } => each(&instance, names, "has no room", |server| server.change(Change::Fill)),
             Action::Relieve { names } => each(&instance, names, "has room", |server| server.change(Change::Relieve)),
             Action::LockOut { names } => each(&instance, names, "locked", |server| server.change(Change::LockOut)),
             Action::LetIn { names } => each(&instance, names, "open", |server| server.change(Change::LetIn)),
-            Action::Restart { names } => each(&instance, names, "restarted", Server::restart),
+            Action::Restart { names, node: None } => each(&instance, names, "restarted", Server::restart),
+            Action::Restart { names, node: Some(node) } => {
+                each(&instance, names, &format!("node {node} restarted"), |server| server.restart_node(*node))
+            }
         }
     }
 }
@@ -144,14 +168,19 @@ fn up(instance: &Instance, names: &[String], how: How, ports: &[(String, u16)]) 
 }
 
 fn down(instance: &Instance, names: &[String], keep_data: bool) -> Result<()> {
-    let ended = instance.down(&recipes(names)?, keep_data)?;
+    let ended = instance.down(&named_or_every(names)?, keep_data)?;
     let ended = if ended.is_empty() { "nothing ran".to_owned() } else { format!("ended {}", ended.join(", ")) };
     eprintln!("{}: {ended}", instance.name());
     Ok(())
 }
 
+/// Those that are named; without a name also clusters.
+fn named_or_every(names: &[String]) -> Result<Vec<&'static dyn Recipe>> {
+    if names.is_empty() { Ok(every_recipe()) } else { recipes(names) }
+}
+
 fn status(names: &[String]) -> Result<()> {
-    let recipes = recipes(names)?;
+    let recipes = named_or_every(names)?;
     println!("{:<12} {:<10} {:<16} {:>8}  {:<34} {:<34} URL", "INSTANCE", "BROKER", "STATE", "PID", "PORTS", "FROM");
     for instance in Instance::all()? {
         for &recipe in &recipes {

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 
 use super::server::Way;
-use super::{Condition, RECIPES, Recipe, Server, recipes, url_variable};
+use super::{Condition, Recipe, Server, every_recipe, recipes, url_variable};
 use crate::{folders, interrupt};
 
 /// The instance of commands that name none.
@@ -266,7 +266,7 @@ fn end_orphans(brokers: &Path) -> Result<()> {
             Err(TryLockError::Error(error)) => return Err(error.into()),
         };
         if is_orphan {
-            let ended = instance.down(RECIPES, false)?;
+            let ended = instance.down(&every_recipe(), false)?;
             eprintln!("ended {} of an aborted test run ({})", ended.join(", "), instance.name);
             fs::remove_file(&owner)?;
         }

@@ -7,6 +7,7 @@
 //! A last listener, PROXIED, sends its clients to another port, where a test may put a proxy: Kafka's clients follow the
 //! advertised address, and would go round a proxy that is not behind it.
 
+pub(crate) mod cluster;
 mod wire;
 
 use std::fs::{self, File};

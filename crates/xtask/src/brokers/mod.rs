@@ -33,6 +33,15 @@ use stand_ins::StandIn;
 static RECIPES: &[&dyn Recipe] =
     &[&kafka::Kafka, &localstack::LocalStack, &nats::Nats, &pulsar::Pulsar, &rabbitmq::RabbitMq, &sqs::ElasticMq];
 
+/// Clusters of three nodes. They are started when they are named.
+static CLUSTERS: &[&dyn Recipe] =
+    &[&kafka::cluster::KafkaCluster, &nats::cluster::NatsCluster, &rabbitmq::cluster::RabbitMqCluster];
+
+/// All of them.
+pub(crate) fn every_recipe() -> Vec<&'static dyn Recipe> {
+    [RECIPES, CLUSTERS].concat()
+}
+
 /// How one broker is fetched, configured, run and probed.
 pub(crate) trait Recipe: Sync {
     /// The name in commands, and upper-cased in the names of environment variables.
@@ -41,7 +50,12 @@ pub(crate) trait Recipe: Sync {
     /// Product and version, for people.
     fn version(&self) -> &'static str;
 
-    /// What its ports are for; the first is the one that clients connect to.
+    /// How many nodes it is made of: a cluster's share [`Site::folder`], and each has a process of its own.
+    fn nodes(&self) -> u32 {
+        1
+    }
+
+    /// What a node's ports are for; the first is the one that clients connect to.
     fn port_names(&self) -> &'static [&'static str];
 
     /// Whether the port of that name is kept for a test to listen on (a proxy to which the server sends its clients), and
@@ -56,7 +70,7 @@ pub(crate) trait Recipe: Sync {
         true
     }
 
-    /// The URL that a service puts into its configuration.
+    /// The URL that a service puts into its configuration. Of a cluster `ports` are those of all nodes.
     fn url(&self, ports: &[u16]) -> String;
 
     /// Why it cannot be installed on this machine, where that is known beforehand. The tests then say that its share is not
@@ -118,8 +132,14 @@ pub(crate) trait Recipe: Sync {
         ""
     }
 
-    /// `Ok` once clients are served; an error says what is missing still. Returns within about a second.
+    /// `Ok` once a node with these ports serves clients; an error says what is missing still. Returns within about a second.
     fn probe(&self, ports: &[u16]) -> Result<()>;
+
+    /// `Ok` once all nodes of a cluster that serve clients can do without one of them. `ports` are those of all.
+    fn is_whole(&self, ports: &[u16]) -> Result<()> {
+        let _ = ports;
+        Ok(())
+    }
 }
 
 /// Where one server lives.
@@ -128,27 +148,29 @@ pub(crate) struct Site<'a> {
     pub(crate) home: &'a Path,
     /// This server's own folder: configuration and data.
     pub(crate) folder: &'a Path,
-    /// One port for each of [`Recipe::port_names`].
+    /// One port for each of [`Recipe::port_names`], node by node.
     pub(crate) ports: &'a [u16],
+    /// Which node, from 1.
+    pub(crate) node: u32,
 }
 
 /// The variable that tells tests where `name` is.
 pub(crate) fn url_variable(name: &str) -> String {
-    format!("ANYBROKER_TEST_{}_URL", name.to_uppercase())
+    format!("ANYBROKER_TEST_{}_URL", name.to_uppercase().replace('-', "_"))
 }
 
-/// The recipes called `names`, or all of them when no name is given.
+/// The recipes called `names`, or all of single servers when no name is given.
 pub(crate) fn recipes(names: &[String]) -> Result<Vec<&'static dyn Recipe>> {
     if names.is_empty() {
         return Ok(RECIPES.to_vec());
     }
     let mut chosen: Vec<&'static dyn Recipe> = Vec::new();
     for name in names {
-        match RECIPES.iter().find(|recipe| recipe.name() == name) {
+        match every_recipe().iter().find(|recipe| recipe.name() == name) {
             Some(_) if chosen.iter().any(|recipe| recipe.name() == name) => {}
             Some(recipe) => chosen.push(*recipe),
             None => {
-                let known: Vec<_> = RECIPES.iter().map(|recipe| recipe.name()).collect();
+                let known: Vec<_> = every_recipe().iter().map(|recipe| recipe.name()).collect();
                 bail!("no broker is called `{name}`; there are: {}", known.join(", "));
             }
         }

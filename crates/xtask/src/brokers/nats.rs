@@ -1,5 +1,7 @@
 //! NATS with JetStream: one server, built from the Go module proxy.
 
+pub(crate) mod cluster;
+
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -218,7 +220,7 @@ mod tests {
 
     #[test]
     fn a_full_account_may_store_next_to_nothing_and_a_locked_one_may_do_nothing() {
-        let site = Site { home: Path::new("/home"), folder: Path::new("/folder"), ports: &[4222] };
+        let site = Site { home: Path::new("/home"), folder: Path::new("/folder"), ports: &[4222], node: 1 };
         let [open, full, locked] = [State::Open, State::Full, State::Locked].map(|state| configuration(&site, state));
         assert!(open.contains("max_file: 8GB }") && !open.contains("deny"), "{open}");
         assert!(full.contains("max_file: 1KB }") && !full.contains("deny"), "{full}");

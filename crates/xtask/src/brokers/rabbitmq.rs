@@ -4,8 +4,10 @@
 //! folder once, and the server runs in it by `chroot`. Every server has its mounts to itself (`unshare`): its folder is
 //! bound into the root folder, and nothing stays mounted when it ends.
 
+pub(crate) mod cluster;
+
 use std::fs;
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -93,14 +95,7 @@ impl Recipe for RabbitMq {
 
     /// The port mapper stays in the foreground and in the server's process group: it ends with it, whatever ends it.
     fn command(&self, site: &Site<'_>) -> Command {
-        let script = "mount --bind \"$1\" \"$0$2\" && mount -t proc proc \"$0/proc\" && \
-            exec chroot \"$0\" sh -c 'epmd -port \"$ERL_EPMD_PORT\" & exec /usr/lib/rabbitmq/bin/rabbitmq-server'";
-        let mut command = Command::new("unshare");
-        command.args(["--mount", "sh", "-c", script]).arg(site.home).arg(site.folder).arg(INSIDE);
-        command.env_clear();
-        command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
-        command.envs(environment(INSIDE, site.ports));
-        command
+        in_root(site, &format!("epmd -port \"$ERL_EPMD_PORT\" & {SERVER}"))
     }
 
     fn changes(&self) -> &'static [Change] {
@@ -153,18 +148,40 @@ impl Recipe for RabbitMq {
         let mut stream = connect(ports[0])?;
         stream.write_all(b"AMQP\x00\x00\x09\x01")?;
         let mut lead = [0; 1];
-        std::io::Read::read_exact(&mut stream, &mut lead).context("it does not answer like a RabbitMQ server")?;
+        stream.read_exact(&mut lead).context("it does not answer like a RabbitMQ server")?;
         ensure!(lead[0] == 1, "it does not answer like a RabbitMQ server");
-        let mut stream = connect(ports[1])?;
-        stream.write_all(
-            b"GET /api/health/checks/local-alarms HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\
-              Authorization: Basic Z3Vlc3Q6Z3Vlc3Q=\r\n\r\n",
-        )?;
-        let mut line = String::new();
-        BufReader::new(stream).read_line(&mut line)?;
-        ensure!(line.contains(" 200 "), "its management plugin answers {}", line.trim());
+        let answer = answer_of_management(ports[1], "/api/health/checks/local-alarms")?;
+        let line = answer.lines().next().unwrap_or_default();
+        ensure!(line.contains(" 200 "), "its management plugin answers {line}");
         Ok(())
     }
+}
+
+/// What its management plugin answers to who is asked for by `guest`.
+fn answer_of_management(port: u16, path: &str) -> Result<String> {
+    let limit = Duration::from_secs(1);
+    let mut stream = TcpStream::connect_timeout(&SocketAddr::from((Ipv4Addr::LOCALHOST, port)), limit)?;
+    stream.set_read_timeout(Some(limit))?;
+    stream.set_write_timeout(Some(limit))?;
+    let head = "Host: localhost\r\nConnection: close\r\nAuthorization: Basic Z3Vlc3Q6Z3Vlc3Q=\r\n\r\n";
+    stream.write_all(format!("GET {path} HTTP/1.1\r\n{head}").as_bytes())?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    Ok(String::from_utf8_lossy(&answer).into_owned())
+}
+
+/// The server in the foreground, inside of the root folder.
+const SERVER: &str = "exec /usr/lib/rabbitmq/bin/rabbitmq-server";
+
+/// Runs a script in the root folder, with the server's folder at [`INSIDE`].
+fn in_root(site: &Site<'_>, inner: &str) -> Command {
+    let script = "mount --bind \"$1\" \"$0$2\" && mount -t proc proc \"$0/proc\" && exec chroot \"$0\" sh -c \"$3\"";
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", script]).arg(site.home).arg(site.folder).arg(INSIDE).arg(inner);
+    command.env_clear();
+    command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+    command.envs(environment(INSIDE, site.ports));
+    command
 }
 
 /// Runs `rabbitmqctl` beside the server, in the root folder and with the server's folder in the same place.

@@ -1,6 +1,7 @@
 //! One server of one instance: its folder, its pid file, and what can be done to it.
 
 pub(crate) mod change;
+mod node;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -43,10 +44,20 @@ pub(crate) struct Server {
 #[derive(Serialize, Deserialize)]
 struct Record {
     ports: Vec<u16>,
+    /// The first node's.
     process: Option<Process>,
+    /// Those of a cluster's other nodes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    others: Vec<Process>,
     /// Written before it is made, so that none is ever lost. Stays when it is gone: the data are its.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     container: Option<Container>,
+}
+
+impl Record {
+    fn processes(&self) -> Vec<Process> {
+        self.process.iter().chain(&self.others).cloned().collect()
+    }
 }
 
 /// In what a server is started.
@@ -63,7 +74,8 @@ pub(crate) enum Way {
 
 /// What can be disturbed.
 enum Body {
-    Process(Process),
+    /// One for each node.
+    Processes(Vec<Process>),
     Container(Container),
 }
 
@@ -114,9 +126,9 @@ impl Server {
     }
 
     /// Its ports by purpose; empty before the first start.
-    pub(crate) fn ports(&self) -> Result<BTreeMap<&'static str, u16>> {
+    pub(crate) fn ports(&self) -> Result<BTreeMap<String, u16>> {
         let ports = self.record()?.map(|record| record.ports).unwrap_or_default();
-        Ok(self.recipe.port_names().iter().copied().zip(ports).collect())
+        Ok(self.purposes().into_iter().zip(ports).collect())
     }
 
     /// Whether its process runs, is paused or is gone.
@@ -140,6 +152,10 @@ impl Server {
     /// Answers whether a process was started.
     pub(crate) fn start(&self, port: Option<u16>, way: Way) -> Result<bool> {
         match self.condition()? {
+            // Of a cluster some nodes may be gone.
+            Condition::Running if self.body()?.is_some_and(|body| !body.is_whole()) => {
+                return self.launch_processes(None).map(|()| true);
+            }
             Condition::Running => {}
             Condition::Paused => self.resume()?,
             Condition::Gone => return self.launch(port, way).map(|()| true),
@@ -161,6 +177,9 @@ impl Server {
         let last = self.record()?.and_then(|record| record.container);
         match (way, last) {
             (Way::AsBefore, Some(last)) => self.launch_container(port, &last),
+            (Way::Container { .. }, None) if self.recipe.nodes() > 1 => {
+                bail!("{} is a cluster, and runs natively only", self.name())
+            }
             (Way::Container { stand_ins }, None) => {
                 ensure!(!self.folder.exists(), "{} has data of a native server: `down` first", self.name());
                 let engine = Engine::find()?;
@@ -172,7 +191,7 @@ impl Server {
                 self.launch_container(port, &Container { image, ..last })
             }
             (Way::Native, Some(_)) => bail!("{} has data of a container: `down` first", self.name()),
-            (Way::AsBefore | Way::Native, None) => self.launch_process(port),
+            (Way::AsBefore | Way::Native, None) => self.launch_processes(port),
         }
     }
 
@@ -181,24 +200,46 @@ impl Server {
         fs::create_dir_all(&self.folder)?;
         let last = self.record()?.map(|record| record.ports).unwrap_or_default();
         let ports = self.choose_ports(port, &last)?;
-        self.write(&Record { ports: ports.clone(), process: None, container: Some(container.clone()) })?;
-        let site = Site { home: &self.cache, folder: &self.folder, ports: &ports };
+        let record = Record { ports, process: None, others: Vec::new(), container: Some(container.clone()) };
+        self.write(&record)?;
+        let site = Site { home: &self.cache, folder: &self.folder, ports: &record.ports, node: 1 };
         self.recipe.prepare_contained(&site).with_context(|| format!("{} could not be configured", self.name()))?;
         let contained = self.recipe.contained(&site);
         container.start(self.name(), &contained)
     }
 
-    fn launch_process(&self, port: Option<u16>) -> Result<()> {
+    /// Starts the nodes that do not run.
+    fn launch_processes(&self, port: Option<u16>) -> Result<()> {
         let home = self.recipe.install(&self.cache)?;
         interrupt::check()?;
         fs::create_dir_all(&self.folder)?;
-        let last = self.record()?.map(|record| record.ports).unwrap_or_default();
-        let ports = self.choose_ports(port, &last)?;
-        self.write(&Record { ports: ports.clone(), process: None, container: None })?;
-        let site = Site { home: &home, folder: &self.folder, ports: &ports };
+        let mut record = match self.record()? {
+            Some(record) if record.processes().iter().any(|process| process.condition() != Condition::Gone) => record,
+            last => {
+                let last = last.map(|record| record.ports).unwrap_or_default();
+                Record { ports: self.choose_ports(port, &last)?, process: None, others: Vec::new(), container: None }
+            }
+        };
+        self.write(&record)?;
+        for node in 1..=self.recipe.nodes() {
+            let known = record.processes().get(node as usize - 1).cloned();
+            if known.is_none_or(|process| process.condition() == Condition::Gone) {
+                self.launch_node(&home, node, &mut record)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn launch_node(&self, home: &Path, node: u32, record: &mut Record) -> Result<()> {
+        let site = Site { home, folder: &self.folder, ports: &record.ports, node };
         self.recipe.prepare(&site).with_context(|| format!("{} could not be configured", self.name()))?;
-        let process = Process::spawn(&mut self.recipe.command(&site), &self.log())?;
-        let written = self.write(&Record { ports, process: Some(process.clone()), container: None });
+        let process = Process::spawn(&mut self.recipe.command(&site), &self.log(node))?;
+        match (node as usize).checked_sub(2) {
+            None => record.process = Some(process.clone()),
+            Some(at) if at < record.others.len() => record.others[at] = process.clone(),
+            Some(_) => record.others.push(process.clone()),
+        }
+        let written = self.write(record);
         if written.is_err() {
             // Nobody would ever find it again.
             process.signal(Signal::KILL)?;
@@ -206,11 +247,23 @@ impl Server {
         written
     }
 
+    /// What each of its ports is for: of a cluster, with the number of the node.
+    fn purposes(&self) -> Vec<String> {
+        let names = self.recipe.port_names();
+        match self.recipe.nodes() {
+            1 => names.iter().map(|&name| name.to_owned()).collect(),
+            nodes => {
+                let of_node = |node: u32| names.iter().map(move |name| format!("{name} {node}"));
+                (1..=nodes).flat_map(of_node).collect()
+            }
+        }
+    }
+
     /// A server that was there before comes back on its ports or not at all: on others it is lost to its clients.
     fn choose_ports(&self, first: Option<u16>, last: &[u16]) -> Result<Vec<u16>> {
         let mut ports = Vec::new();
         let mut taken = others()?;
-        for (index, purpose) in self.recipe.port_names().iter().enumerate() {
+        for (index, purpose) in self.purposes().iter().enumerate() {
             let port = match (first, last.get(index)) {
                 (Some(wanted), _) if index == 0 => {
                     ensure!(ports::is_free(wanted), "port {wanted} ({purpose}) is taken by another process");
@@ -235,30 +288,42 @@ impl Server {
 
     /// Whether clients are served right now.
     pub(crate) fn is_ready(&self) -> Result<bool> {
-        Ok(self.record()?.is_some_and(|record| self.recipe.probe(&record.ports).is_ok()))
+        Ok(self.record()?.is_some_and(|record| self.probe(&record.ports).is_ok()))
+    }
+
+    /// `Ok` once every node serves clients, and a cluster is whole.
+    fn probe(&self, ports: &[u16]) -> Result<()> {
+        let names = self.recipe.port_names().len();
+        ports.chunks(names).try_for_each(|ports| self.recipe.probe(ports))?;
+        self.recipe.is_whole(ports)
     }
 
     /// Waits until clients are served. Fails at once when the process ends, and after two minutes otherwise.
     pub(crate) fn wait_ready(&self) -> Result<()> {
         let record = self.record()?.with_context(|| format!("{} was never started", self.name()))?;
+        self.wait(|| self.probe(&record.ports), || self.condition(), 1)?;
+        let site = Site { home: &self.cache, folder: &self.folder, ports: &record.ports, node: 1 };
+        self.recipe.grant(&site).with_context(|| format!("{} could not be opened to its clients", self.name()))
+    }
+
+    fn wait(&self, probe: impl Fn() -> Result<()>, condition: impl Fn() -> Result<Condition>, node: u32) -> Result<()> {
         let mut last = String::new();
         let ready = interrupt::poll(READY_WITHIN, || {
-            match self.recipe.probe(&record.ports) {
+            match probe() {
                 // Asked after the probe: an answer on the port while our process is gone comes from a stranger.
-                Ok(()) if self.condition()? == Condition::Running => return Ok(Some(())),
+                Ok(()) if condition()? == Condition::Running => return Ok(Some(())),
                 Ok(()) => {}
                 Err(error) => last = format!("{error:#}"),
             }
-            if self.condition()? == Condition::Gone {
-                bail!("{} ended while it was starting{}", self.name(), self.end_of_log());
+            if condition()? == Condition::Gone {
+                bail!("{} ended while it was starting{}", self.name(), self.end_of_log(node));
             }
             Ok(None)
         })?;
         if ready.is_none() {
-            bail!("{} was not ready within {READY_WITHIN:?}: {last}{}", self.name(), self.end_of_log());
+            bail!("{} was not ready within {READY_WITHIN:?}: {last}{}", self.name(), self.end_of_log(node));
         }
-        let site = Site { home: &self.cache, folder: &self.folder, ports: &record.ports };
-        self.recipe.grant(&site).with_context(|| format!("{} could not be opened to its clients", self.name()))
+        Ok(())
     }
 
     /// Ends the server: politely, and with SIGKILL when it does not listen. Answers whether one was there.
@@ -286,7 +351,7 @@ impl Server {
     /// SIGSTOP, or the engine's freezer: sockets stay open and nothing is answered.
     pub(crate) fn pause(&self) -> Result<()> {
         match self.started()? {
-            Body::Process(process) => process.signal(Signal::STOP),
+            Body::Processes(nodes) => nodes.iter().try_for_each(|node| node.signal(Signal::STOP)),
             Body::Container(container) => container.pause(),
         }
     }
@@ -294,7 +359,7 @@ impl Server {
     /// After [`Server::pause`]; does nothing to a server that is not paused.
     pub(crate) fn resume(&self) -> Result<()> {
         match self.started()? {
-            Body::Process(process) => process.signal(Signal::CONT),
+            Body::Processes(nodes) => nodes.iter().try_for_each(|node| node.signal(Signal::CONT)),
             Body::Container(container) if container.condition()? == Condition::Paused => container.resume(),
             Body::Container(_) => Ok(()),
         }
@@ -319,20 +384,23 @@ impl Server {
         }
     }
 
-    /// Where the server's output goes.
-    pub(crate) fn log(&self) -> PathBuf {
-        self.folder.join("server.log")
+    /// Where a node's output goes.
+    fn log(&self, node: u32) -> PathBuf {
+        match self.recipe.nodes() {
+            1 => self.folder.join("server.log"),
+            _ => self.folder.join(format!("server-{node}.log")),
+        }
     }
 
-    fn end_of_log(&self) -> String {
+    fn end_of_log(&self, node: u32) -> String {
         let text = match self.body() {
             Ok(Some(Body::Container(container))) => container.end_of_log(),
-            _ => fs::read(self.log()).unwrap_or_default(),
+            _ => fs::read(self.log(node)).unwrap_or_default(),
         };
         let text = String::from_utf8_lossy(&text);
         let lines: Vec<&str> = text.lines().collect();
         let end = lines[lines.len().saturating_sub(20)..].join("\n  ");
-        format!("\nlast lines of {}:\n  {end}", self.log().display())
+        format!("\nlast lines of {}:\n  {end}", self.log(node).display())
     }
 
     fn started(&self) -> Result<Body> {
@@ -344,7 +412,9 @@ impl Server {
 
     fn body(&self) -> Result<Option<Body>> {
         let Some(record) = self.record()? else { return Ok(None) };
-        Ok(record.container.map(Body::Container).or(record.process.map(Body::Process)))
+        let processes = record.processes();
+        let native = (!processes.is_empty()).then_some(Body::Processes(processes));
+        Ok(record.container.map(Body::Container).or(native))
     }
 
     fn record(&self) -> Result<Option<Record>> {
@@ -369,43 +439,68 @@ impl Server {
 }
 
 impl Body {
+    /// Of several nodes: gone when all are, paused when one is.
     fn condition(&self) -> Result<Condition> {
         match self {
-            Self::Process(process) => Ok(process.condition()),
+            Self::Processes(nodes) => {
+                let conditions: Vec<Condition> = nodes.iter().map(Process::condition).collect();
+                let any = |condition: Condition| conditions.contains(&condition);
+                Ok(match (any(Condition::Paused), any(Condition::Running)) {
+                    (true, _) => Condition::Paused,
+                    (_, true) => Condition::Running,
+                    (false, false) => Condition::Gone,
+                })
+            }
             Self::Container(container) => container.condition(),
         }
     }
 
+    /// Whether no node is gone.
+    fn is_whole(&self) -> bool {
+        match self {
+            Self::Processes(nodes) => nodes.iter().all(|node| node.condition() != Condition::Gone),
+            Self::Container(_) => true,
+        }
+    }
+
+    /// Of several nodes the first one's that is not gone.
     fn pid(&self) -> Result<Option<i32>> {
         match self {
-            Self::Process(process) => Ok((process.condition() != Condition::Gone).then_some(process.pid)),
+            Self::Processes(nodes) => {
+                Ok(nodes.iter().find(|node| node.condition() != Condition::Gone).map(|node| node.pid))
+            }
             Self::Container(container) => container.pid(),
         }
     }
 
     fn ask_to_end(&self) -> Result<()> {
         match self {
-            Self::Process(process) => {
-                process.signal(Signal::TERM)?;
-                // A paused process receives it only now.
-                process.signal(Signal::CONT)
-            }
+            Self::Processes(nodes) => nodes.iter().try_for_each(ask_to_end),
             Self::Container(container) => container.stop(STOPPED_WITHIN.as_secs()),
         }
     }
 
     fn kill(&self) -> Result<()> {
         match self {
-            Self::Process(process) => process.signal(Signal::KILL),
+            Self::Processes(nodes) => nodes.iter().try_for_each(|node| node.signal(Signal::KILL)),
             Self::Container(container) => container.kill(),
         }
     }
 }
 
-/// Not interruptible: it is part of cleaning up after an interrupt.
+fn ask_to_end(process: &Process) -> Result<()> {
+    process.signal(Signal::TERM)?;
+    // A paused process receives it only now.
+    process.signal(Signal::CONT)
+}
+
 fn wait_gone(body: &Body, limit: Duration) -> Result<bool> {
-    let deadline = Instant::now() + limit;
-    while body.condition()? != Condition::Gone {
+    wait_gone_by(|| body.condition(), Instant::now() + limit)
+}
+
+/// Not interruptible: it is part of cleaning up after an interrupt.
+fn wait_gone_by(condition: impl Fn() -> Result<Condition>, deadline: Instant) -> Result<bool> {
+    while condition()? != Condition::Gone {
         if Instant::now() >= deadline {
             return Ok(false);
         }

@@ -23,7 +23,7 @@ const LITERAL: u8 = 3;
 const ANY_OPERATION: u8 = 2;
 
 /// Longer than any answer that is read here.
-const LONGEST: usize = 65_536;
+const LONGEST: usize = 8 << 20;
 
 /// Whether everything is allowed or denied (`AclPermissionType.java`).
 #[derive(Clone, Copy)]
@@ -50,6 +50,37 @@ impl Wire {
         request.extend(0_i32.to_be_bytes()); // no topics
         request.push(0); // do not create topics
         Answer(&self.ask(METADATA, 4, &request)?).after_throttle_time()?.int32()
+    }
+
+    /// How many brokers there are, and how many partitions have replicas that are not in sync.
+    pub(super) fn cluster(&mut self) -> Result<(i32, usize)> {
+        let mut request = Vec::new();
+        request.extend((-1_i32).to_be_bytes()); // all topics
+        request.push(0); // do not create topics
+        let answer = self.ask(METADATA, 4, &request)?;
+        let mut answer = Answer(&answer).after_throttle_time()?;
+        let brokers = answer.int32()?;
+        for _ in 0..brokers {
+            answer.int32()?; // id
+            answer.text()?; // host
+            answer.int32()?; // port
+            answer.nullable_text()?; // rack
+        }
+        answer.nullable_text()?; // cluster
+        answer.int32()?; // controller
+        let mut lagging = 0;
+        for _ in 0..answer.int32()? {
+            answer.int16()?; // error
+            answer.text()?; // name
+            answer.take(1)?; // internal
+            for _ in 0..answer.int32()? {
+                answer.take(2 + 4 + 4)?; // error, number, leader
+                let replicas = answer.int32s()?;
+                let in_sync = answer.int32s()?;
+                lagging += usize::from(in_sync < replicas);
+            }
+        }
+        Ok((brokers, lagging))
     }
 
     /// Lets `user` do everything with those resources from now on, or nothing. Which says less than what is there already changes
@@ -132,6 +163,18 @@ impl<'a> Answer<'a> {
     fn text(&mut self) -> Result<String> {
         let length = usize::try_from(self.int16()?)?;
         Ok(String::from_utf8_lossy(self.take(length)?).into_owned())
+    }
+
+    fn nullable_text(&mut self) -> Result<()> {
+        let length = self.int16()?;
+        self.take(usize::try_from(length).unwrap_or(0)).map(drop)
+    }
+
+    /// How many there are.
+    fn int32s(&mut self) -> Result<i32> {
+        let count = self.int32()?;
+        self.take(usize::try_from(count)? * 4)?;
+        Ok(count)
     }
 
     fn after_throttle_time(mut self) -> Result<Self> {

@@ -47,10 +47,11 @@ impl Server {
         if let Some(why) = self.obstacle(change)? {
             bail!("{} cannot be told to {change}: {why}", self.name());
         }
-        let Body::Process(process) = body else { bail!("{} is no process of this machine", self.name()) };
+        let Body::Processes(nodes) = body else { bail!("{} is no process of this machine", self.name()) };
+        let process = nodes.first().context("a server that runs has a process")?;
         let (home, ports) = (self.recipe.install(&self.cache)?, self.record()?.map(|record| record.ports));
-        let site = Site { home: &home, folder: &self.folder, ports: &ports.unwrap_or_default() };
-        let changed = self.recipe.change(&site, &process, change);
+        let site = Site { home: &home, folder: &self.folder, ports: &ports.unwrap_or_default(), node: 1 };
+        let changed = self.recipe.change(&site, process, change);
         changed.with_context(|| format!("{} could not be told to {change}", self.name()))
     }
 }
