@@ -181,10 +181,13 @@ fn named_or_every(names: &[String]) -> Result<Vec<&'static dyn Recipe>> {
 
 fn status(names: &[String]) -> Result<()> {
     let recipes = named_or_every(names)?;
-    println!("{:<12} {:<10} {:<16} {:>8}  {:<34} {:<34} URL", "INSTANCE", "BROKER", "STATE", "PID", "PORTS", "FROM");
+    println!("{:<12} {:<16} {:<16} {:>8}  {:<34} {:<34} URL", "INSTANCE", "BROKER", "STATE", "PID", "PORTS", "FROM");
     for instance in Instance::all()? {
         for &recipe in &recipes {
             let server = instance.server(recipe);
+            if server.nodes() > 1 && names.is_empty() && server.url()?.is_none() {
+                continue;
+            }
             let condition = server.condition()?;
             let mut state = instance::describe(condition).to_owned();
             if condition == Condition::Running && !server.is_ready()? {
@@ -192,7 +195,7 @@ fn status(names: &[String]) -> Result<()> {
             }
             let ports: Vec<_> = server.ports()?.iter().map(|(purpose, port)| format!("{purpose} {port}")).collect();
             println!(
-                "{:<12} {:<10} {state:<16} {:>8}  {:<34} {:<34} {}",
+                "{:<12} {:<16} {state:<16} {:>8}  {:<34} {:<34} {}",
                 instance.name(),
                 server.name(),
                 server.pid()?.map_or_else(|| "-".to_owned(), |pid| pid.to_string()),

@@ -13,8 +13,11 @@ pub(crate) fn arguments(instance: &PrivateInstance, broker: Option<&str>) -> Res
     Ok([of_connections(instance, broker)?, of_server(instance, broker)?].concat())
 }
 
-/// Those that disturb connections and clients only.
+/// Those that disturb connections and clients only. No proxy stands in front of a cluster: its nodes tell clients of each other.
 pub(crate) fn of_connections(instance: &PrivateInstance, broker: &str) -> Result<Vec<String>> {
+    if instance.server(broker)?.is_some_and(|server| server.nodes() > 1) {
+        return Ok(vec!["--faults".to_owned(), "clients".to_owned()]);
+    }
     let mut arguments = vec!["--faults".to_owned(), "proxy,clients".to_owned()];
     arguments.extend(advertised(instance, broker)?.into_iter().flat_map(|route| ["--proxy".to_owned(), route]));
     Ok(arguments)
@@ -52,6 +55,12 @@ pub(crate) fn of_server(instance: &PrivateInstance, broker: &str) -> Result<Vec<
             arguments.extend(["--let-in-command".to_owned(), does("let-in")]);
         }
         Some(why) => arguments.extend(cannot("lock-out", &why)),
+    }
+    if server.nodes() > 1 {
+        arguments.extend(["--nodes".to_owned(), server.nodes().to_string()]);
+        for verb in ["kill", "restart", "pause", "resume"] {
+            arguments.extend([format!("--{verb}-node-command"), format!("{} --node \"$NODE\"", does(verb))]);
+        }
     }
     Ok(arguments)
 }

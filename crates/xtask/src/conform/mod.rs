@@ -18,7 +18,7 @@ use crate::brokers::{Endpoint, How, PrivateInstance};
 use crate::child::{self, cargo};
 use crate::workspace;
 pub(crate) use counts::Counts;
-use modes::{MODES, Mode};
+use modes::{CLUSTERS, MODES, Mode, every};
 use state::State;
 pub(crate) use state::revision;
 
@@ -65,6 +65,8 @@ enum Choice {
     All,
     /// The default mode of each adapter
     Default,
+    /// Those on clusters of three nodes
+    Clusters,
 }
 
 /// What became of a mode.
@@ -98,15 +100,18 @@ impl Conform {
     fn chosen(&self) -> Result<Vec<&'static Mode>> {
         for name in &self.only {
             ensure!(
-                MODES.iter().any(|mode| mode.name == name),
+                every().any(|mode| mode.name == name),
                 "no mode is called `{name}`; see cargo xtask conform --list"
             );
         }
-        let chosen = |mode: &&Mode| match self.only.is_empty() {
-            true => self.modes == Choice::All || mode.is_default,
-            false => self.only.iter().any(|name| name == mode.name),
-        };
-        Ok(MODES.iter().filter(chosen).collect())
+        if !self.only.is_empty() {
+            return Ok(every().filter(|mode| self.only.iter().any(|name| name == mode.name)).collect());
+        }
+        Ok(match self.modes {
+            Choice::All => MODES.iter().collect(),
+            Choice::Default => MODES.iter().filter(|mode| mode.is_default).collect(),
+            Choice::Clusters => CLUSTERS.iter().collect(),
+        })
     }
 
     /// Runs those that have no report yet, server by server.
@@ -183,7 +188,7 @@ impl Conform {
     /// Merges all reports there are, also those of other modes that earlier runs left in the folder.
     fn conclude(&self, folder: &Path, state: &State, command: &Path, ended: &[(&Mode, Ended, Duration)]) -> Result<()> {
         let reports: Vec<PathBuf> =
-            MODES.iter().filter(|mode| state.has(mode.name)).map(|mode| state.report_of(mode.name)).collect();
+            every().filter(|mode| state.has(mode.name)).map(|mode| state.report_of(mode.name)).collect();
         let mut green = false;
         if !reports.is_empty() {
             println!("\n==> all reports side by side");

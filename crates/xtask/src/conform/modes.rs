@@ -118,6 +118,18 @@ pub(crate) const MODES: &[Mode] = &[
     on_server!("pulsar-partitions", "pulsar", "pulsar", "partitions=3", false, &["pulsar"], None, PROMPT),
 ];
 
+/// On clusters of three nodes, of which every message has three copies. They are run when they are asked for.
+pub(crate) const CLUSTERS: &[Mode] = &[
+    on_server!("kafka-cluster", "kafka-cluster", "kafka", "", false, &["rdkafka", "rdkafka-sys"], None, GROUPED),
+    on_server!("rabbitmq-cluster", "rabbitmq-cluster", "rabbitmq", "", false, &["lapin"], None, PROMPT),
+    on_server!("nats-cluster", "nats-cluster", "nats", "", false, &["async-nats"], None, PROMPT),
+];
+
+/// All of them.
+pub(crate) fn every() -> impl Iterator<Item = &'static Mode> + Clone {
+    MODES.iter().chain(CLUSTERS)
+}
+
 impl Mode {
     /// The endpoint: `server` is its server's URL.
     pub(crate) fn url(&self, server: Option<&str>, folder: &str) -> String {
@@ -135,11 +147,11 @@ mod tests {
 
     #[test]
     fn every_mode_has_a_name_of_its_own_and_a_server_that_can_be_started() {
-        let mut names: Vec<&str> = MODES.iter().map(|mode| mode.name).collect();
+        let mut names: Vec<&str> = every().map(|mode| mode.name).collect();
         names.sort_unstable();
         names.dedup();
-        assert_eq!(names.len(), MODES.len());
-        for mode in MODES {
+        assert_eq!(names.len(), every().count());
+        for mode in every() {
             let broker: Vec<String> = mode.broker.iter().map(|&name| name.to_owned()).collect();
             assert!(brokers::recipes(&broker).is_ok(), "{}: {broker:?}", mode.name);
             assert_eq!(mode.broker.is_some(), mode.feature.is_some(), "{}", mode.name);

@@ -10,7 +10,7 @@ use clap::Args;
 
 use crate::brokers::{Endpoint, How, PrivateInstance};
 use crate::child;
-use crate::conform::modes::{MODES, Mode};
+use crate::conform::modes::{Mode, every};
 use crate::conform::{build, disturb, suite};
 use crate::workspace;
 use tally::{Kind, Tally};
@@ -105,7 +105,7 @@ impl Faults {
 
     /// The modes asked for, with their brokers.
     fn modes(&self) -> Result<Vec<(&'static Mode, &'static str)>> {
-        let on_servers = MODES.iter().filter_map(|mode| Some((mode, mode.broker?)));
+        let on_servers = every().filter_map(|mode| Some((mode, mode.broker?)));
         if self.modes.is_empty() {
             return Ok(on_servers.filter(|(mode, _)| mode.is_default).collect());
         }
