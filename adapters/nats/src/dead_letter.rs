@@ -22,6 +22,9 @@ use crate::topology::Topology;
 
 /// How long a request about letters may take.
 const REQUEST: Duration = Duration::from_secs(20);
+/// How long nobody may be there who brings what was just asked for, and how soon it is asked for again.
+const UNHEARD: Duration = Duration::from_secs(2);
+const AGAIN: Duration = Duration::from_millis(20);
 /// Detail beyond that is cut: a letter must not be larger than the server takes.
 const LONGEST_DETAIL: usize = 4_096;
 
@@ -179,9 +182,10 @@ impl Letters {
         let mut messages = client.subscribe(inbox.clone()).await.map_err(|error| lost(error.to_string()))?;
         let subject = format!("$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}");
         let body = json!({ "batch": wanted, "expires": crate::topology::nanos(REQUEST / 2) }).to_string();
-        let asked = client.publish_with_reply(subject, inbox, body.into()).await;
-        asked.map_err(|error| lost(error.to_string()))?;
-        let deadline = Instant::now() + REQUEST;
+        let ask = || client.publish_with_reply(subject.clone(), inbox.clone(), body.clone().into());
+        ask().await.map_err(|error| lost(error.to_string()))?;
+        let begun = Instant::now();
+        let deadline = begun + REQUEST;
         let mut found = Vec::with_capacity(wanted);
         while found.len() < wanted {
             let Ok(message) = tokio::time::timeout_at(deadline, messages.next()).await else {
@@ -194,6 +198,11 @@ impl Letters {
                 Some(100) => continue,
                 // Fewer than there were.
                 Some(404 | 408) => break,
+                // In a cluster the server of this connection may not know yet that the one that made the consumer listens for it.
+                Some(503) if found.is_empty() && begun.elapsed() < UNHEARD => {
+                    tokio::time::sleep(AGAIN).await;
+                    ask().await.map_err(|error| lost(error.to_string()))?;
+                }
                 Some(code) => return Err(lost(format!("the server ended the reading ({code})"))),
             }
             let sequence = message.reply.as_deref().and_then(crate::ack::sequence_of);

@@ -125,6 +125,8 @@ pub(super) struct Story {
     nacks: u32,
     /// Nacks whose effect is unknown.
     uncertain: u32,
+    /// It was redriven although its burial may not have settled it: the attempt with which the source may come still.
+    beside_redriven: u32,
     /// Of such nacks their delivery, and its attempt: what they may have left behind comes with that number, however often the
     /// copy beside it fails meanwhile.
     sources: Vec<(u64, u32)>,
@@ -248,7 +250,7 @@ impl Story {
         let source = self.sources.iter().map(|(_, attempt)| *attempt).chain(of_open).min().unwrap_or(u32::MAX);
         let least = exact.saturating_sub(self.uncertain.saturating_add(open)).min(source).max(1);
         let late = self.too_late.iter().filter(|late| late.verb == Verb::Nack).count();
-        let exact = exact.saturating_add(u32::try_from(late).unwrap_or(u32::MAX));
+        let exact = exact.saturating_add(u32::try_from(late).unwrap_or(u32::MAX)).max(self.beside_redriven);
         match count {
             AttemptCount::Exact => least..=exact,
             AttemptCount::Approximate => least..=exact + self.uncounted + self.deliveries,
@@ -324,6 +326,9 @@ impl Story {
         match why {
             Returned::Nacked => self.nacks += 1,
             Returned::Redriven => {
+                if self.maybe_buried > 0 {
+                    self.beside_redriven = self.beside_redriven.max(1 + self.nacks);
+                }
                 (self.nacks, self.uncounted, self.uncertain) = (0, 0, 0);
                 self.sources.clear();
             }

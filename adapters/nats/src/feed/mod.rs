@@ -31,6 +31,8 @@ use gather::Gathering;
 
 /// How long a pull waits at the server.
 const EXPIRES: Duration = Duration::from_secs(30);
+/// The same in a cluster, where a pull cannot be ended at once: see [`Feed::pulls_end`].
+const EXPIRES_IN_A_CLUSTER: Duration = Duration::from_secs(1);
 /// How often the server says that it still knows a pull.
 const HEARTBEAT: Duration = Duration::from_secs(3);
 /// Messages that arrive together: at most so many before anything else has its turn.
@@ -241,6 +243,8 @@ impl Feed {
             let body = if self.desk.scopes.len() > self.desk.shared.max_in_flight {
                 // More destinations than room: they take turns.
                 format!("{{\"batch\":{batch},\"expires\":250000000}}")
+            } else if self.is_in_a_cluster() {
+                format!("{{\"batch\":{batch},\"expires\":{}}}", EXPIRES_IN_A_CLUSTER.as_nanos())
             } else {
                 let (expires, heartbeat) = (EXPIRES.as_nanos(), HEARTBEAT.as_nanos());
                 format!("{{\"batch\":{batch},\"expires\":{expires},\"idle_heartbeat\":{heartbeat}}}")
@@ -280,7 +284,6 @@ impl Feed {
         self.renew_inbox().await?;
         let entries = self.desk.shared.surrender(self.index, false);
         let deadline = Instant::now() + self.desk.settle_timeout;
-        self.last = None;
         if let Err(error) = self.desk.give_back(self.index, entries, Duration::ZERO, deadline).await {
             // It comes back when its leases end.
             tracing::debug!(%error, "not everything could be given back");
@@ -291,14 +294,46 @@ impl Feed {
 
     /// Ends the pulls, and takes in what the server has sent already.
     async fn take_in(&mut self) {
+        if self.is_in_a_cluster() {
+            self.pulls_end().await;
+        }
         self.take_in_messages().await;
         // Asked about a consumer, the server forgets the pulls whose inbox is gone. Otherwise it takes the first message
         // that is given back for one of them, finds nobody, and puts it behind the others (nats-server 2.15,
         // `loopAndGatherMsgs`).
-        let _ = self.check_consumer().await;
+        let scope = &self.desk.scopes[self.index as usize];
+        let info = self.desk.topology.api.consumer("receive", &scope.stream, &scope.consumer).await.ok().flatten();
+        // Under order it can be seen whether something was sent all the same.
+        if self.owner.is_some() && self.desk.shared.lock().feeds[self.index as usize].is_active {
+            let sent = info.map(|info| info.delivered.consumer_seq);
+            let last = std::mem::replace(&mut self.last, sent);
+            self.is_missing |= last.zip(sent).is_some_and(|(last, sent)| last != sent);
+        }
         let deadline = Instant::now() + Duration::from_secs(2);
         while self.desk.shared.is_looking(self.index) && Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    fn is_in_a_cluster(&self) -> bool {
+        self.desk.link.client.server_info().cluster.is_some()
+    }
+
+    /// Waits until no pull is open. In a cluster the leader of the consumer may be another server than that of this connection: it
+    /// goes on sending until it knows that an inbox is gone, and what comes here then is nobody's until its lease ends. No request
+    /// ends a pull, so it is waited for. Found by the suite on three servers.
+    async fn pulls_end(&mut self) {
+        let deadline = Instant::now() + EXPIRES_IN_A_CLUSTER * 2;
+        while self.link.borrow().is_connected && self.desk.shared.lock().feeds[self.index as usize].asked > 0 {
+            let Ok(Some(message)) = tokio::time::timeout_at(deadline, self.inbox.next()).await else { return };
+            match message.status {
+                None => {
+                    self.read(message);
+                    self.arrive();
+                }
+                Some(StatusCode::IDLE_HEARTBEAT) => {}
+                Some(_) => self.desk.shared.unasked(self.index, left(message.headers.as_ref())),
+            }
         }
     }
 
@@ -378,9 +413,6 @@ impl Feed {
 
     async fn on_status(&mut self, status: StatusCode, message: &Message) -> Result<()> {
         let shared = &self.desk.shared;
-        let left = |headers: Option<&HeaderMap>| {
-            headers.and_then(|headers| headers.get("Nats-Pending-Messages")).and_then(|left| left.as_str().parse().ok())
-        };
         match status.as_u16() {
             100 => {}
             404 | 408 => shared.unasked(self.index, left(message.headers.as_ref())),
@@ -423,19 +455,27 @@ impl Feed {
                 }
                 let _ = tokio::time::timeout(Duration::from_millis(20), settled).await;
             }
-            let is_all_here = self.is_ready
-                && !self.is_missing
+            let is_whole = self.is_ready
+                && (self.last.is_some() || self.owner.is_none())
                 && !self.is_uncalled
                 && self.held_until.is_none()
                 && self.gathering.is_none()
                 && self.link.borrow().epoch == self.epoch;
             let entries = shared.surrender(self.index, true);
-            if is_owner || self.owner.is_none() {
-                self.desk.give_back(self.index, entries, Duration::ZERO, deadline).await?;
-            }
+            let is_all_back = if is_owner && is_whole && self.is_missing {
+                // What is here goes back with it, in the order of the stream.
+                self.desk.spare(self.index, &entries, deadline).await?;
+                self.call_back().await?;
+                self.held_until.is_some_and(|until| until <= Instant::now())
+            } else {
+                if is_owner || self.owner.is_none() {
+                    self.desk.give_back(self.index, entries, Duration::ZERO, deadline).await?;
+                }
+                is_whole && !self.is_missing
+            };
             match &mut self.owner {
                 // Deliveries that went to a lost connection were not given back: the next member has to wait for them.
-                Some(owner) if is_all_here => owner.release().await,
+                Some(owner) if is_all_back => owner.release().await,
                 _ => Ok(()),
             }
         };
@@ -446,6 +486,11 @@ impl Feed {
             Err(_) => tracing::debug!("not everything could be given back in time"),
         }
     }
+}
+
+/// How many messages of a pull that has ended were not sent.
+fn left(headers: Option<&HeaderMap>) -> Option<usize> {
+    headers?.get("Nats-Pending-Messages")?.as_str().parse().ok()
 }
 
 /// What trying again does not change.

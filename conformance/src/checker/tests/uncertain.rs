@@ -118,6 +118,29 @@ fn a_burial_of_unknown_effect_leaves_a_letter_or_the_message() {
 }
 
 #[test]
+fn the_source_of_a_burial_of_unknown_effect_comes_with_its_own_attempt_also_when_its_letter_was_redriven() {
+    let beside = |effect, attempt| {
+        let mut script = Script::new();
+        script.member().published("a", "k", 1).delivered(1, "a", 1).settled(1, Verb::Nack);
+        script.delivered(2, "a", 2).settled(2, Verb::Nack).delivered(3, "a", 3).asked(3, Verb::Nack);
+        match effect {
+            Some(effect) => {
+                script.push(What::SettleFail { delivery: 3, kind: ErrorKind::Timeout, effect });
+                script.push(What::Dropped { delivery: 3 })
+            }
+            None => script.answered(3),
+        };
+        script.letter_of(9, "a", "attempts", 3);
+        script.push(What::RedriveInvoke { destination: "d".into(), group: "g".into(), ids: vec!["a".into()] });
+        script.delivered(4, "a", 1).settled(4, Verb::Ack).wait(LEASE).delivered(5, "a", attempt).settled(5, Verb::Ack);
+        script.names()
+    };
+    assert_eq!(beside(Some(Effect::Unknown), 3), [""; 0]);
+    assert_eq!(beside(Some(Effect::Unknown), 4), ["attempt-mismatch"; 2], "more than it was, and than there may be");
+    assert_eq!(beside(None, 3), ["ack-lost"]);
+}
+
+#[test]
 fn a_nack_that_came_too_late_leaves_a_copy_unless_it_was_refused() {
     let nacked_too_late = |effect, attempt| {
         let mut script = Script::new();

@@ -1,5 +1,6 @@
 //! What can be done to one node of a cluster.
 
+use std::fs::File;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
@@ -37,14 +38,21 @@ impl Server {
     /// Ends a node in an orderly way if it runs, starts it on the same ports with the same data, and waits until it serves clients,
     /// and, where all nodes run, until the cluster is whole.
     pub(crate) fn restart_node(&self, node: u32) -> Result<()> {
-        let (mut record, process) = self.node(node)?;
+        let process = self.node(node)?.1;
         ask_to_end(&process)?;
         if !gone(&process, STOPPED_WITHIN)? {
             eprintln!("{}: node {node} does not end by itself, killing it", self.name());
             self.kill_node(node)?;
         }
         let home = self.recipe.install(&self.cache)?;
-        self.launch_node(&home, node, &mut record)?;
+        let record = {
+            // Several nodes may be started at once, each by a command of its own.
+            let lock = File::create(self.folder.join("nodes.lock"))?;
+            lock.lock()?;
+            let mut record = self.node(node)?.0;
+            self.launch_node(&home, node, &mut record)?;
+            record
+        };
         let names = self.recipe.port_names().len();
         let own = record.ports.chunks(names).nth(node as usize - 1).context("every node has its ports")?;
         let all_run = record.processes().iter().all(|process| process.condition() == Condition::Running);
