@@ -66,7 +66,7 @@ pub enum Level {
     Conformance,
     /// Faults: killed processes, cut connections.
     Reliability,
-    /// Minutes of time: windows, heartbeats and many leases outlived. By hand, or nightly.
+    /// Minutes of time: windows, heartbeats and many leases outlived; clusters whose nodes go one by one. By hand, or nightly.
     #[serde(alias = "cluster")]
     Long,
 }

@@ -298,8 +298,9 @@ async fn run_case(case: &'static Case, env: Arc<Env>, timeout: Duration, stop: &
         }
         proof => proof,
     };
+    let is_of_faults = case.level == Level::Reliability || counts.faults > 0;
     let proof = match proof {
-        Ok(()) if refused.is_none() && case.level == Level::Reliability && counts.faults_met == 0 => {
+        Ok(()) if refused.is_none() && is_of_faults && counts.faults_met == 0 => {
             Err(Breach::Inconclusive(format!("none of {} faults met an operation in flight", counts.faults)))
         }
         proof => proof,

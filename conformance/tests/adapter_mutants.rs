@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anybroker_conformance::cases;
-use anybroker_conformance::mutants::{mutants, mutants_in_faults};
+use anybroker_conformance::mutants::{mutants, mutants_in_clusters, mutants_in_faults};
 use serde::Deserialize;
 
 const BEGIN: &str = "<!-- matrix:begin -->\n";
@@ -106,16 +106,17 @@ fn the_table_says_what_the_matrix_says() {
 
 fn table(matrix: &Matrix) -> String {
     let killed = matrix.mutants.iter().filter(|entry| entry.killed).count();
-    let (memory, in_faults) = (mutants(), mutants_in_faults());
-    let all = matrix.mutants.len() + memory.len() + in_faults.len();
+    let (memory, in_faults, in_clusters) = (mutants(), mutants_in_faults(), mutants_in_clusters());
+    let all = matrix.mutants.len() + memory.len() + in_faults.len() + in_clusters.len();
     assert!(all >= 30, "{all}");
     let mut text = format!(
         "\n{all} mutants: {} of real adapters, {killed} of them killed; {} of the memory broker, which the tests kill each \
          time; {} that only the cases about faults can tell, which \
-         the tests of the NATS adapter kill.\n\n",
+         the tests of the NATS adapter kill; {} of clusters in name only, which the tests kill each time too.\n\n",
         matrix.mutants.len(),
         memory.len(),
-        in_faults.len()
+        in_faults.len(),
+        in_clusters.len()
     );
     let servers: BTreeSet<(&str, &str)> =
         matrix.mutants.iter().map(|entry| (&*entry.adapter, &*entry.server)).collect();
@@ -139,7 +140,7 @@ fn table(matrix: &Matrix) -> String {
         .unwrap();
     }
     text.push_str("\n| memory | killed by |\n|---|---|\n");
-    for mutant in memory.iter().chain(&in_faults) {
+    for mutant in memory.iter().chain(&in_faults).chain(&in_clusters) {
         writeln!(text, "| {}: {} | `{}` |", mutant.name, cell(mutant.fault), mutant.killed_by).unwrap();
     }
     text.push('\n');

@@ -5,6 +5,9 @@ pub(crate) mod refusals;
 mod answers;
 mod at_rest;
 mod burials;
+mod cluster;
+#[cfg(test)]
+mod cluster_tests;
 mod connections;
 mod dead_letter;
 mod delivery;
@@ -71,6 +74,7 @@ const THEMES: &[&[Case]] = &[
     at_rest::CASES,
     processes::CASES,
     long::CASES,
+    cluster::CASES,
 ];
 
 static CASES: LazyLock<Vec<Case>> = LazyLock::new(|| THEMES.concat());

@@ -32,6 +32,10 @@ pub(crate) fn may_be_under_way(level: AckLevel) -> Duration {
 /// (Consumer.java, `individualAckNormal`); both within a fraction of a second, on a busy machine later.
 const UNWRITTEN: u64 = 1_000_000;
 
+/// How long after nodes of a cluster are gone others may take to lead in their place. JetStream's followers wait up to 9 s for a leader
+/// that is silent (nats-server, raft.go, `maxElectionTimeoutDefault`), Kafka's controller for a broker (`broker.session.timeout.ms`) as long.
+const ELECTED: u64 = 10_000_000;
+
 /// The faults of a history.
 #[derive(Default)]
 pub(super) struct Faults {
@@ -42,6 +46,8 @@ pub(super) struct Faults {
     redriving: HashSet<u32>,
     /// Which of them is the end of a server that forgets, and when the next one was there.
     forgetful: Option<(u64, u64)>,
+    /// Which of them is of a cluster's nodes, and when others lead at the latest.
+    led_anew: Option<(u64, u64)>,
 }
 
 impl Faults {
@@ -76,7 +82,7 @@ impl Faults {
 
     /// Whether what members have may be forgotten by the server.
     pub(super) fn is_forgotten(&self, at: u64) -> bool {
-        self.forgetful.is_some_and(|(_, over)| at <= over.saturating_add(EXPOSED))
+        [self.forgetful, self.led_anew].into_iter().flatten().any(|(_, over)| at <= over.saturating_add(EXPOSED))
     }
 
     /// Whether a server was killed that forgets what it has delivered.
@@ -134,8 +140,15 @@ impl Checker {
         stories.for_each(|story| story.server_forgets(at.saturating_sub(UNWRITTEN)));
     }
 
+    /// Others lead soon what nodes of a cluster have led. They know what was confirmed, and may not know what was delivered, which
+    /// comes again before the lease ends.
+    pub(super) fn leaders_change(&mut self, at: u64, fault: u64) {
+        self.faults.led_anew = Some((fault, at.saturating_add(ELECTED)));
+    }
+
     pub(super) fn fault_ends(&mut self, at: u64, fault: u64) {
-        if let Some((_, over)) = self.faults.forgetful.as_mut().filter(|(forgetful, _)| *forgetful == fault) {
+        let Faults { forgetful, led_anew, .. } = &mut self.faults;
+        for (_, over) in [forgetful, led_anew].into_iter().flatten().filter(|(own, _)| *own == fault) {
             *over = at;
         }
         let Some((clients, _)) = self.faults.active.remove(&fault) else { return };
@@ -156,7 +169,7 @@ impl Checker {
     /// What is told as settled while a fault lasts may not have arrived, where the level does not say that it has.
     pub(super) fn settled_in_a_fault(&mut self, at: u64, delivery: u64) {
         if let Some((_, over)) = self.faults.forgetful
-            && self.faults.is_forgotten(at)
+            && at <= over.saturating_add(EXPOSED)
             && let Some(story) = self.story(delivery)
         {
             // The event is noted before the server is killed; and of what the old server delivered the new one may know nothing,

@@ -21,7 +21,7 @@ use anybroker_core::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::faults::KILLED;
+use crate::faults::{KILLED, NODES};
 use crate::history::{Event, What};
 use crate::report::interned;
 use faults::Faults;
@@ -306,6 +306,9 @@ impl Checker {
             What::FaultBegin { fault, kind, clients, .. } => {
                 if kind == KILLED && self.rules.forgets {
                     self.server_killed(event.at, *fault);
+                }
+                if kind.starts_with(NODES) && self.rules.forgets {
+                    self.leaders_change(event.at, *fault);
                 }
                 self.fault_begins(event.at, *fault, clients);
             }

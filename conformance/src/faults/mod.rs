@@ -118,7 +118,43 @@ pub trait ServerControl: Send + Sync {
     async fn let_in(&self) -> Result<(), String> {
         Err("the server cannot be told to lock clients out".into())
     }
+
+    /// How many nodes its cluster has, which can be disturbed one by one; they are numbered from 1. One is no cluster, and of two no
+    /// majority is left without one.
+    ///
+    /// # Errors
+    /// Why there are none.
+    fn nodes(&self) -> Result<u32, String> {
+        Err(NO_CLUSTER.into())
+    }
+
+    /// Ends that node without a warning (SIGKILL). Its data stay.
+    async fn kill_node(&self, node: u32) -> Result<(), String> {
+        let _ = node;
+        Err(NO_CLUSTER.into())
+    }
+
+    /// Starts a node that was killed again with its data, or ends one that runs in an orderly way and starts it again. Returns when this
+    /// node serves clients. Several may be told so at once: some serve only when there is a majority of them.
+    async fn restart_node(&self, node: u32) -> Result<(), String> {
+        let _ = node;
+        Err(NO_CLUSTER.into())
+    }
+
+    /// Freezes that node (SIGSTOP).
+    async fn pause_node(&self, node: u32) -> Result<(), String> {
+        let _ = node;
+        Err(NO_CLUSTER.into())
+    }
+
+    /// Lets it go on.
+    async fn resume_node(&self, node: u32) -> Result<(), String> {
+        let _ = node;
+        Err(NO_CLUSTER.into())
+    }
 }
+
+const NO_CLUSTER: &str = "the server is not known to be a cluster";
 
 /// The proxies of one client, or of all where the server advertises one address.
 pub(crate) struct Line {
@@ -330,6 +366,9 @@ const PROBE: Duration = Duration::from_millis(1_000);
 
 /// The fault by which the server's process ends, with what it has not written.
 pub(crate) const KILLED: &str = "server killed";
+
+/// How the faults of some nodes of a cluster begin, such as `nodes 1 and 3 killed`. Others lead then what those led.
+pub(crate) const NODES: &str = "node";
 
 /// A fault of the server, which hits every client and lasts as long as what goes on meanwhile. It is over also when that fails.
 pub(crate) async fn of_server(

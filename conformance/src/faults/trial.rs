@@ -31,6 +31,8 @@ const MORE: usize = 500;
 const SMALL: usize = 3;
 /// The least time between two of those. A slower publish is followed by as long a pause: every second publisher is at it then.
 const PAUSE: Duration = Duration::from_millis(10);
+/// The same where faults last for longer.
+const UNHURRIED: Duration = Duration::from_millis(150);
 const KEYS: usize = 16;
 /// Every publish ends by then, whatever the fault does.
 const PUBLISH_TIMEOUT: Duration = Duration::from_secs(2);
@@ -75,6 +77,8 @@ pub(crate) struct Trial<'e> {
     spec: SubscribeSpec,
     /// Whether members settle in every way that there is, and not only ack and nack.
     buries: bool,
+    /// What publishers have beyond their share while a fault lasts, and the least time between two batches of it.
+    beyond: (usize, Duration),
     progress: Progress,
 }
 
@@ -148,7 +152,14 @@ impl<'e> Trial<'e> {
         let least = env.lease().max(Duration::from_secs(5));
         let longest = env.record.limits.lease_max_ms.map_or(Duration::MAX, Duration::from_millis);
         let spec = shape(env.spec(&destination, &group).with_max_in_flight(100).with_lease(least.min(longest)));
-        Self { env, destination, spec, buries: false, progress: Progress::default() }
+        Self { env, destination, spec, buries: false, beyond: (MORE, PAUSE), progress: Progress::default() }
+    }
+
+    /// For faults that last: while they do, publishers go on more slowly, and for that long.
+    pub(crate) fn enduring(self, faults: Duration) -> Self {
+        let batches = faults.as_millis() / UNHURRIED.as_millis();
+        let more = usize::try_from(batches).map_or(MORE, |batches| batches * SMALL).max(MORE);
+        Self { beyond: (more, UNHURRIED), ..self }
     }
 
     /// The same with members that ack, fail, give back and bury: a message that has failed three times is a dead letter, and those
@@ -261,12 +272,13 @@ impl<'e> Trial<'e> {
         let mut random = StdRng::seed_from_u64(seed);
         let progress = &self.progress;
         let (mut made, mut more) = (0, 0);
+        let (most, pause) = self.beyond;
         while made < EACH {
             let limit = self.env.patience() * 4;
             let mut has_more = false;
             let goes_on = progress.until(limit, |progress| {
                 has_more = progress.budget.load(Ordering::Relaxed) <= made;
-                !has_more || progress.awaited.load(Ordering::Relaxed) && more < MORE
+                !has_more || progress.awaited.load(Ordering::Relaxed) && more < most
             });
             ensure!(goes_on.await, "publisher {number} was not told to go on");
             let count = if has_more { SMALL } else { BATCH.min(EACH - made) };
@@ -282,7 +294,7 @@ impl<'e> Trial<'e> {
             }
             self.publish_until_known(number, client, batch, &mut random).await?;
             if has_more {
-                tokio::time::sleep(begin.elapsed().clamp(PAUSE, PAUSE * 10)).await;
+                tokio::time::sleep(begin.elapsed().clamp(pause, pause * 10)).await;
             }
         }
         Ok(())

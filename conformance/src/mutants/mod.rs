@@ -2,6 +2,7 @@
 //!
 //! A mutant wraps any broker and breaks one promise. Each names the case that must fail on it.
 
+mod in_clusters;
 mod in_faults;
 mod publishing;
 mod receiving;
@@ -55,6 +56,19 @@ pub fn mutants() -> Vec<Mutant> {
 #[must_use]
 pub fn mutants_in_faults() -> Vec<Mutant> {
     in_faults::MUTANTS.to_vec()
+}
+
+/// Those that only the cases about clusters can tell from the real one. Each has a cluster of three nodes in its harness, which are
+/// there in name only.
+#[must_use]
+pub fn mutants_in_clusters() -> Vec<Mutant> {
+    in_clusters::MUTANTS.to_vec()
+}
+
+/// A cluster of the same kind without a fault: the cases about clusters must pass on it.
+#[must_use]
+pub fn unmutated_cluster() -> Mutant {
+    in_clusters::UNMUTATED
 }
 
 /// The wrapper without a fault: the suite must pass on it, or a mutant's death would prove nothing.
@@ -145,7 +159,7 @@ impl Harness for MutantHarness {
     }
 
     fn server(&self) -> std::result::Result<Arc<dyn ServerControl>, String> {
-        self.inner.server()
+        self.fault.server().map_or_else(|| self.inner.server(), Ok)
     }
 
     fn native(&self) -> std::result::Result<Arc<dyn NativeChannel>, String> {

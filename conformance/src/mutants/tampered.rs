@@ -10,6 +10,8 @@ use anybroker_core::{
 };
 use async_trait::async_trait;
 
+use crate::ServerControl;
+
 pub(super) type Entries = Vec<(Delivery, Settlement)>;
 
 /// What a mutant may do otherwise. Everything not overridden is as it should be.
@@ -99,6 +101,11 @@ pub(super) trait Fault: Send + Sync + 'static {
 
     async fn lag(&self, broker: &Arc<dyn Broker>, destination: &Destination, group: &Group) -> Result<Lag> {
         broker.lag(destination, group).await
+    }
+
+    /// A server of its own, in the place of the harness'.
+    fn server(&self) -> Option<Arc<dyn ServerControl>> {
+        None
     }
 }
 

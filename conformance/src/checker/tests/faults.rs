@@ -13,6 +13,13 @@ impl Script {
         self.push(What::FaultEnd { fault: 2, connections: 0, bytes: 0 })
     }
 
+    /// A node of the cluster.
+    fn node_killed(&mut self, away: u64) -> &mut Self {
+        let kind = "node 2 killed".into();
+        self.push(What::FaultBegin { fault: 2, kind, clients: vec![0], connections: 0 }).wait(away);
+        self.push(What::FaultEnd { fault: 2, connections: 0, bytes: 0 })
+    }
+
     /// The member says that its connection was lost, and that it has it again.
     pub(super) fn lost(&mut self) -> &mut Self {
         self.push(What::Degraded { subscription: 1 }).push(What::Recovered { subscription: 1 })
@@ -356,6 +363,20 @@ fn what_a_killed_server_has_delivered_comes_again_at_once_where_the_record_says_
         script.killed().delivered(2, "a", 1).lost();
         assert_eq!(script.names(), expected);
     }
+}
+
+#[test]
+fn a_killed_node_takes_along_what_it_has_delivered_and_no_ack() {
+    for (forgets, expected) in [(true, vec![]), (false, vec!["unjustified-duplicate"])] {
+        let mut script = held("a");
+        (script.rules.by_lease, script.rules.forgets) = (true, forgets);
+        script.node_killed(1_000).delivered(2, "a", 1).lost();
+        assert_eq!(script.names(), expected);
+    }
+    let mut script = held("a");
+    (script.rules.by_lease, script.rules.forgets) = (true, true);
+    script.settled(1, Verb::Ack).node_killed(1_000).lost().wait(LEASE).delivered(2, "a", 1);
+    assert_eq!(script.names(), ["ack-lost"]);
 }
 
 #[test]
