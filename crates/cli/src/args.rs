@@ -340,7 +340,7 @@ pub(crate) struct ConformArgs {
     pub(crate) list: bool,
 }
 
-/// What the cases of the level `reliability` (faults/…) may do.
+/// What the cases of the level `reliability` (faults/…), and those about clusters (cluster/…), may do.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Faults")]
 pub(crate) struct FaultArgs {
@@ -385,6 +385,23 @@ pub(crate) struct FaultArgs {
     /// Lets them in again, and changes nothing where they are let in
     #[arg(long, value_name = "CMD", requires = "lock_out_command")]
     pub(crate) let_in_command: Option<String>,
+    /// How many nodes the server has, where it is a cluster; the cases cluster/… disturb them one by one, by the commands below. These
+    /// are lines for sh with the number of the node, from 1, in the variable NODE. They imply --level long
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
+    pub(crate) nodes: Option<u32>,
+    /// Kills the node $NODE, such as 'docker kill nats-$NODE'
+    #[arg(long, value_name = "CMD", requires_all = ["nodes", "restart_node_command"])]
+    pub(crate) kill_node_command: Option<String>,
+    /// Starts the node $NODE again with its data where it was killed; where it runs, ends it in an orderly way and starts it again.
+    /// Returns when that node serves clients; several may be run at once
+    #[arg(long, value_name = "CMD", requires = "nodes")]
+    pub(crate) restart_node_command: Option<String>,
+    /// Freezes the node $NODE
+    #[arg(long, value_name = "CMD", requires_all = ["nodes", "resume_node_command"])]
+    pub(crate) pause_node_command: Option<String>,
+    /// Lets the node $NODE go on
+    #[arg(long, value_name = "CMD", requires_all = ["nodes", "pause_node_command"])]
+    pub(crate) resume_node_command: Option<String>,
     /// A fault of the server for which there is no command, and why, such as 'fill=a quota of Kafka refuses nothing': the reason
     /// that the report gives for its cases. May be repeated
     #[arg(long, value_name = "FAULT=WHY", value_parser = cannot)]
@@ -398,13 +415,19 @@ pub(crate) enum ServerFault {
     Pause,
     Fill,
     LockOut,
+    /// The server is no cluster.
+    Nodes,
+    KillNode,
+    RestartNode,
+    PauseNode,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum FaultsArg {
     /// Connections: the command's own clients go through proxies, which cut, hold, lose and slow down; safe on a shared server
     Proxy,
-    /// The server, by --restart-command, --pause-command, --fill-command and --lock-out-command, and what undoes them
+    /// The server, by --restart-command, --pause-command, --fill-command and --lock-out-command, and what undoes them; the nodes of a
+    /// cluster by those with --nodes
     Process,
     /// Processes that the command starts to publish and to consume: they are killed; safe on a shared server
     Clients,
@@ -474,7 +497,7 @@ pub(crate) enum LevelArg {
     /// Faults: killed processes, cut connections
     #[value(alias = "L2", alias = "l2")]
     Reliability,
-    /// Minutes of time: windows, heartbeats and many leases outlived
+    /// Minutes of time: windows, heartbeats and many leases outlived; clusters whose nodes go one by one
     #[value(alias = "L3", alias = "l3")]
     Long,
 }
@@ -500,7 +523,8 @@ fn advertised(text: &str) -> Result<Route, String> {
 }
 
 fn cannot(text: &str) -> Result<(ServerFault, String), String> {
-    let expected = "expected restart=WHY, pause=WHY, fill=WHY or lock-out=WHY";
+    let expected = "expected restart=WHY, pause=WHY, fill=WHY, lock-out=WHY, nodes=WHY, kill-node=WHY, restart-node=WHY or \
+                    pause-node=WHY";
     let (fault, why) = text.split_once('=').filter(|(_, why)| !why.trim().is_empty()).ok_or(expected)?;
     Ok((ServerFault::from_str(fault, false).map_err(|_| expected)?, why.trim().to_owned()))
 }

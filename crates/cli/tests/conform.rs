@@ -126,6 +126,14 @@ fn faults_that_cannot_be_brought_about_are_refused_before_anything_is_run() {
         (&["--faults", "process"], 2, "usage"),
         (&["--faults", "none", "--proxy", "127.0.0.1:1=127.0.0.1:2"], 2, "usage"),
         (&["--faults", "proxy", "--level", "conformance"], 2, "usage"),
+        (&["--nodes", "3", "--restart-node-command", "true"], 4, "unsupported"),
+        (&["--nodes", "3", "--restart-node-command", "true", "--level", "reliability"], 2, "usage"),
+        (&["--nodes", "3"], 2, "usage"),
+        (&["--nodes", "1", "--restart-node-command", "true"], 2, "usage"),
+        (&["--restart-node-command", "true"], 2, "usage"),
+        (&["--nodes", "3", "--kill-node-command", "true"], 2, "usage"),
+        (&["--nodes", "3", "--pause-node-command", "true"], 2, "usage"),
+        (&["--nodes", "3", "--resume-node-command", "true"], 2, "usage"),
     ] {
         let ran = cli.run(&[&["conform", "--json", "--case", "delivery/what-*"][..], args].concat());
         assert_eq!((ran.code, &ran.error()["kind"]), (Some(code), &kind.into()), "{args:?}: {ran:?}");
@@ -197,6 +205,7 @@ fn a_broker_in_this_process_is_said_to_have_neither_a_server_nor_other_processes
     for url in ["memory://", "memory://shop"] {
         for (case, told) in [
             ("faults/a-server-that-is-frozen-*", "names no server"),
+            ("cluster/nodes-that-are-restarted-*", "names no server"),
             ("faults/a-publisher-whose-process-is-killed-*", "in this process's memory"),
             ("faults/a-member-whose-process-is-killed-*", "in this process's memory"),
             ("faults/what-a-member-was-told-*", "in this process's memory"),
