@@ -210,7 +210,7 @@ fn a_broker_in_this_process_is_said_to_have_neither_a_server_nor_other_processes
             ("faults/a-member-whose-process-is-killed-*", "in this process's memory"),
             ("faults/what-a-member-was-told-*", "in this process's memory"),
         ] {
-            let ran = bare(&["conform", "--url", url, "--level", "reliability", "--case", case, "--json"]);
+            let ran = bare(&["conform", "--url", url, "--level", "long", "--case", case, "--json"]);
             let case = &ran.objects()[0];
             assert_eq!(case["outcome"], "not_run", "{url}: {ran:?}");
             assert!(case["detail"].as_str().is_some_and(|why| why.contains(told)), "{url}: {ran:?}");
