@@ -410,7 +410,7 @@ impl<'e> Beside<'e> {
 
 /// Which publishes that began after that moment were told as stored, whoever made them, and how many failed. What is known to be stored
 /// already was so before.
-fn answers(events: &[Event], after: u64) -> (Vec<String>, usize) {
+pub(super) fn answers(events: &[Event], after: u64) -> (Vec<String>, usize) {
     let mut begun: HashMap<u64, &MessageId> = HashMap::new();
     let (mut told, mut refused) = (Vec::new(), 0);
     for event in events {

@@ -3,11 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anybroker_core::{Capabilities, Support};
+use anybroker_core::{Capabilities, ErrorKind, Support};
 use anybroker_memory::Memory;
 use async_trait::async_trait;
 use parking_lot::Mutex;
 
+use super::cluster::answers;
+use crate::history::{Event, What};
 use crate::mutants::{claiming, slow};
 use crate::report::CaseReport;
 use crate::{Level, Options, Outcome, ServerControl, UrlHarness, run};
@@ -138,4 +140,32 @@ async fn what_nodes_cannot_be_told_is_not_run() {
         let case = on(&Arc::new(nodes), case, Duration::from_secs(60)).await;
         assert_eq!((case.outcome, case.detail.as_str()), (Outcome::NotRun, why), "{}", case.name);
     }
+}
+
+#[test]
+fn only_a_publish_that_began_without_a_majority_and_is_no_duplicate_is_told_without_one() {
+    let event = |at, what| Event { at, client: 0, what };
+    let begun = |at, call: u64| {
+        let (id, destination) = (call.to_string().as_str().into(), "d".into());
+        let (sequence, digest) = (call, call);
+        event(
+            at,
+            What::PublishInvoke {
+                call,
+                id,
+                destination,
+                key: None,
+                sequence,
+                digest,
+                instructed: false,
+                expires: false,
+            },
+        )
+    };
+    let stored = |call, duplicate| event(30, What::PublishOk { call, duplicate, position: None });
+    let failed = |call| event(30, What::PublishInfo { call, kind: ErrorKind::Timeout });
+    let events =
+        [begun(9, 1), begun(10, 2), begun(11, 3), begun(12, 4), begun(13, 5), stored(1, false), stored(2, false)];
+    let events = [&events[..], &[stored(3, true), failed(4)]].concat();
+    assert_eq!(answers(&events, 10), (vec!["2".to_owned()], 1));
 }
