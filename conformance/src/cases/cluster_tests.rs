@@ -119,7 +119,7 @@ async fn a_case_that_panics_leaves_no_node_away() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_node_has_its_turn_in_an_order_that_the_seed_draws() {
+async fn every_node_has_its_turn() {
     let nodes = Arc::new(Noted::of(4));
     let case = on(&nodes, RESTARTED, Duration::from_secs(300)).await;
     assert_eq!(case.outcome, Outcome::Pass, "{}", case.detail);
