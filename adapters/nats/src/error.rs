@@ -38,6 +38,8 @@ const MESSAGE_TOO_LARGE: u32 = 10054;
 const NOT_ENABLED: [u32; 2] = [10076, 10039];
 /// `JSMessageSchedulesDisabledErr`: the stream was made without them.
 const SCHEDULES_DISABLED: u32 = 10188;
+/// `JSStreamDuplicateMessageConflict`: the same id is on its way through the cluster already, and not stored yet.
+const BEING_STORED: u32 = 10158;
 /// `JSStreamStoreFailedF`, `JSInsufficientResourcesErr`, `JSStorageResourcesExceededErr`, `JSMemoryResourcesExceededErr`,
 /// `JSAccountResourcesExceededErr`.
 const NO_ROOM: [u32; 5] = [10077, 10023, 10047, 10028, 10002];
@@ -49,6 +51,11 @@ impl ApiError {
 
     /// The server answered: what it refuses it has not done.
     pub(crate) fn into_error(self, operation: &'static str) -> Error {
+        if self.is(BEING_STORED) {
+            // It is the answer to an earlier publish of this message that says whether it is stored.
+            let text = format!("{} ({BEING_STORED})", self.description);
+            return Error::new(ErrorKind::Unavailable, operation, text).with_effect(Effect::Unknown);
+        }
         let kind = match self.err_code {
             STREAM_NOT_FOUND | CONSUMER_NOT_FOUND | NO_MESSAGE_FOUND => ErrorKind::NotFound,
             STREAM_EXISTS | SUBJECTS_OVERLAP => ErrorKind::AlreadyExists,

@@ -19,10 +19,20 @@ impl Story {
         }
         let Some(held) = self.take(delivery) else {
             self.maybe_buried += u32::from(buries);
+            if verb == Verb::Nack && !buries {
+                // Its copy counts on its own, beside what others have made of the message.
+                self.sources.push((delivery, attempt.saturating_add(1)));
+            }
             let is_leased = self.lost.iter().any(|(lost, lease_end)| *lost == delivery && at < *lease_end);
             let is_kept = verb == Verb::Release && is_forgotten && is_leased;
             return self.too_late.push(TooLate { delivery, verb, buries, is_kept, has_come: false });
         };
+        match verb {
+            // Likewise what was handed out of a connection that is gone.
+            Verb::Nack if held.is_stale && !buries => self.sources.push((delivery, attempt.saturating_add(1))),
+            Verb::Release if held.is_stale => self.sources.push((delivery, attempt)),
+            _ => {}
+        }
         let late = held.lease_end <= at;
         // The source of a nack may be somebody else's by now, with the count that it had.
         let is_elsewhere = held.until <= at;
@@ -98,6 +108,7 @@ impl Story {
             {
                 let late = self.too_late.remove(place);
                 self.maybe_buried -= u32::from(late.buries);
+                self.sources.retain(|(of, _)| *of != delivery);
             }
             return;
         };

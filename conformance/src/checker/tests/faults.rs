@@ -172,6 +172,35 @@ fn what_a_member_that_was_not_told_of_a_loss_hands_out_is_not_the_return_that_an
 }
 
 #[test]
+fn what_a_member_that_was_not_told_of_a_loss_fails_or_releases_counts_on_its_own_beside_what_another_one_fails() {
+    let two_members = || {
+        let mut script = Script::new();
+        script.lease = 1_000_000_000;
+        script.member().subscribed(2, Order::None, OnFailure::GoPast);
+        script.events.last_mut().unwrap().client = 7;
+        script.published("a", "k", 1);
+        script
+    };
+    let copy_comes = |attempt| {
+        let mut script = two_members();
+        script.delivered(1, "a", 1).fault(&[0]).delivered_to(2, 2, "a", 1).settled(2, Verb::Nack);
+        script.settled(1, Verb::Nack).delivered_to(2, 3, "a", 2).settled(3, Verb::Nack);
+        script.delivered_to(2, 4, "a", attempt).lost();
+        script.names()
+    };
+    assert_eq!(copy_comes(2), [""; 0]);
+    assert_eq!(copy_comes(1), ["attempt-mismatch"]);
+    let released_comes = |attempt| {
+        let mut script = two_members();
+        script.fault(&[0]).delivered_to(2, 1, "a", 1).settled(1, Verb::Nack).delivered_to(2, 2, "a", 2);
+        script.settled(2, Verb::Nack).delivered(3, "a", 1).settled(3, Verb::Release).delivered(4, "a", attempt).lost();
+        script.names()
+    };
+    assert_eq!(released_comes(1), [""; 0]);
+    assert_eq!(released_comes(4), ["attempt-mismatch"; 2]);
+}
+
+#[test]
 fn a_member_that_was_not_told_of_a_loss_hands_out_of_a_key_what_it_has_while_another_one_holds_the_key() {
     let both = |hit: &[u32], is_told: bool| {
         let mut script = Script::new();
