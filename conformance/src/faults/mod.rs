@@ -147,7 +147,7 @@ pub trait ServerControl: Send + Sync {
         Err(NO_CLUSTER.into())
     }
 
-    /// Lets it go on.
+    /// Lets it go on, and waits until it serves clients again.
     async fn resume_node(&self, node: u32) -> Result<(), String> {
         let _ = node;
         Err(NO_CLUSTER.into())

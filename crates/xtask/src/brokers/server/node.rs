@@ -30,9 +30,11 @@ impl Server {
         process.signal(Signal::STOP)
     }
 
-    /// After [`Server::pause_node`]; does nothing to a node that is not paused.
+    /// After [`Server::pause_node`]; waits as [`Server::restart_node`] does: a node that was missed may have to come back first.
     pub(crate) fn resume_node(&self, node: u32) -> Result<()> {
-        self.node(node)?.1.signal(Signal::CONT)
+        let (record, process) = self.node(node)?;
+        process.signal(Signal::CONT)?;
+        self.wait_for_node(&record, node)
     }
 
     /// Ends a node in an orderly way if it runs, starts it on the same ports with the same data, and waits until it serves clients,
@@ -53,12 +55,17 @@ impl Server {
             self.launch_node(&home, node, &mut record)?;
             record
         };
+        self.wait_for_node(&record, node)
+    }
+
+    /// Until it serves clients, and, where all nodes run, until the cluster is whole.
+    fn wait_for_node(&self, record: &Record, node: u32) -> Result<()> {
         let names = self.recipe.port_names().len();
         let own = record.ports.chunks(names).nth(node as usize - 1).context("every node has its ports")?;
-        let all_run = record.processes().iter().all(|process| process.condition() == Condition::Running);
+        let all_run = || record.processes().iter().all(|process| process.condition() == Condition::Running);
         let probe = || {
             self.recipe.probe(own)?;
-            if all_run { self.recipe.is_whole(&record.ports) } else { Ok(()) }
+            if all_run() { self.recipe.is_whole(&record.ports) } else { Ok(()) }
         };
         self.wait(probe, || Ok(self.node(node)?.1.condition()), node)
     }
