@@ -83,7 +83,8 @@ impl Checker {
         order: Order,
         seen: &Seen,
     ) {
-        // Lanes that move may be with two members for as long as the old one has not been told.
+        // Lanes that move may be with two members for as long as the old one has not been told. Neither has a member its key by what it
+        // has handed out of a connection that is gone.
         let moved = self.lanes_moved(&place.0);
         let members = &self.members;
         let other = self.stories.get(place).and_then(|stories| {
@@ -92,6 +93,7 @@ impl Checker {
                 let holders = story.held().filter_map(|held| {
                     let is_held = held.member != seen.subscription
                         && held.until > at
+                        && !held.is_stale
                         && moved.is_none_or(|moved| held.at > moved);
                     members.get(&held.member).filter(|member| is_held && !member.gone)
                 });

@@ -217,6 +217,21 @@ fn a_member_that_was_not_told_of_a_loss_hands_out_of_a_key_what_it_has_while_ano
     assert_eq!(both(&[0], false), [""; 0]);
     assert_eq!(both(&[0], true), ["concurrent-key"], "it has been told");
     assert_eq!(both(&[8], false), ["concurrent-key"], "a fault of somebody else");
+    let goes_on_beside = |stale: bool| {
+        let mut script = Script::new();
+        script.lease = 1_000_000_000;
+        script.subscribed(1, Order::Key, OnFailure::GoPast).subscribed(2, Order::Key, OnFailure::GoPast);
+        script.events.last_mut().unwrap().client = 7;
+        script.published("a", "k", 1).published("b", "k", 2).published("c", "k", 3);
+        match stale {
+            true => script.fault(&[0]).delivered_to(2, 1, "a", 1).settled(1, Verb::Ack).delivered_to(1, 2, "a", 1),
+            false => script.delivered_to(1, 2, "a", 1),
+        };
+        script.delivered_to(2, 3, "b", 1).lost();
+        script.names()
+    };
+    assert_eq!(goes_on_beside(true), [""; 0]);
+    assert_eq!(goes_on_beside(false), ["concurrent-key"]);
 }
 
 #[test]
