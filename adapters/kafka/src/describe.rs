@@ -55,7 +55,7 @@ pub(crate) async fn describe(topology: &Topology, letters: &Letters, destination
 /// The topic's settings among [`SHOWN`].
 pub(crate) async fn configured(topology: &Topology, topic: &str) -> Result<BTreeMap<String, String>> {
     let resource = ResourceSpecifier::Topic(topic);
-    let described = topology.admins().client().await?.describe_configs([&resource], &options()).await;
+    let described = topology.admins().client(topic).await?.describe_configs([&resource], &options()).await;
     let described = described.map_err(|error| failed("describe", &error))?;
     let mut settings = BTreeMap::new();
     for resource in described {

@@ -99,6 +99,9 @@ impl Settings {
     }
 }
 
+/// How long a broker may take to say who the controller is.
+const CONTROLLER: Duration = Duration::from_secs(2);
+
 type Admin = AdminClient<DefaultClientContext>;
 
 /// The client for topics and groups.
@@ -113,14 +116,27 @@ impl Admins {
         Ok(Arc::new(Self { settings: settings.clone(), current }))
     }
 
-    /// The client of the moment.
-    pub(crate) async fn client(&self) -> Result<Arc<Admin>> {
+    /// The client of the moment, for something about that topic.
+    ///
+    /// librdkafka sends what is about topics to the controller that it knows, and waits for that one where it is away; which one it is
+    /// now it learns with any metadata, every five minutes by itself (2.12, `rd_kafka_broker_controller_async`). So a broker is asked
+    /// first. Found by the suite on three brokers: with one of them killed, no topic could be looked up for a minute.
+    pub(crate) async fn client(&self, topic: &str) -> Result<Arc<Admin>> {
         self.settings.renew().await?;
-        let mut current = self.current.lock();
-        if current.0.is_outdated() {
-            *current = made(&self.settings)?;
+        let client = {
+            let mut current = self.current.lock();
+            if current.0.is_outdated() {
+                *current = made(&self.settings)?;
+            }
+            Arc::clone(&current.1)
+        };
+        let (asking, topic) = (Arc::clone(&client), topic.to_owned());
+        let asked =
+            tokio::task::spawn_blocking(move || asking.inner().fetch_metadata(Some(&topic), CONTROLLER).map(drop));
+        if let Err(error) = asked.await.expect("asking for metadata cannot panic") {
+            tracing::debug!(%error, "who the controller is could not be asked for");
         }
-        Ok(Arc::clone(&current.1))
+        Ok(client)
     }
 }
 

@@ -179,7 +179,7 @@ impl Topology {
         }
         let created = self
             .admins
-            .client()
+            .client(topic)
             .await?
             .create_topics([&new], &options())
             .await
@@ -333,7 +333,7 @@ impl Topology {
     ) -> Result<()> {
         self.expect_group(topic.clone(), partitions, group, "delete").await?;
         let id = names::group(&topic, group);
-        let deleted = self.admins.client().await?.delete_groups(&[&id], &options()).await;
+        let deleted = self.admins.client(&topic).await?.delete_groups(&[&id], &options()).await;
         match deleted.map_err(|error| failed("delete", &error))?.into_iter().next() {
             Some(Err((_, RDKafkaErrorCode::NonEmptyGroup))) => {
                 let text = "the group has members; close its subscriptions first";
@@ -365,7 +365,7 @@ impl Topology {
     async fn delete_topic(&self, topic: &str) -> Result<()> {
         let deleted = self
             .admins
-            .client()
+            .client(topic)
             .await?
             .delete_topics(&[topic], &options())
             .await

@@ -66,7 +66,7 @@ impl Trim {
         }
         let (admins, topic) = (Arc::clone(&self.admins), Arc::clone(&self.topic));
         self.runtime.spawn(async move {
-            let deleted = match admins.client().await {
+            let deleted = match admins.client(&topic).await {
                 Ok(client) => {
                     client.delete_records(&list, &options()).await.map(drop).map_err(|error| failed("settle", &error))
                 }

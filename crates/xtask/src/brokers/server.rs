@@ -301,14 +301,20 @@ impl Server {
     /// Waits until clients are served. Fails at once when the process ends, and after two minutes otherwise.
     pub(crate) fn wait_ready(&self) -> Result<()> {
         let record = self.record()?.with_context(|| format!("{} was never started", self.name()))?;
-        self.wait(|| self.probe(&record.ports), || self.condition(), 1)?;
+        self.wait(|| self.probe(&record.ports), || self.condition(), 1, READY_WITHIN)?;
         let site = Site { home: &self.cache, folder: &self.folder, ports: &record.ports, node: 1 };
         self.recipe.grant(&site).with_context(|| format!("{} could not be opened to its clients", self.name()))
     }
 
-    fn wait(&self, probe: impl Fn() -> Result<()>, condition: impl Fn() -> Result<Condition>, node: u32) -> Result<()> {
+    fn wait(
+        &self,
+        probe: impl Fn() -> Result<()>,
+        condition: impl Fn() -> Result<Condition>,
+        node: u32,
+        limit: Duration,
+    ) -> Result<()> {
         let mut last = String::new();
-        let ready = interrupt::poll(READY_WITHIN, || {
+        let ready = interrupt::poll(limit, || {
             match probe() {
                 // Asked after the probe: an answer on the port while our process is gone comes from a stranger.
                 Ok(()) if condition()? == Condition::Running => return Ok(Some(())),
@@ -321,7 +327,7 @@ impl Server {
             Ok(None)
         })?;
         if ready.is_none() {
-            bail!("{} was not ready within {READY_WITHIN:?}: {last}{}", self.name(), self.end_of_log(node));
+            bail!("{} was not ready within {limit:?}: {last}{}", self.name(), self.end_of_log(node));
         }
         Ok(())
     }

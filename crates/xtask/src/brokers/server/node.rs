@@ -1,12 +1,17 @@
 //! What can be done to one node of a cluster.
 
 use std::fs::File;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 
-use super::{Condition, KILLED_WITHIN, Process, Record, STOPPED_WITHIN, Server, ask_to_end, wait_gone_by};
+use super::{
+    Condition, KILLED_WITHIN, Process, READY_WITHIN, Record, STOPPED_WITHIN, Server, ask_to_end, wait_gone_by,
+};
+
+/// How long a node that was frozen may take to come back by itself.
+const BACK_WITHIN: Duration = Duration::from_secs(30);
 
 impl Server {
     /// How many nodes it has.
@@ -30,11 +35,16 @@ impl Server {
         process.signal(Signal::STOP)
     }
 
-    /// After [`Server::pause_node`]; waits as [`Server::restart_node`] does: a node that was missed may have to come back first.
+    /// After [`Server::pause_node`]; waits as [`Server::restart_node`] does. A node that was missed may not come back by itself: to a
+    /// node of RabbitMQ 4.0 the others are a partition then, which no setting ends reliably. It is started anew, as its operator would.
     pub(crate) fn resume_node(&self, node: u32) -> Result<()> {
         let (record, process) = self.node(node)?;
         process.signal(Signal::CONT)?;
-        self.wait_for_node(&record, node)
+        self.wait_for_node(&record, node, BACK_WITHIN).or_else(|error| {
+            crate::interrupt::check()?;
+            eprintln!("{}: node {node} does not come back by itself, starting it again: {error:#}", self.name());
+            self.restart_node(node)
+        })
     }
 
     /// Ends a node in an orderly way if it runs, starts it on the same ports with the same data, and waits until it serves clients,
@@ -55,11 +65,11 @@ impl Server {
             self.launch_node(&home, node, &mut record)?;
             record
         };
-        self.wait_for_node(&record, node)
+        self.wait_for_node(&record, node, READY_WITHIN)
     }
 
     /// Until it serves clients, and, where all nodes run, until the cluster is whole.
-    fn wait_for_node(&self, record: &Record, node: u32) -> Result<()> {
+    fn wait_for_node(&self, record: &Record, node: u32, limit: Duration) -> Result<()> {
         let names = self.recipe.port_names().len();
         let own = record.ports.chunks(names).nth(node as usize - 1).context("every node has its ports")?;
         let all_run = || record.processes().iter().all(|process| process.condition() == Condition::Running);
@@ -67,7 +77,7 @@ impl Server {
             self.recipe.probe(own)?;
             if all_run() { self.recipe.is_whole(&record.ports) } else { Ok(()) }
         };
-        self.wait(probe, || Ok(self.node(node)?.1.condition()), node)
+        self.wait(probe, || Ok(self.node(node)?.1.condition()), node, limit)
     }
 
     fn node(&self, node: u32) -> Result<(Record, Process)> {
@@ -79,6 +89,6 @@ impl Server {
     }
 }
 
-fn gone(process: &Process, limit: std::time::Duration) -> Result<bool> {
+fn gone(process: &Process, limit: Duration) -> Result<bool> {
     wait_gone_by(|| Ok(process.condition()), Instant::now() + limit)
 }
