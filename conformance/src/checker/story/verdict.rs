@@ -11,9 +11,9 @@ impl Story {
         times
     }
 
-    /// Given back, and not delivered again yet.
+    /// Given back, and not delivered again yet. What somebody else has acked need not come.
     pub(in crate::checker) fn waiting_to_come_back(&self) -> bool {
-        !self.owed.is_empty() && self.held.is_empty() && self.buried == 0
+        !self.owed.is_empty() && self.held.is_empty() && self.buried == 0 && !self.was_acked
     }
 
     /// What is wrong when nothing more comes.

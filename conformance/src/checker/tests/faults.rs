@@ -235,6 +235,27 @@ fn a_member_that_was_not_told_of_a_loss_hands_out_of_a_key_what_it_has_while_ano
 }
 
 #[test]
+fn what_one_member_gives_back_and_another_has_acked_keeps_no_later_message_of_its_key_back() {
+    let given_back = |is_acked: bool| {
+        let mut script = Script::new();
+        script.lease = 1_000_000_000;
+        script.subscribed(1, Order::Key, OnFailure::Block).subscribed(2, Order::Key, OnFailure::Block);
+        script.events.last_mut().unwrap().client = 7;
+        script.published("a", "k", 1).published("b", "k", 2);
+        match is_acked {
+            true => script.fault(&[0]).delivered_to(2, 1, "a", 1).settled(1, Verb::Ack).delivered_to(1, 2, "a", 1),
+            false => script.delivered_to(2, 2, "a", 1),
+        };
+        script.asked(2, Verb::Nack);
+        let (kind, effect) = (ErrorKind::StaleDelivery, Effect::Unknown);
+        script.push(What::SettleFail { delivery: 2, kind, effect }).delivered_to(2, 3, "b", 1).lost();
+        script.names()
+    };
+    assert_eq!(given_back(true), [""; 0]);
+    assert_eq!(given_back(false), ["reorder"]);
+}
+
+#[test]
 fn where_the_broker_keeps_leases_a_fault_brings_nothing_back_before_they_end() {
     let again_after = |micros| {
         let mut script = Script::new();
