@@ -9,6 +9,7 @@ use async_nats::Client;
 use async_nats::client::RequestErrorKind;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use parking_lot::Mutex;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -21,6 +22,8 @@ use crate::link::Link;
 
 /// How long one request may take.
 const REQUEST: Duration = Duration::from_secs(10);
+/// How soon all servers of a cluster have heard of a stream.
+const HEARD_OF: Duration = Duration::from_secs(2);
 /// How long a JetStream that nobody serves yet is waited for: a restarted server recovers its streams first.
 const SECOND_LOOK: Duration = Duration::from_secs(5);
 
@@ -93,6 +96,9 @@ struct Page<T> {
     /// `null` where there are none.
     #[serde(alias = "consumers", default = "none")]
     streams: Option<Vec<T>>,
+    /// Of a cluster: those that did not say in time how they are.
+    #[serde(default)]
+    missing: Option<Vec<String>>,
 }
 
 fn none<T>() -> Option<Vec<T>> {
@@ -105,12 +111,14 @@ pub(crate) struct Api {
     client: Client,
     denials: Arc<Denials>,
     authentication: Arc<Authentication>,
+    /// Streams that this client has made, and when.
+    made: Arc<Mutex<HashMap<String, Instant>>>,
 }
 
 impl Api {
     pub(crate) fn new(link: &Link) -> Self {
         let (denials, authentication) = (Arc::clone(&link.denials), Arc::clone(&link.authentication));
-        Self { client: link.client.clone(), denials, authentication }
+        Self { client: link.client.clone(), denials, authentication, made: Arc::default() }
     }
 
     /// Waits while the server refuses the credentials; the reason at the deadline.
@@ -129,6 +137,13 @@ impl Api {
         let payload = if body.is_null() { Vec::new() } else { body.to_string().into_bytes() };
         let patience = Instant::now() + SECOND_LOOK;
         self.passed(Instant::now() + REQUEST).await?;
+        #[derive(Deserialize)]
+        struct Refusal {
+            error: Option<ApiError>,
+        }
+        let unreadable = |error: serde_json::Error| {
+            Error::new(ErrorKind::Unexpected, operation, format!("an answer that cannot be read: {error}"))
+        };
         let answer = loop {
             let request = async_nats::Request::new().payload(payload.clone().into()).timeout(Some(REQUEST));
             let begun = Instant::now();
@@ -138,7 +153,16 @@ impl Api {
                 denied = self.denials.of(operation, &subject, begun) => return Err(denied),
             };
             match answer {
-                Ok(answer) => break answer,
+                Ok(answer) => {
+                    let refusal: Refusal = serde_json::from_slice(&answer.payload).map_err(unreadable)?;
+                    match refusal.error {
+                        None => break answer,
+                        Some(error) if error.is(STREAM_NOT_FOUND) && self.was_just_made(&subject) => {
+                            tokio::time::sleep(Duration::from_millis(50)).await;
+                        }
+                        Some(error) => return Ok(Err(error)),
+                    }
+                }
                 Err(error) if error.kind() == RequestErrorKind::NoResponders && Instant::now() < patience => {
                     // There is no event for "JetStream serves again".
                     tokio::time::sleep(Duration::from_millis(100)).await;
@@ -146,18 +170,21 @@ impl Api {
                 Err(error) => return Err(unanswered(operation, &error)),
             }
         };
-        let unreadable = |error: serde_json::Error| {
-            Error::new(ErrorKind::Unexpected, operation, format!("an answer that cannot be read: {error}"))
-        };
-        #[derive(Deserialize)]
-        struct Refusal {
-            error: Option<ApiError>,
-        }
-        let refusal: Refusal = serde_json::from_slice(&answer.payload).map_err(unreadable)?;
-        if let Some(error) = refusal.error {
-            return Ok(Err(error));
+        if let Some(name) = subject.strip_prefix("$JS.API.STREAM.CREATE.") {
+            self.made.lock().insert(name.to_owned(), Instant::now());
+        } else if let Some(name) = subject.strip_prefix("$JS.API.STREAM.DELETE.") {
+            self.made.lock().remove(name);
         }
         serde_json::from_slice(&answer.payload).map(Ok).map_err(unreadable)
+    }
+
+    /// Whether a request is about a stream that was made a moment ago: another server of a cluster than the one that said so may not
+    /// have heard of it yet. Found by the suite on three servers.
+    fn was_just_made(&self, subject: &str) -> bool {
+        let mut made = self.made.lock();
+        made.retain(|_, at| at.elapsed() < HEARD_OF);
+        let is_in_a_cluster = !made.is_empty() && self.client.server_info().cluster.is_some();
+        is_in_a_cluster && subject.split('.').any(|token| made.contains_key(token))
     }
 
     /// One request whose refusal is an error.
@@ -195,7 +222,13 @@ impl Api {
 
     /// All consumers of a stream.
     pub(crate) async fn consumers(&self, operation: &'static str, stream: &str) -> Result<Vec<ConsumerInfo>> {
-        self.pages(operation, &format!("CONSUMER.LIST.{stream}"), &json!({})).await
+        let mut unheard = Vec::new();
+        let mut found: Vec<ConsumerInfo> =
+            self.pages_and_missing(operation, &format!("CONSUMER.LIST.{stream}"), &json!({}), &mut unheard).await?;
+        for name in unheard {
+            found.extend(self.consumer(operation, stream, &name).await?);
+        }
+        Ok(found)
     }
 
     /// The streams that hold any of these subjects.
@@ -209,6 +242,16 @@ impl Api {
         subject: &str,
         filter: &Value,
     ) -> Result<Vec<T>> {
+        self.pages_and_missing(operation, subject, filter, &mut Vec::new()).await
+    }
+
+    async fn pages_and_missing<T: DeserializeOwned>(
+        &self,
+        operation: &'static str,
+        subject: &str,
+        filter: &Value,
+        missing: &mut Vec<String>,
+    ) -> Result<Vec<T>> {
         let mut found: Vec<T> = Vec::new();
         loop {
             let mut body = filter.clone();
@@ -219,6 +262,7 @@ impl Api {
             };
             let before = found.len();
             found.extend(page.streams.into_iter().flatten().flatten());
+            missing.extend(page.missing.into_iter().flatten());
             if found.len() >= page.total || found.len() == before {
                 return Ok(found);
             }

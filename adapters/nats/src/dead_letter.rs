@@ -141,13 +141,20 @@ impl Letters {
         self.topology.expect_group(&scope.source, &scope.group, operation).await?;
         let stream = names.records(&scope.source, &scope.group);
         let name = uuid::Uuid::now_v7().simple().to_string();
+        let mark = match self.link.client.server_info().cluster {
+            Some(_) => Some(self.mark(scope, operation).await?),
+            None => None,
+        };
+        let letters = format!("{}.l.>", names.record(&scope.source, &scope.group));
+        let subjects: Vec<&str> =
+            [letters.as_str()].into_iter().chain(mark.as_ref().map(|(subject, _)| subject.as_str())).collect();
         let config = json!({
             "name": name,
             "deliver_policy": "by_start_sequence",
             "opt_start_seq": from.max(1),
             "ack_policy": "none",
             "replay_policy": "instant",
-            "filter_subject": format!("{}.l.>", names.record(&scope.source, &scope.group)),
+            "filter_subjects": subjects,
             "inactive_threshold": 30_000_000_000_u64,
             "mem_storage": true,
             "num_replicas": 1,
@@ -155,9 +162,14 @@ impl Letters {
         let body = json!({ "stream_name": stream, "config": config, "action": "create" });
         let created: Value = api.call(operation, &format!("CONSUMER.CREATE.{stream}.{name}"), &body).await?;
         let pending = created["num_pending"].as_u64().unwrap_or(0);
-        let wanted = max.min(usize::try_from(pending).unwrap_or(usize::MAX));
-        let mut read = if wanted == 0 { Ok(Vec::new()) } else { self.pull(&stream, &name, wanted).await };
-        if read.as_ref().is_ok_and(|found| found.len() < wanted) {
+        // What the consumer's server does not know of yet is not pending there, and lies before the mark.
+        let wanted = if mark.is_some() { max } else { max.min(usize::try_from(pending).unwrap_or(usize::MAX)) };
+        let until = mark.as_ref().map(|(_, sequence)| *sequence);
+        let mut read = if wanted == 0 { Ok(Vec::new()) } else { self.pull(&stream, &name, wanted, until).await };
+        if let Some((_, sequence)) = mark {
+            // A mark that stays is in nobody's way.
+            let _ = api.delete_message(operation, &stream, sequence).await;
+        } else if read.as_ref().is_ok_and(|found| found.len() < wanted) {
             // Either somebody has purged some meanwhile, or the server did not bring them in time.
             let info: Result<Value> =
                 api.call(operation, &format!("CONSUMER.INFO.{stream}.{name}"), &Value::Null).await;
@@ -175,13 +187,31 @@ impl Letters {
         read
     }
 
-    async fn pull(&self, stream: &str, consumer: &str, wanted: usize) -> Result<Vec<Found>> {
+    /// Stores a mark behind all letters. In a cluster a consumer may be on a server whose copy of the stream lags behind what was
+    /// confirmed; copies have one order, so whoever has read the mark has read what was there before it. Found by the suite on three
+    /// servers: a redrive right behind a burial moved nothing.
+    async fn mark(&self, scope: &DeadLetterScope, operation: &'static str) -> Result<(String, u64)> {
+        let subject = self.topology.names.mark(&scope.source, &scope.group);
+        let deadline = Instant::now() + REQUEST;
+        let answers = self.link.board.open(1, deadline);
+        let reply = answers.reply(0, &Subject::from(subject.as_str()));
+        let sending = self.link.client.publish_with_reply(subject.clone(), reply, Bytes::new());
+        sending.await.map_err(|error| Error::new(ErrorKind::Unavailable, operation, error.to_string()))?;
+        answers.wait(deadline).await;
+        let (sequence, _) = confirmed(answers.take(0), operation)?;
+        Ok((subject, sequence))
+    }
+
+    /// Up to `wanted` letters, or those up to a mark.
+    async fn pull(&self, stream: &str, consumer: &str, wanted: usize, until: Option<u64>) -> Result<Vec<Found>> {
         let lost = |error: String| Error::new(ErrorKind::Unavailable, "dead letters", error);
         let client = &self.link.client;
         let inbox = client.new_inbox();
         let mut messages = client.subscribe(inbox.clone()).await.map_err(|error| lost(error.to_string()))?;
         let subject = format!("$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}");
-        let body = json!({ "batch": wanted, "expires": crate::topology::nanos(REQUEST / 2) }).to_string();
+        let body =
+            json!({ "batch": wanted + usize::from(until.is_some()), "expires": crate::topology::nanos(REQUEST / 2) })
+                .to_string();
         let ask = || client.publish_with_reply(subject.clone(), inbox.clone(), body.clone().into());
         ask().await.map_err(|error| lost(error.to_string()))?;
         let begun = Instant::now();
@@ -196,8 +226,8 @@ impl Letters {
             match message.status.map(|status| status.as_u16()) {
                 None => {}
                 Some(100) => continue,
-                // Fewer than there were.
-                Some(404 | 408) => break,
+                // Fewer than there were, or the mark has not come.
+                Some(404 | 408) if until.is_none() => break,
                 // In a cluster the server of this connection may not know yet that the one that made the consumer listens for it.
                 Some(503) if found.is_empty() && begun.elapsed() < UNHEARD => {
                     tokio::time::sleep(AGAIN).await;
@@ -206,6 +236,9 @@ impl Letters {
                 Some(code) => return Err(lost(format!("the server ended the reading ({code})"))),
             }
             let sequence = message.reply.as_deref().and_then(crate::ack::sequence_of);
+            if sequence.is_some() && sequence == until {
+                break;
+            }
             if let Some(sequence) = sequence {
                 let headers = message.headers.unwrap_or_default();
                 found.push(Found { sequence, headers, payload: message.payload });

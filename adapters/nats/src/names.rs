@@ -69,6 +69,11 @@ impl Names {
         format!("{}.g.{}.{}", self.prefix, token(destination), token(group))
     }
 
+    /// The subject of a mark among a group's records: up to where a reader has to come.
+    pub(crate) fn mark(&self, destination: &Destination, group: &Group) -> String {
+        format!("{}.m.{}", self.record(destination, group), uuid::Uuid::now_v7().simple())
+    }
+
     /// The subjects of the records of all groups of a destination.
     pub(crate) fn all_records(&self, destination: &Destination) -> String {
         format!("{}.g.{}.>", self.prefix, token(destination))

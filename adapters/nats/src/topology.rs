@@ -288,7 +288,15 @@ impl Topology {
     }
 
     async fn delete_stream(&self, name: &str) -> Result<bool> {
-        match self.api.ask::<Value>("delete", &format!("STREAM.DELETE.{name}"), &Value::Null).await? {
+        let asked = self.api.ask::<Value>("delete", &format!("STREAM.DELETE.{name}"), &Value::Null).await;
+        let answer = match asked {
+            // A cluster does not answer where somebody else has deleted it meanwhile.
+            Err(error) if error.kind() == ErrorKind::Timeout && self.api.stream("delete", name).await?.is_none() => {
+                return Ok(false);
+            }
+            asked => asked?,
+        };
+        match answer {
             Ok(_) => Ok(true),
             Err(error) if error.is(STREAM_NOT_FOUND) => Ok(false),
             Err(error) => Err(error.into_error("delete")),
