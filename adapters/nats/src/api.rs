@@ -22,6 +22,8 @@ use crate::link::Link;
 
 /// How long one request may take.
 const REQUEST: Duration = Duration::from_secs(10);
+/// So many that did not say how they are are asked one by one.
+const UNHEARD: usize = 16;
 /// How soon all servers of a cluster have heard of a stream.
 const HEARD_OF: Duration = Duration::from_secs(2);
 /// How long a JetStream that nobody serves yet is waited for: a restarted server recovers its streams first.
@@ -178,13 +180,16 @@ impl Api {
         serde_json::from_slice(&answer.payload).map(Ok).map_err(unreadable)
     }
 
+    pub(crate) fn is_in_a_cluster(&self) -> bool {
+        self.client.server_info().cluster.is_some()
+    }
+
     /// Whether a request is about a stream that was made a moment ago: another server of a cluster than the one that said so may not
     /// have heard of it yet. Found by the suite on three servers.
     fn was_just_made(&self, subject: &str) -> bool {
         let mut made = self.made.lock();
         made.retain(|_, at| at.elapsed() < HEARD_OF);
-        let is_in_a_cluster = !made.is_empty() && self.client.server_info().cluster.is_some();
-        is_in_a_cluster && subject.split('.').any(|token| made.contains_key(token))
+        !made.is_empty() && self.is_in_a_cluster() && subject.split('.').any(|token| made.contains_key(token))
     }
 
     /// One request whose refusal is an error.
@@ -225,8 +230,11 @@ impl Api {
         let mut unheard = Vec::new();
         let mut found: Vec<ConsumerInfo> =
             self.pages_and_missing(operation, &format!("CONSUMER.LIST.{stream}"), &json!({}), &mut unheard).await?;
-        for name in unheard {
-            found.extend(self.consumer(operation, stream, &name).await?);
+        for name in unheard.into_iter().take(UNHEARD) {
+            if found.iter().all(|consumer| consumer.name != name) {
+                // Where it cannot be asked either, it is left out, as the server has done.
+                found.extend(self.consumer(operation, stream, &name).await.ok().flatten());
+            }
         }
         Ok(found)
     }
@@ -263,7 +271,7 @@ impl Api {
             let before = found.len();
             found.extend(page.streams.into_iter().flatten().flatten());
             missing.extend(page.missing.into_iter().flatten());
-            if found.len() >= page.total || found.len() == before {
+            if found.len() + missing.len() >= page.total || found.len() == before {
                 return Ok(found);
             }
         }

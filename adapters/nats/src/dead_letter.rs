@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anybroker_core::{
-    ByteString, Bytes, DeadLetter, DeadLetterId, DeadLetterPage, DeadLetterScope, Error, ErrorKind, Message, Position,
-    Reason, Result, Timestamp, Verdict,
+    ByteString, Bytes, DeadLetter, DeadLetterId, DeadLetterPage, DeadLetterScope, Effect, Error, ErrorKind, Message,
+    Position, Reason, Result, Timestamp, Verdict,
 };
 use async_nats::{HeaderMap, Subject};
 use futures_util::StreamExt;
@@ -142,7 +142,11 @@ impl Letters {
         let stream = names.records(&scope.source, &scope.group);
         let name = uuid::Uuid::now_v7().simple().to_string();
         let mark = match self.link.client.server_info().cluster {
-            Some(_) => Some(self.mark(scope, operation).await?),
+            // Where none may be stored, for want of room or of a permission, the copy is taken as it is.
+            Some(_) => match self.mark(scope, operation).await {
+                Err(error) if error.effect() == Effect::NotDone => None,
+                mark => Some(mark?),
+            },
             None => None,
         };
         let letters = format!("{}.l.>", names.record(&scope.source, &scope.group));

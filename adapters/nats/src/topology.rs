@@ -290,9 +290,13 @@ impl Topology {
     async fn delete_stream(&self, name: &str) -> Result<bool> {
         let asked = self.api.ask::<Value>("delete", &format!("STREAM.DELETE.{name}"), &Value::Null).await;
         let answer = match asked {
-            // A cluster does not answer where somebody else has deleted it meanwhile.
-            Err(error) if error.kind() == ErrorKind::Timeout && self.api.stream("delete", name).await?.is_none() => {
-                return Ok(false);
+            // A cluster may leave it without an answer: the leader of the stream, which answers, is gone with it.
+            Err(error)
+                if error.kind() == ErrorKind::Timeout
+                    && self.api.is_in_a_cluster()
+                    && self.api.stream("delete", name).await?.is_none() =>
+            {
+                return Ok(true);
             }
             asked => asked?,
         };

@@ -61,6 +61,8 @@ struct Settling {
     doubt_ends: Option<u64>,
     /// It has come again meanwhile: whatever becomes of this settling, it is somebody else's.
     has_come: bool,
+    /// Likewise an ack that had no answer when the message came again, for whatever reason: who has it then says what becomes of it.
+    is_void: bool,
     /// It is a nack that counts in `uncertain`.
     is_uncertain: bool,
     /// That it may come again, although its settling was told as done, is counted in `excused` already: it comes so once.
@@ -130,6 +132,9 @@ pub(super) struct Story {
     /// Of such nacks their delivery, and its attempt: what they may have left behind comes with that number, however often the
     /// copy beside it fails meanwhile.
     sources: Vec<(u64, u32)>,
+    /// The same of copies that come beside what others make of the message, because who failed or released it had it no more: that they
+    /// may come with this number says nothing else.
+    late_copies: Vec<(u64, u32)>,
     /// Such a nack left its source behind, or a copy: they are two, and one may be acked and the other one buried.
     doubled: bool,
     held: Vec<Held>,
@@ -141,6 +146,8 @@ pub(super) struct Story {
     pub(super) acked: u32,
     /// Some ack of it was told as done: it need not come again, whatever becomes of others that were under way.
     was_acked: bool,
+    /// The same by who had it alone then, as far as could be seen.
+    was_acked_alone: bool,
     pub(super) buried: u32,
     /// At which attempts it was, or may have been, since it was redriven last.
     burials: Vec<u32>,
@@ -184,6 +191,9 @@ impl Story {
         if justified && copies == 1 {
             // It is to be settled anew: an ack before is void.
             self.acked = 0;
+            for settling in self.settling.iter_mut().filter(|settling| settling.ok_at.is_none()) {
+                settling.is_void = true;
+            }
         }
         justified
     }
@@ -247,7 +257,14 @@ impl Story {
         };
         let open = u32::try_from(self.settling.iter().filter(is_open).count()).unwrap_or(u32::MAX);
         let of_open = self.settling.iter().filter(is_open).map(|settling| settling.held.attempt);
-        let source = self.sources.iter().map(|(_, attempt)| *attempt).chain(of_open).min().unwrap_or(u32::MAX);
+        let source = self
+            .sources
+            .iter()
+            .chain(&self.late_copies)
+            .map(|(_, attempt)| *attempt)
+            .chain(of_open)
+            .min()
+            .unwrap_or(u32::MAX);
         let least = exact.saturating_sub(self.uncertain.saturating_add(open)).min(source).max(1);
         let late = self.too_late.iter().filter(|late| late.verb == Verb::Nack).count();
         let exact = exact.saturating_add(u32::try_from(late).unwrap_or(u32::MAX)).max(self.beside_redriven);
@@ -266,6 +283,9 @@ impl Story {
 
     pub(super) fn deliver(&mut self, held: Held) {
         self.deliveries += 1;
+        if held.attempt > 1 + self.nacks {
+            self.beside_redriven = 0;
+        }
         self.handed_out.push((held.delivery, held.attempt));
         if self.owed.is_empty() {
             self.left.clear();
@@ -331,6 +351,7 @@ impl Story {
                 }
                 (self.nacks, self.uncounted, self.uncertain) = (0, 0, 0);
                 self.sources.clear();
+                self.late_copies.clear();
             }
             _ => self.uncounted += 1,
         }

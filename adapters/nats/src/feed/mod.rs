@@ -462,7 +462,8 @@ impl Feed {
                 && self.gathering.is_none()
                 && self.link.borrow().epoch == self.epoch;
             let entries = shared.surrender(self.index, true);
-            let is_all_back = if is_owner && is_whole && self.is_missing {
+            // No pull of this member is open any more in a cluster. Elsewhere one of a connection that was lost may be.
+            let is_all_back = if is_owner && is_whole && self.is_missing && self.is_in_a_cluster() {
                 // What is here goes back with it, in the order of the stream.
                 self.desk.spare(self.index, &entries, deadline).await?;
                 self.call_back().await?;

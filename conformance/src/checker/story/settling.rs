@@ -21,7 +21,7 @@ impl Story {
             self.maybe_buried += u32::from(buries);
             if verb == Verb::Nack && !buries {
                 // Its copy counts on its own, beside what others have made of the message.
-                self.sources.push((delivery, attempt.saturating_add(1)));
+                self.late_copies.push((delivery, attempt.saturating_add(1)));
             }
             let is_leased = self.lost.iter().any(|(lost, lease_end)| *lost == delivery && at < *lease_end);
             let is_kept = verb == Verb::Release && is_forgotten && is_leased;
@@ -29,8 +29,8 @@ impl Story {
         };
         match verb {
             // Likewise what was handed out of a connection that is gone.
-            Verb::Nack if held.is_stale && !buries => self.sources.push((delivery, attempt.saturating_add(1))),
-            Verb::Release if held.is_stale => self.sources.push((delivery, attempt)),
+            Verb::Nack if held.is_stale && !buries => self.late_copies.push((delivery, attempt.saturating_add(1))),
+            Verb::Release if held.is_stale => self.late_copies.push((delivery, attempt)),
             _ => {}
         }
         let late = held.lease_end <= at;
@@ -57,6 +57,7 @@ impl Story {
             in_doubt: is_elsewhere && !late,
             doubt_ends: None,
             has_come: false,
+            is_void: false,
             is_uncertain: is_elsewhere && verb == Verb::Nack && !buries,
             is_excused: false,
             ok_at: None,
@@ -94,21 +95,25 @@ impl Story {
         }
         if settling.verb == Verb::Ack {
             // Should it be somebody else's, that one says what becomes of it.
-            self.acked += u32::from(!settling.has_come && !settling.held.is_stale);
+            let is_alone = !settling.has_come && !settling.is_void && !settling.held.is_stale;
+            self.acked += u32::from(is_alone);
             self.was_acked = true;
+            self.was_acked_alone |= is_alone;
         }
         Some(settling.verb)
     }
 
     /// The delivery is the application's again; what the settling was to do is undone as far as its effect is known.
     pub(in crate::checker) fn settle_failed(&mut self, delivery: u64, kind: ErrorKind, effect: Effect) {
+        if effect != Effect::Unknown {
+            self.late_copies.retain(|(of, _)| *of != delivery);
+        }
         let Some(place) = self.settling.iter().position(|settling| settling.held.delivery == delivery) else {
             if effect != Effect::Unknown
                 && let Some(place) = self.too_late.iter().position(|late| late.delivery == delivery && !late.has_come)
             {
                 let late = self.too_late.remove(place);
                 self.maybe_buried -= u32::from(late.buries);
-                self.sources.retain(|(of, _)| *of != delivery);
             }
             return;
         };

@@ -13,7 +13,7 @@ impl Story {
 
     /// Given back, and not delivered again yet. What somebody else has acked need not come.
     pub(in crate::checker) fn waiting_to_come_back(&self) -> bool {
-        !self.owed.is_empty() && self.held.is_empty() && self.buried == 0 && !self.was_acked
+        !self.owed.is_empty() && self.held.is_empty() && self.buried == 0 && !self.was_acked_alone
     }
 
     /// What is wrong when nothing more comes.

@@ -86,6 +86,29 @@ fn a_brokers_own_count_may_count_what_was_fetched_on_a_connection_that_a_fault_h
 }
 
 #[test]
+fn an_ack_without_an_answer_when_its_message_came_again_does_not_contradict_the_letter_that_was_made_of_it() {
+    let acked_and_buried = |answered_before: bool| {
+        let mut script = held("a");
+        script.rules.level = AckLevel::Sent;
+        script.asked(1, Verb::Release);
+        script.push(What::FaultBegin { fault: 1, kind: "cut".into(), clients: vec![0], connections: 1 });
+        script.push(What::SettleOk { delivery: 1, level: AckLevel::Recorded });
+        script.delivered(2, "a", 1).asked(2, Verb::Ack);
+        if answered_before {
+            script.answered(2).wait(LATER);
+        }
+        script.delivered(3, "a", 1).settled(3, Verb::DeadLetter);
+        if !answered_before {
+            script.answered(2);
+        }
+        script.push(What::FaultEnd { fault: 1, connections: 1, bytes: 0 }).lost().letter(9, "a").drained();
+        script.names()
+    };
+    assert_eq!(acked_and_buried(false), [""; 0]);
+    assert_eq!(acked_and_buried(true), [""; 0]);
+}
+
+#[test]
 fn a_fault_of_other_clients_justifies_nothing_and_meets_nothing() {
     let mut script = held("a");
     script.fault(&[7]).delivered(2, "a", 1);

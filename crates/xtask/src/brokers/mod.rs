@@ -58,8 +58,8 @@ pub(crate) trait Recipe: Sync {
     /// What a node's ports are for; the first is the one that clients connect to.
     fn port_names(&self) -> &'static [&'static str];
 
-    /// Whether the port of that name is kept for a test to listen on (a proxy to which the server sends its clients), and
-    /// not the server's own: taken or not, it stays the same.
+    /// Whether the port of that name is kept for a test to listen on (a proxy to which the server sends its clients), or held by what
+    /// goes on without the server, and not the server's own: taken or not, it stays the same.
     fn is_port_of_tests(&self, name: &str) -> bool {
         let _ = name;
         false

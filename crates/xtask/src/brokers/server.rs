@@ -153,7 +153,7 @@ impl Server {
     pub(crate) fn start(&self, port: Option<u16>, way: Way) -> Result<bool> {
         match self.condition()? {
             // Of a cluster some nodes may be gone.
-            Condition::Running if self.body()?.is_some_and(|body| !body.is_whole()) => {
+            Condition::Running if self.body()?.is_some_and(|body| !body.is_whole(self.recipe.nodes())) => {
                 return self.launch_processes(None).map(|()| true);
             }
             Condition::Running => {}
@@ -461,10 +461,12 @@ impl Body {
         }
     }
 
-    /// Whether no node is gone.
-    fn is_whole(&self) -> bool {
+    /// Whether of so many nodes none is gone.
+    fn is_whole(&self, count: u32) -> bool {
         match self {
-            Self::Processes(nodes) => nodes.iter().all(|node| node.condition() != Condition::Gone),
+            Self::Processes(nodes) => {
+                nodes.len() == count as usize && nodes.iter().all(|node| node.condition() != Condition::Gone)
+            }
             Self::Container(_) => true,
         }
     }

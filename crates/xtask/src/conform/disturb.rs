@@ -7,10 +7,11 @@ use anyhow::{Context, Result};
 use crate::brokers::{Change, PrivateInstance};
 
 /// The arguments by which `anybroker conform` disturbs the connections to a server, its own clients, and the server itself where
-/// that is this command's own. Empty for what has no server.
-pub(crate) fn arguments(instance: &PrivateInstance, broker: Option<&str>) -> Result<Vec<String>> {
+/// that is this command's own; with `nodes` also the nodes of a cluster, which takes the level `long`. Empty for what has no server.
+pub(crate) fn arguments(instance: &PrivateInstance, broker: Option<&str>, nodes: bool) -> Result<Vec<String>> {
     let Some(broker) = broker else { return Ok(Vec::new()) };
-    Ok([of_connections(instance, broker)?, of_server(instance, broker)?].concat())
+    let of_nodes = if nodes { of_nodes(instance, broker)? } else { Vec::new() };
+    Ok([of_connections(instance, broker)?, of_server(instance, broker)?, of_nodes].concat())
 }
 
 /// Those that disturb connections and clients only. No proxy stands in front of a cluster: its nodes tell clients of each other.
@@ -28,7 +29,7 @@ pub(crate) fn of_server(instance: &PrivateInstance, broker: &str) -> Result<Vec<
     let Some(server) = instance.server(broker)? else { return Ok(Vec::new()) };
     let mut arguments = Vec::new();
     let own = std::env::current_exe().context("this command has a path")?;
-    let does = |verb: &str| format!("{} brokers --instance {} {verb} {broker}", quoted(&own), instance.name());
+    let does = |verb: &str| line(&own, instance, verb, broker);
     arguments.extend(["--faults".to_owned(), "process".to_owned()]);
     arguments.extend(["--pause-command".to_owned(), does("pause")]);
     arguments.extend(["--resume-command".to_owned(), does("resume")]);
@@ -56,13 +57,23 @@ pub(crate) fn of_server(instance: &PrivateInstance, broker: &str) -> Result<Vec<
         }
         Some(why) => arguments.extend(cannot("lock-out", &why)),
     }
-    if server.nodes() > 1 {
-        arguments.extend(["--nodes".to_owned(), server.nodes().to_string()]);
-        for verb in ["kill", "restart", "pause", "resume"] {
-            arguments.extend([format!("--{verb}-node-command"), format!("{} --node \"$NODE\"", does(verb))]);
-        }
+    Ok(arguments)
+}
+
+/// Those that disturb the nodes of a cluster one by one; empty for a single server.
+fn of_nodes(instance: &PrivateInstance, broker: &str) -> Result<Vec<String>> {
+    let Some(server) = instance.server(broker)?.filter(|server| server.nodes() > 1) else { return Ok(Vec::new()) };
+    let own = std::env::current_exe().context("this command has a path")?;
+    let mut arguments = vec!["--nodes".to_owned(), server.nodes().to_string()];
+    for verb in ["kill", "restart", "pause", "resume"] {
+        let line = format!("{} --node \"$NODE\"", line(&own, instance, verb, broker));
+        arguments.extend([format!("--{verb}-node-command"), line]);
     }
     Ok(arguments)
+}
+
+fn line(own: &Path, instance: &PrivateInstance, verb: &str, broker: &str) -> String {
+    format!("{} brokers --instance {} {verb} {broker}", quoted(own), instance.name())
 }
 
 /// `LISTEN=UPSTREAM` of a server of this instance that tells its clients to come to `LISTEN`, where a proxy may stand.

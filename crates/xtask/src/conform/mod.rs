@@ -146,7 +146,7 @@ impl Conform {
                 let since = Instant::now();
                 let faults = match self.level.as_str() {
                     "conformance" => Vec::new(),
-                    _ => disturb::arguments(&instance, mode.broker)?,
+                    _ => disturb::arguments(&instance, mode.broker, self.level == "long")?,
                 };
                 let how = self.mode(mode, server.as_ref(), &faults, state, command)?;
                 ended.push((mode, how, since.elapsed()));

@@ -202,7 +202,7 @@ impl Mutants {
             Ok(Stage {
                 mode,
                 url: mode.url(Some(&server.url_of_the_suite), ""),
-                faults: disturb::arguments(instance, Some(name))?,
+                faults: disturb::arguments(instance, Some(name), false)?,
             })
         });
         stages.collect()

@@ -1,7 +1,7 @@
 //! Three RabbitMQ nodes that are one cluster.
 //!
 //! Nodes find each other by one port mapper. It is started with the first node, in a session of its own, so that no fault of a
-//! node takes it along, and ends with the last node that is asked to.
+//! node takes it along, and ends when the cluster's data are deleted.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -34,6 +34,10 @@ impl Recipe for RabbitMqCluster {
 
     fn port_names(&self) -> &'static [&'static str] {
         &["clients", "admin", "distribution", "port mapper"]
+    }
+
+    fn is_port_of_tests(&self, name: &str) -> bool {
+        name.starts_with("port mapper")
     }
 
     fn url(&self, ports: &[u16]) -> String {
